@@ -1,0 +1,512 @@
+"""Every configuration dataclass, declared once, validated on construction, with a strict JSON round trip.
+
+A run is described by one `ExperimentConfig`. Files under `configs/` build one in `get_config()`; the command line
+overrides single fields (`--train.num-steps 100`); the resolved result is stored with every checkpoint.
+
+All classes are frozen and keyword-only. Derived quantities are properties, never fields. Units: lengths and batch sizes
+are in tokens and sequences; learning rates are per optimizer step; fractions lie in [0, 1].
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+
+from mamba_jax.errors import InputError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+class _Config:
+    """What every config class shares: unknown JSON keys are refused, and two range checks that name the field."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(value > 0, f"{type(self).__name__}.{name} must be positive, got {value}")
+
+    def _require_fraction(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{type(self).__name__}.{name} must lie in [0, 1], got {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba1Config(_Config):
+    """The Mamba-1 mixer (arXiv 2312.00752, sections 3.2-3.6) and the ablations of its section 4.6.
+
+    Attributes:
+        kind: discriminator between mixers.
+        state_dim: N, recurrent states per inner channel.
+        conv_width: K, taps of the short causal convolution.
+        expand: inner channels E = expand * d_model.
+        dt_rank: R, rank of the projection that makes dt; None means ceil(d_model / 16).
+        dt_min: smallest initial step size.
+        dt_max: largest initial step size.
+        dt_init: distribution of the dt projection's weights.
+        dt_scale: scale of the dt projection's initial weights, times R**-0.5.
+        dt_init_floor: lower clamp of the initial step size.
+        use_bias: biases on the input and output projections.
+        use_conv_bias: bias on the convolution.
+        use_conv: the short convolution; False leaves only its SiLU.
+        use_gate: the SiLU(z) output gate; False also halves the input projection.
+        selective: which of dt, B and C depend on the input; the others are learned constants.
+        discretization: of B: "euler" is dt * B as in the released code, "zoh" is the exact zero-order hold
+            (exp(dt A) - 1) / A * B of the paper's equation 4.
+        a_init: "s4d_real" is A_n = -(n + 1), "constant" is -1/2, "random" is -exp(normal).
+        scan_implementation: backend of the selective scan; None lets the platform decide.
+    """
+
+    kind: Literal["mamba1"] = "mamba1"
+    state_dim: int = 16
+    conv_width: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init: Literal["random", "constant"] = "random"
+    dt_scale: float = 1.0
+    dt_init_floor: float = 1e-4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    use_conv: bool = True
+    use_gate: bool = True
+    selective: tuple[Literal["dt", "B", "C"], ...] = ("dt", "B", "C")
+    discretization: Literal["euler", "zoh"] = "euler"
+    a_init: Literal["s4d_real", "constant", "random"] = "s4d_real"
+    scan_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require_positive("state_dim", "conv_width", "expand", "dt_min", "dt_scale", "dt_init_floor")
+        _require(self.dt_rank is None or self.dt_rank > 0, f"Mamba1Config.dt_rank must be positive or None, got {self.dt_rank}")
+        _require(self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})")
+        _require(
+            len(set(self.selective)) == len(self.selective),
+            f"Mamba1Config.selective names a projection twice: {self.selective}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Config):
+    """A language model: embedding, `num_layers` pre-norm residual blocks, final RMSNorm, head.
+
+    Attributes:
+        vocab_size: V, token ids are 0 .. V - 1.
+        d_model: D, width of the residual stream.
+        num_layers: number of blocks.
+        mixer: the sequence mixer of every block.
+        vocab_multiple: embedding rows are padded up to a multiple of this; padded ids are never sampled.
+        tie_embeddings: the head shares the embedding's weights.
+        norm_eps: epsilon of every RMSNorm.
+        embedding_std: standard deviation of the embedding's normal initialiser.
+        rescale_residual: divide the output projections' initial weights by sqrt(num_layers).
+        param_dtype: dtype parameters are stored and updated in.
+        compute_dtype: dtype of matrix products and activations; the residual stream, the recurrent state, A, dt, norm
+            statistics and the loss stay float32 whatever this says.
+        remat: what the backward pass recomputes: "none" keeps all activations, "block" keeps only the residual stream
+            between blocks, "dots" also keeps the results of matrix products.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    mixer: Mamba1Config = Mamba1Config()
+    vocab_multiple: int = 8
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    embedding_std: float = 0.02
+    rescale_residual: bool = True
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "bfloat16"
+    remat: Literal["none", "block", "dots"] = "block"
+
+    def __post_init__(self) -> None:
+        self._require_positive("vocab_size", "d_model", "num_layers", "vocab_multiple", "norm_eps", "embedding_std")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def d_inner(self) -> int:
+        """E, channels inside the mixer."""
+        return self.mixer.expand * self.d_model
+
+    @property
+    def dt_rank(self) -> int:
+        """R, rank of the dt projection."""
+        return self.mixer.dt_rank if self.mixer.dt_rank is not None else math.ceil(self.d_model / 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(_Config):
+    """How text becomes token ids.
+
+    Attributes:
+        kind: "byte" is ids 0-255 for bytes and 256 for end-of-document; "hf_json" is a `tokenizers` JSON file.
+        path: the JSON file of "hf_json".
+        end_of_document: the token of "hf_json" that separates documents; it must be in the vocabulary.
+    """
+
+    kind: Literal["byte", "hf_json"] = "byte"
+    path: str | None = None
+    end_of_document: str = "<|endoftext|>"
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.kind == "hf_json") == (self.path is not None),
+            f"TokenizerConfig: kind={self.kind!r} with path={self.path!r}; 'hf_json' needs a path and 'byte' takes none",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardSource(_Config):
+    """Token shards that `python -m mamba_jax.data.prepare` wrote.
+
+    Attributes:
+        kind: discriminator.
+        path: the folder that holds `index.json`.
+    """
+
+    kind: Literal["shards"] = "shards"
+    path: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFolderSource(_Config):
+    """A folder of UTF-8 text files, one document a file, tokenised once into a cache before the run starts.
+
+    Attributes:
+        kind: discriminator.
+        path: the folder; relative to the installed package `package` if that is given.
+        package: name of an installed Python package that carries the text as data.
+        pattern: glob below the folder.
+        part: "all" files, or the side of the held-out split by `validation_fraction`.
+        validation_fraction: share of the files, chosen by a hash of their name, that form the "validation" part.
+    """
+
+    kind: Literal["text_folder"] = "text_folder"
+    path: str
+    package: str | None = None
+    pattern: str = "**/*.txt"
+    part: Literal["all", "train", "validation"] = "all"
+    validation_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        self._require_fraction("validation_fraction")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsSource(_Config):
+    """A TensorFlow Datasets set prepared as array_record (reading needs no TensorFlow), tokenised once into a cache.
+
+    Attributes:
+        kind: discriminator.
+        name: published name such as "lm1b" or "c4/en", or the folder of an already prepared set.
+        split: split expression such as "train" or "train[:90%]".
+        data_dir: where TFDS keeps prepared sets; None means its default.
+        text_field: the feature that holds the text.
+    """
+
+    kind: Literal["tfds"] = "tfds"
+    name: str
+    split: str
+    data_dir: str | None = None
+    text_field: str = "text"
+
+
+Source = Annotated[ShardSource | TextFolderSource | TfdsSource, pydantic.Field(discriminator="kind")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(_Config):
+    """Which text, how it is cut, and how large a batch is.
+
+    Attributes:
+        train: source of training text.
+        validation: source of held-out text; None disables evaluation during training.
+        tokenizer: must agree with the one that made a `ShardSource`.
+        seq_len: L, tokens of a training sequence.
+        global_batch: B, sequences of a batch over all hosts and devices, before accumulation splits it.
+        documents: "packed" marks documents by segment ids and resets the state between them; "concatenated" lets the
+            state run on across the end-of-document token, as the published models were trained.
+        cache_dir: where sources that are not shards are tokenised to.
+        prefetch: batches prepared ahead by background threads.
+    """
+
+    train: Source
+    validation: Source | None = None
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    seq_len: int
+    global_batch: int
+    documents: Literal["packed", "concatenated"] = "packed"
+    cache_dir: str = "runs/data_cache"
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        self._require_positive("seq_len", "global_batch", "prefetch")
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(_Config):
+    """Sizes of the device mesh axes; one of them may be -1, "all remaining devices".
+
+    Attributes:
+        data: replicas of the parameters, each with its part of the batch.
+        fsdp: the batch and the parameters are both split over this axis.
+        tensor: inner channels and the vocabulary are split over this axis.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(
+            all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
+            f"MeshConfig: sizes must be positive with at most one -1, got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CosineSchedule(_Config):
+    """Linear warm-up from 0, then half a cosine down to `final_lr` at the last step (the paper's appendix E.2).
+
+    Attributes:
+        kind: discriminator.
+        warmup_fraction: share of all steps spent warming up.
+        final_lr: learning rate at the last step.
+    """
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_fraction: float = 0.1
+    final_lr: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self._require_fraction("warmup_fraction")
+        _require(self.final_lr >= 0, f"CosineSchedule.final_lr must not be negative, got {self.final_lr}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupStableDecaySchedule(_Config):
+    """Linear warm-up from 0, a constant plateau, then a linear decay to `final_lr` at the last step.
+
+    Attributes:
+        kind: discriminator.
+        warmup_fraction: share of all steps spent warming up.
+        decay_fraction: share of all steps spent decaying.
+        final_lr: learning rate at the last step.
+    """
+
+    kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._require_fraction("warmup_fraction", "decay_fraction")
+        total = self.warmup_fraction + self.decay_fraction
+        _require(total <= 1, f"WarmupStableDecaySchedule: warmup_fraction + decay_fraction must not exceed 1, got {total}")
+
+
+Schedule = Annotated[CosineSchedule | WarmupStableDecaySchedule, pydantic.Field(discriminator="kind")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Config):
+    """AdamW with the paper's recipe (arXiv 2312.00752, appendix E.2.1).
+
+    Attributes:
+        peak_lr: learning rate at the top of the schedule.
+        schedule: its shape over the run.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled decay of matrices; never of A_log, D, biases and norm scales.
+        clip_norm: largest global gradient norm.
+    """
+
+    peak_lr: float
+    schedule: Schedule = CosineSchedule()
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._require_positive("peak_lr", "eps", "clip_norm")
+        self._require_fraction("b1", "b2")
+        _require(self.weight_decay >= 0, f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Config):
+    """The training loop.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run.
+        run_dir: where checkpoints, metrics, samples and plots go; a run found there is resumed.
+        accumulation_steps: microbatches whose gradients are averaged into one step.
+        z_loss: weight of the squared log-partition penalty; 0 disables it.
+        loss_chunk: sequence positions whose logits exist at the same time.
+        log_every: steps between metric lines.
+        sample_every: steps between text samples; 0 disables them.
+        sample_prompt: text that samples continue.
+        sample_tokens: tokens of a sample.
+        init_from: safetensors folder to start from instead of random weights.
+    """
+
+    num_steps: int
+    run_dir: str
+    accumulation_steps: int = 1
+    z_loss: float = 0.0
+    loss_chunk: int = 512
+    log_every: int = 10
+    sample_every: int = 0
+    sample_prompt: str = "\n"
+    sample_tokens: int = 128
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        self._require_positive("num_steps", "accumulation_steps", "loss_chunk", "log_every", "sample_tokens")
+        _require(self.z_loss >= 0, f"TrainConfig.z_loss must not be negative, got {self.z_loss}")
+        _require(self.sample_every >= 0, f"TrainConfig.sample_every must not be negative, got {self.sample_every}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(_Config):
+    """When training state is saved.
+
+    Attributes:
+        every: steps between checkpoints; the last step is always saved.
+        keep: newest checkpoints that are kept.
+    """
+
+    every: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        self._require_positive("every", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(_Config):
+    """Perplexity on the validation source.
+
+    Attributes:
+        every: steps between evaluations during training; 0 evaluates only after the last step.
+        max_batches: batches of an evaluation during training; None reads the whole split.
+        batch_size: sequences of an evaluation batch; None takes `data.global_batch`.
+    """
+
+    every: int = 0
+    max_batches: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"EvaluationConfig.every must not be negative, got {self.every}")
+        for name in ("max_batches", "batch_size"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"EvaluationConfig.{name} must be positive or None, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(_Config):
+    """Everything that decides a run's result.
+
+    Attributes:
+        name: a short name for logs and plots.
+        seed: of parameters, data order and samples.
+        model: the network.
+        data: the text.
+        optimizer: the update rule.
+        train: the loop.
+        mesh: the devices.
+        checkpoint: saving.
+        evaluation: held-out loss.
+    """
+
+    name: str
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        batch, parts = self.data.global_batch, self.train.accumulation_steps
+        _require(
+            batch % parts == 0,
+            f"data.global_batch ({batch}) must be divisible by train.accumulation_steps ({parts}): change one of them",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
+
+
+def to_json(config: _Config, *, indent: int | None = 2) -> str:
+    """The config as JSON text that `from_json` reads back to an equal value."""
+    return pydantic.TypeAdapter(type(config)).dump_json(config, indent=indent).decode()
+
+
+def from_json[T: _Config](cls: type[T], text: str, *, origin: str) -> T:
+    """Reads a config strictly.
+
+    Args:
+        cls: class of the result.
+        text: JSON.
+        origin: file name for error messages.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        InputError: one line that lists every unknown key (with the closest known one), missing key and bad value.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(_describe(detail) for detail in error.errors())
+        raise InputError(f"{origin}: {problems}") from None
+
+
+def _describe(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "unexpected_keyword_argument":
+        close = difflib.get_close_matches(str(detail["loc"][-1]), _field_names(), n=1)
+        return f"unknown key {path!r}" + (f", did you mean {close[0]!r}?" if close else "")
+    if detail["type"] == "missing":
+        return f"missing key {path!r}"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    value = f", got {detail['input']!r}" if isinstance(detail["input"], str | int | float | bool | None) and path else ""
+    return f"{path}: {detail['msg']}{value}" if path else detail["msg"]
+
+
+def _field_names() -> list[str]:
+    """Names of all fields of all config classes; a suggestion need not know where in the tree a key belongs."""
+    return sorted({field.name for config in _Config.__subclasses__() for field in dataclasses.fields(config)})

@@ -1,0 +1,25 @@
+"""The unit of data that training and evaluation consume."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMBatch:
+    """One batch of next-token prediction.
+
+    Attributes:
+        tokens: input ids, (B, L).
+        targets: id that follows each input, (B, L).
+        loss_mask: positions that count in the loss, (B, L).
+        segment_ids: document number of each input within its row, (B, L), or None when the state runs on across
+            documents. A change of number between t - 1 and t resets convolution and state before t.
+    """
+
+    tokens: Int[jax.Array, "B L"]
+    targets: Int[jax.Array, "B L"]
+    loss_mask: Bool[jax.Array, "B L"]
+    segment_ids: Int[jax.Array, "B L"] | None

@@ -1,0 +1,114 @@
+"""Logical axes, the rules that map them to mesh axes, and the only sharding constraints of the library.
+
+Every parameter carries the logical axes of its dimensions (`nnx.Param(value, axes=(Axis.EMBED, Axis.INNER))`); optimizer
+moments inherit them. Activations are constrained with `constrain`. Nothing outside this module names a mesh axis.
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mamba_jax.config import MeshConfig
+from mamba_jax.errors import InputError
+
+
+class Axis(enum.StrEnum):
+    """Logical meaning of an array dimension."""
+
+    BATCH = "batch"
+    LENGTH = "length"
+    EMBED = "embed"
+    INNER = "inner"
+    STATE = "state"
+    CONV = "conv"
+    DT_RANK = "dt_rank"
+    VOCAB = "vocab"
+    LAYERS = "layers"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """Mesh axes each logical axis is split over; an empty tuple replicates.
+
+    A field for every `Axis`. EMBED speaks of parameters: the residual stream itself is split by BATCH only.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    length: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ("fsdp",)
+    inner: tuple[str, ...] = ("tensor",)
+    state: tuple[str, ...] = ()
+    conv: tuple[str, ...] = ()
+    dt_rank: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("tensor",)
+    layers: tuple[str, ...] = ()
+
+    def spec(self, axes: Sequence[Axis | None]) -> PartitionSpec:
+        """The partition of an array whose dimensions have these logical axes; None replicates a dimension."""
+        return PartitionSpec(*(getattr(self, axis.value) or None if axis is not None else None for axis in axes))
+
+
+RULES = ShardingRules()
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The (data, fsdp, tensor) mesh over `devices`, all of the process group by default.
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise InputError(
+            f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not fit {len(devices)} devices; "
+            "the product must equal the device count (-1 takes what remains)"
+        )
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a (batch, length) array of tokens."""
+    return NamedSharding(mesh, RULES.spec((Axis.BATCH, Axis.LENGTH)))
+
+
+def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | None], *, name: str) -> NamedSharding:
+    """Sharding of a parameter, after checking that every split dimension divides evenly.
+
+    Args:
+        mesh: the device mesh.
+        shape: of the parameter.
+        axes: a logical axis for every dimension.
+        name: of the parameter, for the error message.
+
+    Raises:
+        InputError: a dimension is not a multiple of the devices it is split over.
+    """
+    spec = RULES.spec(axes)
+    for dim, logical, mesh_axes in zip(shape, axes, spec, strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in mesh_axes or ())
+        if dim % parts:
+            raise InputError(
+                f"parameter {name}: dimension {logical} of size {dim} cannot be split over {parts} devices "
+                f"(mesh axes {', '.join(mesh_axes)}); change the mesh or the size"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def constrain(x: jax.Array, *axes: Axis | None) -> jax.Array:
+    """Pins an activation to the rules under the mesh of `jax.set_mesh`; without a mesh it returns `x` unchanged.
+
+    Args:
+        x: the activation.
+        *axes: a logical axis, or None, for every dimension.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, RULES.spec(axes))

@@ -1,0 +1,15 @@
+"""Test-wide settings: eight CPU devices, strict rank promotion, runtime checks of every jaxtyping annotation."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["mamba_jax", "pallas_kernels"], "beartype.beartype")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
