@@ -90,8 +90,13 @@ class Mamba1Config(_Config):
 
     def __post_init__(self) -> None:
         self._require_positive("state_dim", "conv_width", "expand", "dt_min", "dt_scale", "dt_init_floor")
-        _require(self.dt_rank is None or self.dt_rank > 0, f"Mamba1Config.dt_rank must be positive or None, got {self.dt_rank}")
-        _require(self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})")
+        _require(
+            self.dt_rank is None or self.dt_rank > 0,
+            f"Mamba1Config.dt_rank must be positive or None, got {self.dt_rank}",
+        )
+        _require(
+            self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})"
+        )
         _require(
             len(set(self.selective)) == len(self.selective),
             f"Mamba1Config.selective names a projection twice: {self.selective}",
@@ -171,7 +176,7 @@ class TokenizerConfig(_Config):
     def __post_init__(self) -> None:
         _require(
             (self.kind == "hf_json") == (self.path is not None),
-            f"TokenizerConfig: kind={self.kind!r} with path={self.path!r}; 'hf_json' needs a path and 'byte' takes none",
+            f"TokenizerConfig: kind={self.kind!r}, path={self.path!r}; 'hf_json' needs a path and 'byte' takes none",
         )
 
 
@@ -284,7 +289,7 @@ class MeshConfig(_Config):
         sizes = (self.data, self.fsdp, self.tensor)
         _require(
             all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
-            f"MeshConfig: sizes must be positive with at most one -1, got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}",
+            f"MeshConfig: sizes must be positive with at most one -1, got (data, fsdp, tensor) = {sizes}",
         )
 
 
@@ -326,7 +331,9 @@ class WarmupStableDecaySchedule(_Config):
     def __post_init__(self) -> None:
         self._require_fraction("warmup_fraction", "decay_fraction")
         total = self.warmup_fraction + self.decay_fraction
-        _require(total <= 1, f"WarmupStableDecaySchedule: warmup_fraction + decay_fraction must not exceed 1, got {total}")
+        _require(
+            total <= 1, f"WarmupStableDecaySchedule: warmup_fraction + decay_fraction must not exceed 1, got {total}"
+        )
 
 
 Schedule = Annotated[CosineSchedule | WarmupStableDecaySchedule, pydantic.Field(discriminator="kind")]
@@ -503,7 +510,9 @@ def _describe(detail: Any) -> str:
         return f"missing key {path!r}"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
-    value = f", got {detail['input']!r}" if isinstance(detail["input"], str | int | float | bool | None) and path else ""
+    value = (
+        f", got {detail['input']!r}" if isinstance(detail["input"], str | int | float | bool | None) and path else ""
+    )
     return f"{path}: {detail['msg']}{value}" if path else detail["msg"]
 
 

@@ -1,7 +1,8 @@
 """Logical axes, the rules that map them to mesh axes, and the only sharding constraints of the library.
 
-Every parameter carries the logical axes of its dimensions (`nnx.Param(value, axes=(Axis.EMBED, Axis.INNER))`); optimizer
-moments inherit them. Activations are constrained with `constrain`. Nothing outside this module names a mesh axis.
+Every parameter carries the logical axes of its dimensions (`nnx.Param(value, axes=(Axis.EMBED, Axis.INNER))`), and
+its optimizer moments inherit them. Activations are constrained with `constrain`. Nothing outside this module names a
+mesh axis.
 """
 
 import dataclasses
@@ -47,9 +48,13 @@ class ShardingRules:
     vocab: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
 
+    def mesh_axes(self, axis: Axis | None) -> tuple[str, ...]:
+        """Mesh axes that a dimension of this meaning is split over; None is replicated."""
+        return getattr(self, axis.value) if axis is not None else ()
+
     def spec(self, axes: Sequence[Axis | None]) -> PartitionSpec:
-        """The partition of an array whose dimensions have these logical axes; None replicates a dimension."""
-        return PartitionSpec(*(getattr(self, axis.value) or None if axis is not None else None for axis in axes))
+        """The partition of an array whose dimensions have these logical axes."""
+        return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
 
 RULES = ShardingRules()
@@ -68,8 +73,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise InputError(
-            f"mesh: data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not fit {len(devices)} devices; "
-            "the product must equal the device count (-1 takes what remains)"
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not fit {len(devices)} "
+            "devices: the product must equal their number (-1 takes what remains)"
         )
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -91,15 +96,15 @@ def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | N
     Raises:
         InputError: a dimension is not a multiple of the devices it is split over.
     """
-    spec = RULES.spec(axes)
-    for dim, logical, mesh_axes in zip(shape, axes, spec, strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in mesh_axes or ())
+    for dim, axis in zip(shape, axes, strict=True):
+        mesh_axes = RULES.mesh_axes(axis)
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
         if dim % parts:
             raise InputError(
-                f"parameter {name}: dimension {logical} of size {dim} cannot be split over {parts} devices "
+                f"parameter {name}: dimension {axis} of size {dim} cannot be split over {parts} devices "
                 f"(mesh axes {', '.join(mesh_axes)}); change the mesh or the size"
             )
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, RULES.spec(axes))
 
 
 def constrain(x: jax.Array, *axes: Axis | None) -> jax.Array:

@@ -10,6 +10,6 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["mamba_jax", "pallas_kernels"], "beartype.beartype")
 
-import jax
+import jax  # noqa: E402  the environment and the import hook must come first
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

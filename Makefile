@@ -1,0 +1,48 @@
+# Every target sets up what it needs in .venv first. PYTHON chooses another interpreter (3.12 or newer).
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+BIN := .venv/bin
+export JAX_PLATFORMS ?= cpu
+export TPU_SKIP_MDS_QUERY ?= 1
+
+.PHONY: setup quickstart test test-slow check format benchmark clean
+
+setup: .venv/.ready
+
+.venv/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(f"mamba-jax needs Python 3.12 or newer, {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python3.12" if sys.version_info < (3, 12) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch .venv/.ready
+
+quickstart: setup
+	$(BIN)/python train.py configs/quickstart.py
+	$(BIN)/python eval.py runs/quickstart --prompt "My fellow citizens, "
+	$(BIN)/python -m mamba_jax.export runs/quickstart runs/quickstart/export --layout hf
+	@echo
+	@echo "Your model is in runs/quickstart: loss_curve.png, samples.txt, metrics.jsonl, and export/ for transformers."
+	@echo "Next: change configs/quickstart.py or override a field, for example"
+	@echo "    $(BIN)/python train.py configs/quickstart.py --model.num-layers 6 --train.run-dir runs/deeper"
+	@echo "    $(BIN)/python eval.py runs/quickstart --prompt \"The state of the union is\" --sampling.temperature 0.7"
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 -m slow
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: setup
+	$(BIN)/python benchmarks/run_ops.py
+	$(BIN)/python benchmarks/run_training.py
+
+clean:
+	rm -rf .venv build *.egg-info

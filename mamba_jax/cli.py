@@ -1,0 +1,89 @@
+"""What the command-line programs share: error lines, config files with overrides, a quiet log."""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from mamba_jax.config import ExperimentConfig
+from mamba_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns an `InputError` into `error: ...` on standard error and exit status 2."""
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse[T](
+    cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None, prog: str | None = None
+) -> T:
+    """Reads command-line flags into a dataclass.
+
+    Args:
+        cls: the dataclass; its field docstrings become the help text.
+        args: the arguments; None takes those of the process.
+        default: values of flags that are not given.
+        prog: program name in messages.
+
+    Raises:
+        InputError: a flag is unknown (the closest known one is named), misses its value or has a bad one.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(cls, args=args, default=default, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise InputError(_one_line(messages.getvalue())) from None
+
+
+def _one_line(report: str) -> str:
+    """The first paragraph of tyro's boxed report, and its best suggestion if it makes one."""
+    paragraphs: list[list[str]] = [[]]
+    for line in (line.strip("│╭╮╰╯|+ ") for line in report.splitlines()[1:]):
+        if line and not line.strip("─-"):
+            paragraphs.append([])
+        elif line:
+            paragraphs[-1].append(line)
+    message = " ".join(paragraphs[0])
+    suggestions = [line.split()[0] for paragraph in paragraphs[1:] for line in paragraph if line.startswith("--")]
+    if message.startswith("Unrecognized") and suggestions:
+        message += f"; did you mean {suggestions[0]}?"
+    return message
+
+
+def load_config(path: str, overrides: Sequence[str]) -> ExperimentConfig:
+    """Runs `get_config()` of a config file and applies overrides such as `--train.num-steps 100`.
+
+    Args:
+        path: a Python file that defines `get_config() -> ExperimentConfig`.
+        overrides: command-line flags.
+
+    Raises:
+        InputError: the file is missing, has no `get_config`, or it returns something else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no config file {path!r}; configs/ holds the ones that come with the project")
+    spec = importlib.util.spec_from_file_location("mamba_jax_run_config", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"config {path!r} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"config {path!r} defines no get_config()")
+    config = module.get_config()
+    if not isinstance(config, ExperimentConfig):
+        raise InputError(f"get_config() of {path!r} returned {type(config).__name__}, expected ExperimentConfig")
+    return parse(ExperimentConfig, overrides, default=config, prog=f"train.py {path}")
