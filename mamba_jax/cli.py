@@ -50,18 +50,20 @@ def parse[T](
 
 
 def _one_line(report: str) -> str:
-    """The first paragraph of tyro's boxed report, and its best suggestion if it makes one."""
+    """The first statement of tyro's report, which it sets in a box on a terminal, and its best suggestion."""
     paragraphs: list[list[str]] = [[]]
-    for line in (line.strip("│╭╮╰╯|+ ") for line in report.splitlines()[1:]):
-        if line and not line.strip("─-"):
+    for line in (line.strip("│╭╮╰╯|+ ") for line in report.splitlines()):
+        if line.startswith("─") or (line and not line.strip("-")):
             paragraphs.append([])
         elif line:
             paragraphs[-1].append(line)
-    message = " ".join(paragraphs[0])
-    suggestions = [line.split()[0] for paragraph in paragraphs[1:] for line in paragraph if line.startswith("--")]
-    if message.startswith("Unrecognized") and suggestions:
-        message += f"; did you mean {suggestions[0]}?"
-    return message
+    statements = [lines for lines in paragraphs if any(":" in line or "--" in line for line in lines)]
+    flags = [[line.split()[0] for line in lines if line.startswith("--")] for lines in statements]
+    if statements[0][0].startswith("Missing from"):
+        return f"missing {', '.join(flags[0])}; --help explains them"
+    message = " ".join(statements[0])
+    suggestion = next((flag for group in flags[1:] for flag in group), None)
+    return f"{message}; did you mean {suggestion}?" if message.startswith("Unrecognized") and suggestion else message
 
 
 def load_config(path: str, overrides: Sequence[str]) -> ExperimentConfig:
