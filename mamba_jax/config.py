@@ -24,6 +24,7 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Config:
     """What every config class shares: unknown JSON keys are refused, and two range checks that name the field."""
 
@@ -236,7 +237,7 @@ class TfdsSource(_Config):
     text_field: str = "text"
 
 
-Source = Annotated[ShardSource | TextFolderSource | TfdsSource, pydantic.Field(discriminator="kind")]
+Source = ShardSource | TextFolderSource | TfdsSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,8 +256,8 @@ class DataConfig(_Config):
         prefetch: batches prepared ahead by background threads.
     """
 
-    train: Source
-    validation: Source | None = None
+    train: Annotated[Source, pydantic.Field(discriminator="kind")]
+    validation: Annotated[Source | None, pydantic.Field(discriminator="kind")] = None
     tokenizer: TokenizerConfig = TokenizerConfig()
     seq_len: int
     global_batch: int
@@ -336,7 +337,7 @@ class WarmupStableDecaySchedule(_Config):
         )
 
 
-Schedule = Annotated[CosineSchedule | WarmupStableDecaySchedule, pydantic.Field(discriminator="kind")]
+Schedule = CosineSchedule | WarmupStableDecaySchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,7 +355,7 @@ class OptimizerConfig(_Config):
     """
 
     peak_lr: float
-    schedule: Schedule = CosineSchedule()
+    schedule: Annotated[Schedule, pydantic.Field(discriminator="kind")] = CosineSchedule()
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8

