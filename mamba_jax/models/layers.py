@@ -1,0 +1,88 @@
+"""The layers every model is built from. Parameters carry their logical axes and whether weight decay applies."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from mamba_jax.models.initializers import Initializer, ones
+from mamba_jax.sharding import Axis
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    initializer: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[Axis | None, ...],
+    *,
+    dtype: str,
+    decay: bool,
+) -> nnx.Param:
+    """A parameter with its metadata.
+
+    Args:
+        rngs: source of the key.
+        initializer: of the value.
+        shape: of the value.
+        axes: logical axis of every dimension.
+        dtype: of the value.
+        decay: weight decay applies.
+    """
+    return nnx.Param(initializer(rngs.params(), shape, jnp.dtype(dtype)), axes=axes, decay=decay)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, contracting the last dimension of x with the first of W; W may have several output dimensions."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[Axis | None, ...],
+        *,
+        kernel_init: Initializer,
+        bias_init: Initializer | None,
+        param_dtype: str,
+        compute_dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = parameter(rngs, kernel_init, shape, axes, dtype=param_dtype, decay=True)
+        if bias_init is not None:
+            self.bias = parameter(rngs, bias_init, shape[1:], axes[1:], dtype=param_dtype, decay=False)
+        self.has_bias = bias_init is not None
+        self.compute_dtype = compute_dtype
+
+    def __call__(self, x: Float[jax.Array, "... I"]) -> Float[jax.Array, "..."]:
+        """Maps (..., I) to (..., O) or (..., O1, O2), in the compute dtype."""
+        y = jnp.tensordot(x.astype(self.compute_dtype), self.kernel[...].astype(self.compute_dtype), axes=1)
+        if self.has_bias:
+            bias = self.bias[...].astype(self.compute_dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale, with float32 statistics (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, *, eps: float, param_dtype: str, rngs: nnx.Rngs) -> None:
+        self.scale = parameter(rngs, ones, (dim,), (Axis.EMBED,), dtype=param_dtype, decay=False)
+        self.eps = eps
+
+    def __call__(self, x: Float[jax.Array, "B L D"], *, dtype: str) -> Float[jax.Array, "B L D"]:
+        """Normalises the last dimension and rounds the result to `dtype`."""
+        x = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * inverse_rms * self.scale[...].astype(jnp.float32)[None, None]).astype(dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of token vectors, (V, D); ids outside the table give NaN rather than another token's vector."""
+
+    def __init__(
+        self, vocab_size: int, dim: int, *, initializer: Initializer, param_dtype: str, rngs: nnx.Rngs
+    ) -> None:
+        axes = (Axis.VOCAB, Axis.EMBED)
+        self.table = parameter(rngs, initializer, (vocab_size, dim), axes, dtype=param_dtype, decay=True)
+
+    def __call__(self, tokens: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
+        """Looks up the vectors of `tokens`, in float32."""
+        return jnp.take(self.table[...], tokens, axis=0, mode="fill").astype(jnp.float32)

@@ -1,0 +1,221 @@
+"""The Mamba-1 mixer: gated selective state space layer with a short convolution."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from mamba_jax.config import ModelConfig
+from mamba_jax.models import initializers
+from mamba_jax.models.layers import Linear, parameter
+from mamba_jax.models.recurrent_state import Mamba1State
+from mamba_jax.sharding import Axis, constrain
+from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
+
+
+class CausalConv1d(nnx.Module):
+    """Parameters of the depthwise causal convolution: `weight` (K, E), tap K - 1 for the current token, and `bias`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        width, inner = config.mixer.conv_width, config.d_inner
+        init = initializers.fan_in(width)
+        dtype = config.param_dtype
+        self.weight = parameter(rngs, init, (width, inner), (Axis.CONV, Axis.INNER), dtype=dtype, decay=True)
+        self.has_bias = config.mixer.use_conv_bias
+        if self.has_bias:
+            self.bias = parameter(rngs, init, (inner,), (Axis.INNER,), dtype=dtype, decay=False)
+
+    def __call__(
+        self,
+        x_BLE: Float[jax.Array, "B L E"],
+        window_BWE: Float[jax.Array, "B W E"] | None,
+        segment_ids_BL: Int[jax.Array, "B L"] | None,
+    ) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B W E"]]:
+        """Convolves, applies SiLU, and returns the window that continues the sequence."""
+        output = causal_conv1d(
+            x_BLE,
+            self.weight[...],
+            self.bias[...] if self.has_bias else None,
+            activation="silu",
+            initial_window=window_BWE,
+            segment_ids=segment_ids_BL,
+        )
+        return output.y, output.final_window
+
+
+class Mamba1(nnx.Module):
+    r"""The selective state space mixer.
+
+        x, z     = in_proj(u)
+        x        = silu(conv1d(x))
+        dt, B, C = x_proj(x);  dt = dt_proj(dt)
+        h_t      = exp(softplus(dt_t + bias) A) h_{t-1} + softplus(dt_t + bias) B_t x_t
+        y_t      = (C_t h_t + D x_t) silu(z_t)
+        output   = out_proj(y)
+
+    Those of dt, B and C that `config.mixer.selective` does not name are learned constants.
+
+    Source: arXiv 2312.00752, algorithm 2, figure 3 and section 3.4.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        mixer, inner, states, rank = config.mixer, config.d_inner, config.mixer.state_dim, config.dt_rank
+        self.config = config
+        dtypes: dict[str, Any] = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype, "rngs": rngs}
+        bias = initializers.zeros if mixer.use_bias else None
+        self.in_proj = Linear(
+            (config.d_model, 2 if mixer.use_gate else 1, inner),
+            (Axis.EMBED, None, Axis.INNER),
+            kernel_init=initializers.fan_in(config.d_model),
+            bias_init=bias,
+            **dtypes,
+        )
+        if mixer.use_conv:
+            self.conv1d = CausalConv1d(config, rngs=rngs)
+        self.split_dims = [
+            dim for name, dim in (("dt", rank), ("B", states), ("C", states)) if name in mixer.selective
+        ]
+        if self.split_dims:
+            self.x_proj = Linear(
+                (inner, sum(self.split_dims)),
+                (Axis.INNER, None),
+                kernel_init=initializers.fan_in(inner),
+                bias_init=None,
+                **dtypes,
+            )
+        self._init_step_size(rngs)
+        self._init_dynamics(rngs)
+        scale = config.num_layers**-0.5 if config.rescale_residual else 1.0
+        self.out_proj = Linear(
+            (inner, config.d_model),
+            (Axis.INNER, Axis.EMBED),
+            kernel_init=initializers.fan_in(inner, scale=scale),
+            bias_init=bias,
+            **dtypes,
+        )
+
+    def _init_step_size(self, rngs: nnx.Rngs) -> None:
+        config, mixer, rank = self.config, self.config.mixer, self.config.dt_rank
+        bound = rank**-0.5 * mixer.dt_scale
+        self.dt_proj = DtProjection(
+            config,
+            kernel_init=initializers.uniform(bound) if mixer.dt_init == "random" else initializers.constant(bound),
+            bias_init=initializers.inverse_softplus_of_step(mixer.dt_min, mixer.dt_max, mixer.dt_init_floor),
+            rngs=rngs,
+        )
+
+    def _init_dynamics(self, rngs: nnx.Rngs) -> None:
+        mixer, shape = self.config.mixer, (self.config.d_inner, self.config.mixer.state_dim)
+        axes, dtype = (Axis.INNER, Axis.STATE), self.config.param_dtype
+        self.A_log = parameter(rngs, initializers.log_decay(mixer.a_init), shape, axes, dtype=dtype, decay=False)
+        self.D = parameter(rngs, initializers.ones, shape[:1], axes[:1], dtype=dtype, decay=False)
+        if "B" not in mixer.selective:
+            self.B = parameter(rngs, initializers.ones, shape, axes, dtype=dtype, decay=False)
+        if "C" not in mixer.selective:
+            self.C = parameter(rngs, initializers.normal(1.0), shape, axes, dtype=dtype, decay=False)
+
+    def __call__(
+        self,
+        u_BLD: Float[jax.Array, "B L D"],
+        state: Mamba1State | None,
+        segment_ids_BL: Int[jax.Array, "B L"] | None,
+    ) -> tuple[Float[jax.Array, "B L D"], Mamba1State]:
+        """Mixes a sequence, continuing `state` if there is one.
+
+        Args:
+            u_BLD: normalised input, (B, L, D).
+            state: from the call on the tokens before; None is the start of a sequence.
+            segment_ids_BL: document of each token, (B, L); None is one document.
+
+        Returns:
+            The output (B, L, D) in the compute dtype, and the state after the last token.
+        """
+        mixer = self.config.mixer
+        xz_BLPE = self.in_proj(u_BLD)
+        x_BLE = constrain(xz_BLPE[:, :, 0], Axis.BATCH, Axis.LENGTH, Axis.INNER)
+        z_BLE = constrain(xz_BLPE[:, :, 1], Axis.BATCH, Axis.LENGTH, Axis.INNER) if mixer.use_gate else None
+        if mixer.use_conv:
+            window_BWE = None if state is None else state.conv_window
+            x_BLE, window_BWE = self.conv1d(x_BLE, window_BWE, segment_ids_BL)
+        else:
+            x_BLE, window_BWE = jax.nn.silu(x_BLE), x_BLE[:, :0]
+        y_BLE, ssm_BEN = self._scan(x_BLE, z_BLE, None if state is None else state.ssm, segment_ids_BL)
+        y_BLE = constrain(y_BLE, Axis.BATCH, Axis.LENGTH, Axis.INNER)
+        window_BWE = window_BWE.astype(self.config.compute_dtype)
+        return self.out_proj(y_BLE), Mamba1State(conv_window=window_BWE, ssm=ssm_BEN)
+
+    def _scan(
+        self,
+        x_BLE: jax.Array,
+        z_BLE: jax.Array | None,
+        ssm_BEN: jax.Array | None,
+        segment_ids_BL: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        mixer = self.config.mixer
+        dt_BLE, B, C = self._selection(x_BLE)
+        common: dict[str, Any] = {
+            "A": -jnp.exp(self.A_log[...].astype(jnp.float32)),
+            "D": self.D[...],
+            "dt_bias": self.dt_proj.bias[...],
+            "dt_softplus": True,
+            "discretization": mixer.discretization,
+        }
+        if ssm_BEN is not None and x_BLE.shape[1] == 1:
+            update = selective_state_update(
+                ssm_BEN,
+                x_BLE[:, 0],
+                dt_BLE[:, 0],
+                B=B[:, 0] if B.ndim == 3 else B,
+                C=C[:, 0] if C.ndim == 3 else C,
+                z=None if z_BLE is None else z_BLE[:, 0],
+                **common,
+            )
+            return update.y[:, None], update.state
+        output = selective_scan(
+            x_BLE,
+            dt_BLE,
+            B=B,
+            C=C,
+            z=z_BLE,
+            initial_state=ssm_BEN,
+            segment_ids=segment_ids_BL,
+            implementation=mixer.scan_implementation,
+            **common,
+        )
+        return output.y, output.final_state
+
+    def _selection(self, x_BLE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """dt (B, L, E) before bias and softplus; B and C, (B, L, N) if selective and else (E, N)."""
+        parts: dict[str, jax.Array] = {}
+        if self.split_dims:
+            offsets = [sum(self.split_dims[: i + 1]) for i in range(len(self.split_dims) - 1)]
+            names = [name for name in ("dt", "B", "C") if name in self.config.mixer.selective]
+            parts = dict(zip(names, jnp.split(self.x_proj(x_BLE), offsets, axis=-1), strict=True))
+        dt_BLE = self.dt_proj(parts["dt"]) if "dt" in parts else jnp.zeros_like(x_BLE)
+        B = parts["B"] if "B" in parts else self.B[...]
+        C = parts["C"] if "C" in parts else self.C[...]
+        return constrain(dt_BLE, Axis.BATCH, Axis.LENGTH, Axis.INNER), B, C
+
+
+class DtProjection(nnx.Module):
+    """Low-rank projection to the step size, (R, E); its bias is added, in float32, inside the scan's softplus."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        kernel_init: initializers.Initializer,
+        bias_init: initializers.Initializer,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape, axes = (config.dt_rank, config.d_inner), (Axis.DT_RANK, Axis.INNER)
+        if "dt" in config.mixer.selective:
+            self.kernel = parameter(rngs, kernel_init, shape, axes, dtype=config.param_dtype, decay=True)
+        self.bias = parameter(rngs, bias_init, shape[1:], axes[1:], dtype=config.param_dtype, decay=False)
+        self.compute_dtype = config.compute_dtype
+
+    def __call__(self, dt_BLR: Float[jax.Array, "B L R"]) -> Float[jax.Array, "B L E"]:
+        """The step size before its bias, in the compute dtype."""
+        return jnp.tensordot(dt_BLR, self.kernel[...].astype(self.compute_dtype), axes=1)

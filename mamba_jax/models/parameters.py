@@ -1,0 +1,77 @@
+"""Models as pure data: parameters are nested dictionaries of arrays, and a definition turns them into a model."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mamba_jax.config import ModelConfig
+from mamba_jax.models.language_model import LanguageModel
+from mamba_jax.sharding import Axis
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDefinition:
+    """Everything about a model but the values of its parameters.
+
+    Attributes:
+        config: the model's config.
+        params: tree of `jax.ShapeDtypeStruct`, with layers stacked on a leading axis.
+        axes: same tree, the logical axes of every parameter.
+        decay: same tree, True where weight decay applies.
+    """
+
+    config: ModelConfig
+    params: Params
+    axes: Params
+    decay: Params
+    _graph: Any
+    _state: Any
+
+    def merge(self, params: Params) -> LanguageModel:
+        """The model with these parameter values."""
+        state = jax.tree.map(lambda leaf: leaf, self._state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self._graph, state)
+
+
+@functools.cache
+def define(config: ModelConfig) -> ModelDefinition:
+    """The definition of a model, without allocating any parameter."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(params=0))))
+    variables = dict(nnx.to_flat_state(state))
+
+    def tree(value) -> Params:
+        return nnx.traversals.unflatten_mapping({path: value(path, variable) for path, variable in variables.items()})
+
+    def axes(path: tuple[str, ...], variable: nnx.Variable) -> tuple[Axis | None, ...]:
+        return (Axis.LAYERS, *variable.axes) if path[0] == "layers" else variable.axes
+
+    return ModelDefinition(
+        config=config,
+        params=nnx.to_pure_dict(state),
+        axes=tree(axes),
+        decay=tree(lambda path, variable: variable.decay),
+        _graph=graph,
+        _state=state,
+    )
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters; a pure function that can be jitted with sharded outputs.
+
+    Args:
+        config: the model's config.
+        key: a `jax.random.key`.
+    """
+    return nnx.to_pure_dict(nnx.state(LanguageModel(config, rngs=nnx.Rngs(params=key))))
+
+
+def count(config: ModelConfig) -> int:
+    """Number of parameters, including padded vocabulary rows; tied weights count once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(define(config).params))

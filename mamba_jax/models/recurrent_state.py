@@ -1,0 +1,47 @@
+"""What a model carries from one call to the next; its size does not depend on how many tokens came before."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from mamba_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba1State:
+    """State of one Mamba-1 mixer, or of a stack of them with a leading layer axis.
+
+    Attributes:
+        conv_window: last K - 1 inputs of the convolution in the compute dtype, (B, K - 1, E); K - 1 is 0 without one.
+        ssm: recurrent state in float32, (B, E, N).
+    """
+
+    conv_window: Float[jax.Array, "*layers B W E"]
+    ssm: Float[jax.Array, "*layers B E N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMState:
+    """State of a language model.
+
+    Attributes:
+        layers: states of all layers, stacked on a leading axis.
+    """
+
+    layers: Mamba1State
+
+
+def init_state(config: ModelConfig, batch_size: int) -> LMState:
+    """The state before any token: all zeros."""
+    width = config.mixer.conv_width - 1 if config.mixer.use_conv else 0
+    layers, inner = config.num_layers, config.d_inner
+    return LMState(
+        layers=Mamba1State(
+            conv_window=jnp.zeros((layers, batch_size, width, inner), config.compute_dtype),
+            ssm=jnp.zeros((layers, batch_size, inner, config.mixer.state_dim), jnp.float32),
+        )
+    )
