@@ -88,8 +88,7 @@ class LanguageModel(nnx.Module):
             Logits, and the state after the last token.
         """
         output = self.hidden(tokens, state, segment_ids=segment_ids)
-        logits = jnp.einsum("bld,vd->blv", output.hidden, self.unembedding, preferred_element_type=jnp.float32)
-        return LMOutput(logits=constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB), state=output.state)
+        return LMOutput(logits=self.unembed(output.hidden), state=output.state)
 
     def hidden(
         self,
@@ -112,6 +111,11 @@ class LanguageModel(nnx.Module):
         residual_BLD, layers = jax.lax.scan(run_block, residual_BLD, (params, state and state.layers))
         hidden_BLD = self.norm_f(residual_BLD, dtype=self.config.compute_dtype)
         return HiddenOutput(hidden=hidden_BLD, state=LMState(layers=layers))
+
+    def unembed(self, hidden: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L V"]:
+        """The head: float32 logits over the padded vocabulary."""
+        logits = jnp.einsum("bld,vd->blv", hidden, self.unembedding, preferred_element_type=jnp.float32)
+        return constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB)
 
     @property
     def unembedding(self) -> Float[jax.Array, "V D"]:

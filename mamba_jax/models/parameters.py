@@ -15,9 +15,9 @@ from mamba_jax.sharding import Axis
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ModelDefinition:
-    """Everything about a model but the values of its parameters.
+    """Everything about a model but the values of its parameters; hashable by identity, so a static jit argument.
 
     Attributes:
         config: the model's config.

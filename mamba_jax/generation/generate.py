@@ -1,0 +1,69 @@
+"""Text generation: one prefill over the prompt, then one compiled loop over single tokens."""
+
+import functools
+
+import jax
+from jaxtyping import Int, PRNGKeyArray
+
+from mamba_jax.errors import InputError
+from mamba_jax.generation.sampling import SamplingConfig, sample
+from mamba_jax.models.parameters import ModelDefinition, Params
+
+
+def generate(
+    definition: ModelDefinition,
+    params: Params,
+    prompt: Int[jax.Array, "B L"],
+    *,
+    num_tokens: int,
+    key: PRNGKeyArray,
+    sampling: SamplingConfig | None = None,
+) -> Int[jax.Array, "B T"]:
+    """Continues a batch of prompts of equal length.
+
+    Time and memory per token do not depend on how many came before: the recurrent state is all that is carried.
+
+    Args:
+        definition: of the model.
+        params: its parameters.
+        prompt: token ids, (B, L), L at least 1.
+        num_tokens: tokens to add to every row.
+        key: a `jax.random.key`.
+        sampling: how tokens are drawn; None is plain sampling at temperature 1.
+
+    Returns:
+        The added tokens, (B, num_tokens).
+
+    Raises:
+        InputError: an empty prompt, or no tokens asked for.
+    """
+    if prompt.shape[1] == 0:
+        raise InputError("the prompt has no tokens: give at least one")
+    if num_tokens < 1:
+        raise InputError(f"the number of tokens to generate must be positive, got {num_tokens}")
+    return _generate(definition, num_tokens, sampling or SamplingConfig(), params, prompt, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    definition: ModelDefinition,
+    num_tokens: int,
+    sampling: SamplingConfig,
+    params: Params,
+    prompt_BL: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    model = definition.merge(params)
+    draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size)
+    prefill = model.hidden(prompt_BL)
+    keys = jax.random.split(key, num_tokens)
+    first_B = draw(model.unembed(prefill.hidden[:, -1:])[:, 0], keys[0])
+
+    def step(carry, key):
+        token_B, state = carry
+        output = model(token_B[:, None], state)
+        next_B = draw(output.logits[:, 0], key)
+        return (next_B, output.state), next_B
+
+    _, rest_TB = jax.lax.scan(step, (first_B, prefill.state), keys[1:])
+    return jax.numpy.concatenate([first_B[:, None], rest_TB.T], axis=1)
