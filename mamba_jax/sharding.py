@@ -84,6 +84,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec((Axis.BATCH, Axis.LENGTH)))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in RULES.batch)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch[T](mesh: Mesh, batch: T) -> T:
+    """Moves a tree of (batch, length) arrays, this process' rows of each, onto the devices."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(batch_sharding(mesh), rows), batch)
+
+
 def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | None], *, name: str) -> NamedSharding:
     """Sharding of a parameter, after checking that every split dimension divides evenly.
 

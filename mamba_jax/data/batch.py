@@ -1,11 +1,16 @@
 """The unit of data that training and evaluation consume."""
 
 import dataclasses
+import typing
 
 import jax
+import numpy as np
 from jaxtyping import Bool, Int
 
 
+# JAX rebuilds the class around shardings, placeholders and microbatched arrays, which a check of every construction
+# would refuse.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMBatch:
@@ -19,7 +24,7 @@ class LMBatch:
             documents. A change of number between t - 1 and t resets convolution and state before t.
     """
 
-    tokens: Int[jax.Array, "B L"]
-    targets: Int[jax.Array, "B L"]
-    loss_mask: Bool[jax.Array, "B L"]
-    segment_ids: Int[jax.Array, "B L"] | None
+    tokens: Int[jax.Array | np.ndarray, "B L"]
+    targets: Int[jax.Array | np.ndarray, "B L"]
+    loss_mask: Bool[jax.Array | np.ndarray, "B L"]
+    segment_ids: Int[jax.Array | np.ndarray, "B L"] | None

@@ -205,6 +205,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise InputError(f"reading {path} needs PyTorch: install torch, or convert it to safetensors elsewhere") from None
+        raise InputError(
+            f"reading {path} needs PyTorch: install torch, or convert it to safetensors elsewhere"
+        ) from None
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {name: tensor.float().numpy() for name, tensor in state.items()}

@@ -114,11 +114,12 @@ class LanguageModel(nnx.Module):
 
     def unembed(self, hidden: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L V"]:
         """The head: float32 logits over the padded vocabulary."""
-        logits = jnp.einsum("bld,vd->blv", hidden, self.unembedding, preferred_element_type=jnp.float32)
+        weights = self.unembedding.astype(hidden.dtype)
+        logits = jnp.einsum("bld,vd->blv", hidden, weights, preferred_element_type=jnp.float32)
         return constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB)
 
     @property
     def unembedding(self) -> Float[jax.Array, "V D"]:
-        """The head's matrix (V, D), V the padded vocabulary, in the compute dtype."""
+        """The head's matrix (V, D), V the padded vocabulary, in the parameter dtype."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head
-        return head.table[...].astype(self.config.compute_dtype)
+        return head.table[...]

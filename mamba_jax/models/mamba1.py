@@ -63,7 +63,11 @@ class Mamba1(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         mixer, inner, states, rank = config.mixer, config.d_inner, config.mixer.state_dim, config.dt_rank
         self.config = config
-        dtypes: dict[str, Any] = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype, "rngs": rngs}
+        dtypes: dict[str, Any] = {
+            "param_dtype": config.param_dtype,
+            "compute_dtype": config.compute_dtype,
+            "rngs": rngs,
+        }
         bias = initializers.zeros if mixer.use_bias else None
         self.in_proj = Linear(
             (config.d_model, 2 if mixer.use_gate else 1, inner),
@@ -74,9 +78,7 @@ class Mamba1(nnx.Module):
         )
         if mixer.use_conv:
             self.conv1d = CausalConv1d(config, rngs=rngs)
-        self.split_dims = [
-            dim for name, dim in (("dt", rank), ("B", states), ("C", states)) if name in mixer.selective
-        ]
+        self.split_dims = [dim for name, dim in (("dt", rank), ("B", states), ("C", states)) if name in mixer.selective]
         if self.split_dims:
             self.x_proj = Linear(
                 (inner, sum(self.split_dims)),
@@ -187,7 +189,7 @@ class Mamba1(nnx.Module):
         return output.y, output.final_state
 
     def _selection(self, x_BLE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """dt (B, L, E) before bias and softplus; B and C, (B, L, N) if selective and else (E, N)."""
+        """Step size (B, L, E) before bias and softplus; B and C, (B, L, N) if selective and else (E, N)."""
         parts: dict[str, jax.Array] = {}
         if self.split_dims:
             offsets = [sum(self.split_dims[: i + 1]) for i in range(len(self.split_dims) - 1)]

@@ -1,0 +1,39 @@
+"""Evaluates a checkpoint: python eval.py runs/quickstart --prompt "The President"."""
+
+import dataclasses
+
+import tyro
+
+from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.evaluation.report import EvaluationRequest, evaluate_checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Held-out loss, perplexity and bits per byte of a checkpoint, and text that it writes.
+
+    Attributes:
+        checkpoint: a training run's directory, or a folder with config.json and safetensors.
+        request: what to do with it.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    request: tyro.conf.OmitArgPrefixes[EvaluationRequest] = EvaluationRequest()
+
+
+def main() -> None:
+    with one_line_errors():
+        arguments = parse(Arguments, prog="eval.py")
+        report = evaluate_checkpoint(arguments.checkpoint, arguments.request)
+    if report.perplexity is not None:
+        result = report.perplexity
+        print(f"tokens         {result.num_tokens:,}")
+        print(f"loss           {result.loss:.4f} nats/token")
+        print(f"perplexity     {result.perplexity:.3f}")
+        print(f"bits per byte  {result.bits_per_byte:.4f}")
+    if report.sample is not None:
+        print(report.sample)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Batches of a token stream: for training a pure function of (seed, step), for evaluation every token once."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mamba_jax.config import DataConfig, ShardSource, Source
+from mamba_jax.data.batch import LMBatch
+from mamba_jax.data.packing import pack
+from mamba_jax.data.prepare import write_shards
+from mamba_jax.data.shards import INDEX_NAME, TokenDataset
+from mamba_jax.data.sources import open_documents
+from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.errors import InputError
+
+
+def open_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> TokenDataset:
+    """Opens the token stream of `source`; text is tokenised into `config.cache_dir` first unless it is there already.
+
+    The name of a cached folder is a hash of the source, of the names, sizes and times of its files, and of the
+    tokenizer, so changed text or another tokenizer never meets an old cache. Processes that share a cache may do this
+    at the same time.
+
+    Args:
+        source: shards, text files or a TFDS set.
+        config: its `cache_dir` is used.
+        tokenizer: must be the one that made a `ShardSource`.
+
+    Raises:
+        InputError: the source is missing, damaged or made by another tokenizer.
+    """
+    if isinstance(source, ShardSource):
+        folder = Path(source.path)
+    else:
+        documents = open_documents(source)
+        key = json.dumps([documents.identity, tokenizer.fingerprint], sort_keys=True)
+        folder = Path(config.cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
+        if not folder.exists():
+            try:
+                write_shards(documents, tokenizer, folder)
+            except InputError:
+                # Another process may have been faster; its folder is as good.
+                if not (folder / INDEX_NAME).is_file():
+                    raise
+    dataset = TokenDataset(folder)
+    if dataset.index.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"{folder} was made by another tokenizer (vocabulary {dataset.index.vocab_size}, here "
+            f"{tokenizer.vocab_size}): set data.tokenizer to that one or prepare the text again"
+        )
+    return dataset
+
+
+class TrainBatches:
+    """Training batches as a pure function of (seed, step).
+
+    Window i is the L + 1 tokens from i * L on: windows share one token, so every token but the first is a target
+    once an epoch, up to the tail shorter than a window. The windows of all batches form one endless sequence, in a new
+    random order every epoch; batch k is its elements k * B to (k + 1) * B - 1, of which process p of P gets the p-th
+    of P equal runs. So neither the number of processes nor threads nor restarts change what step k sees.
+
+    Args:
+        dataset: the token stream.
+        config: `seq_len`, `global_batch`, `documents` and `prefetch` are used.
+        seed: of the order.
+        process_index: p.
+        process_count: P.
+
+    Raises:
+        InputError: the stream is shorter than a window, or the batch cannot be split over the processes.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+    ) -> None:
+        import grain
+
+        num_windows = (dataset.num_tokens - 1) // config.seq_len
+        if num_windows == 0:
+            raise InputError(
+                f"the training text has {dataset.num_tokens} tokens, fewer than data.seq_len + 1 = "
+                f"{config.seq_len + 1}: use more text or a shorter seq_len"
+            )
+        self._dataset = dataset
+        self._config = config
+        self._rows = _process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
+        # Grain seeds epoch e with seed + e, so consecutive run seeds must be spread far apart.
+        order_seed = int.from_bytes(hashlib.sha256(f"window order {seed}".encode()).digest()[:4])
+        self._order = grain.MapDataset.range(num_windows).shuffle(seed=order_seed).repeat(None)
+
+    def at(self, step: int) -> LMBatch:
+        """Batch `step`, counted from 0: this process' rows, as numpy arrays."""
+        first = step * self._config.global_batch
+        windows = np.array([self._order[first + row] for row in self._rows])
+        tokens = self._dataset.read(windows * self._config.seq_len, length=self._config.seq_len + 1)
+        return pack(tokens, self._config, end_of_document=self._dataset.end_of_document)
+
+    def iterate(self, start_step: int) -> Iterator[LMBatch]:
+        """`at(start_step)`, `at(start_step + 1)`, ... without end, prepared ahead by background threads."""
+        import grain
+
+        options = grain.ReadOptions(
+            num_threads=min(self._config.prefetch, 16), prefetch_buffer_size=self._config.prefetch
+        )
+        return iter(grain.MapDataset.range(start_step, sys.maxsize).map(self.at).to_iter_dataset(options))
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[LMBatch]:
+    """Every target token of the stream once, in stream order.
+
+    The last window is padded with end-of-document tokens, the last batch with rows of them, both with loss_mask False.
+
+    Args:
+        dataset: the token stream.
+        config: `seq_len` and `documents` are used.
+        batch_size: sequences of a batch over all processes.
+        max_batches: take only so many batches, spread evenly over the stream.
+        process_index: p; process p gets the p-th of P equal runs of rows.
+        process_count: P.
+
+    Raises:
+        InputError: the stream has no target, or the batch cannot be split over the processes.
+    """
+    num_targets = dataset.num_tokens - 1
+    if num_targets == 0:
+        raise InputError("the evaluation text has a single token, so there is nothing to predict: use more text")
+    rows = _process_rows(batch_size, process_index, process_count, name="the evaluation batch size")
+    total = -(-num_targets // (config.seq_len * batch_size))
+    count = total if max_batches is None else min(total, max_batches)
+    batches = (index * total // count for index in range(count))
+    return (_evaluation_batch(dataset, config, np.array(rows) + batch * batch_size) for batch in batches)
+
+
+def _evaluation_batch(dataset: TokenDataset, config: DataConfig, windows: np.ndarray) -> LMBatch:
+    length = config.seq_len
+    starts = windows * length
+    targets = np.clip(dataset.num_tokens - 1 - starts, 0, length)
+    tokens = np.full((len(windows), length + 1), dataset.end_of_document, dtype=np.int32)
+    whole = targets == length
+    tokens[whole] = dataset.read(starts[whole], length=length + 1)
+    for row in np.flatnonzero((targets > 0) & ~whole):
+        tokens[row, : targets[row] + 1] = dataset.read(starts[[row]], length=int(targets[row]) + 1)
+    batch = pack(tokens, config, end_of_document=dataset.end_of_document)
+    return dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(length)[None] < targets[:, None]))
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int, *, name: str) -> range:
+    if batch_size % process_count:
+        raise InputError(f"{name} ({batch_size}) must be divisible by the {process_count} processes: change it")
+    rows = batch_size // process_count
+    return range(process_index * rows, (process_index + 1) * rows)

@@ -1,0 +1,178 @@
+"""Tokenises text into shards: `python -m mamba_jax.data.prepare --text FOLDER --output SHARDS`."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import rich.console
+import rich.markup
+import rich.progress
+
+from mamba_jax import cli
+from mamba_jax.config import TextFolderSource, TfdsSource, TokenizerConfig
+from mamba_jax.data.shard_writer import SHARD_TOKENS, ShardWriter, refuse_existing
+from mamba_jax.data.shards import ShardIndex
+from mamba_jax.data.sources import DocumentReader, Piece, open_documents
+from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
+from mamba_jax.errors import InputError
+
+# Text that is tokenised at once: enough to keep all cores of `tokenizers` busy, little enough to bound memory.
+_BATCH_BYTES = 4 * 2**20
+_BATCH_PIECES = 8192
+_PLAIN_SECONDS = 10.0
+
+
+def write_shards(
+    documents: DocumentReader, tokenizer: Tokenizer, folder: Path, *, shard_tokens: int = SHARD_TOKENS
+) -> ShardIndex:
+    """Tokenises all documents into a new folder of shards, with a progress bar, in constant memory.
+
+    Args:
+        documents: the text.
+        tokenizer: makes the ids.
+        folder: must not exist; it appears once it is complete.
+        shard_tokens: ids in a file.
+
+    Returns:
+        What the folder's index records.
+
+    Raises:
+        InputError: `folder` exists or cannot be written, or a document is no UTF-8 text.
+    """
+    with (
+        ShardWriter(folder, tokenizer, shard_tokens=shard_tokens) as writer,
+        _progress(f"tokenising {documents.name}", documents.total, documents.unit) as advance,
+    ):
+        for batch in _batches(documents.pieces()):
+            for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
+                writer.add(ids, num_bytes=piece.num_bytes, ends_document=piece.ends_document)
+            advance(len(batch) if documents.unit == "documents" else sum(piece.num_bytes for piece in batch))
+        return writer.finish()
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += piece.num_bytes
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_PIECES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line now and then anywhere else, both on standard error."""
+    console = rich.console.Console(stderr=True)
+    if console.is_terminal:
+        amount = rich.progress.DownloadColumn() if unit == "bytes" else rich.progress.MofNCompleteColumn()
+        columns = ("{task.description}", rich.progress.BarColumn(), amount, rich.progress.TimeRemainingColumn())
+        with rich.progress.Progress(*columns, console=console) as bar:
+            task = bar.add_task(rich.markup.escape(title), total=total)
+            yield lambda amount: bar.advance(task, amount)
+        return
+    done, next_line = 0, time.monotonic() + _PLAIN_SECONDS
+
+    def advance(amount: int) -> None:
+        nonlocal done, next_line
+        done += amount
+        if time.monotonic() >= next_line:
+            print(f"{title}: {done / total:.0%} of {total} {unit}", file=sys.stderr, flush=True)
+            next_line = time.monotonic() + _PLAIN_SECONDS
+
+    print(f"{title}: {total} {unit}", file=sys.stderr, flush=True)
+    yield advance
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareArguments:
+    """Writes token shards from a folder of text files (--text) or a TensorFlow Datasets set (--tfds).
+
+    Attributes:
+        output: the new folder; nothing is ever overwritten.
+        text: folder of UTF-8 text files, one document a file.
+        package: installed Python package that --text lies in.
+        pattern: glob below --text.
+        part: all files, or one side of the held-out split.
+        validation_fraction: share of the files that form the validation part.
+        tfds: name of a TFDS set such as lm1b, or the version folder of a prepared one.
+        split: TFDS split such as train or train[:90%].
+        data_dir: where TFDS keeps prepared sets.
+        text_field: TFDS feature that holds the text.
+        tokenizer: `tokenizers` JSON file; bytes without it.
+        end_of_document: token of that file that separates documents.
+        shard_tokens: token ids in a shard file.
+    """
+
+    output: str
+    text: str | None = None
+    package: str | None = None
+    pattern: str = "**/*.txt"
+    part: Literal["all", "train", "validation"] = "all"
+    validation_fraction: float = 0.05
+    tfds: str | None = None
+    split: str | None = None
+    data_dir: str | None = None
+    text_field: str = "text"
+    tokenizer: str | None = None
+    end_of_document: str = "<|endoftext|>"
+    shard_tokens: int = SHARD_TOKENS
+
+    def source(self) -> TextFolderSource | TfdsSource:
+        """The source that the flags name.
+
+        Raises:
+            InputError: not exactly one of --text and --tfds is given, or a flag belongs to the other one.
+        """
+        if self.text is not None and self.tfds is None:
+            if self.split is not None or self.data_dir is not None:
+                raise InputError("--split and --data-dir belong to --tfds; --text takes --part")
+            return TextFolderSource(
+                path=self.text,
+                package=self.package,
+                pattern=self.pattern,
+                part=self.part,
+                validation_fraction=self.validation_fraction,
+            )
+        if self.tfds is not None and self.text is None:
+            if self.part != "all" or self.package is not None or self.split is None:
+                raise InputError("--tfds needs --split, such as train[:95%], and takes neither --part nor --package")
+            return TfdsSource(name=self.tfds, split=self.split, data_dir=self.data_dir, text_field=self.text_field)
+        raise InputError("give exactly one of --text FOLDER and --tfds NAME")
+
+
+def main() -> None:
+    """The command line."""
+    with cli.one_line_errors():
+        arguments = cli.parse(PrepareArguments, prog="python -m mamba_jax.data.prepare")
+        folder = Path(arguments.output)
+        refuse_existing(folder)
+        tokenizer = make_tokenizer(
+            TokenizerConfig(
+                kind="byte" if arguments.tokenizer is None else "hf_json",
+                path=arguments.tokenizer,
+                end_of_document=arguments.end_of_document,
+            )
+        )
+        documents = open_documents(arguments.source())
+        start = time.monotonic()
+        index = write_shards(documents, tokenizer, folder, shard_tokens=arguments.shard_tokens)
+        seconds = time.monotonic() - start
+        size = sum(shard.size for shard in index.shards)
+        print(
+            f"{folder}: {index.documents:,} documents, {index.num_bytes:,} bytes of text, {index.tokens:,} tokens "
+            f"({index.num_bytes / index.tokens:.3f} bytes a token, vocabulary {index.vocab_size:,}), "
+            f"{len(index.shards)} shards of {size:,} bytes in all, {seconds:.1f} s, "
+            f"{index.num_bytes / 1e6 / seconds:.1f} MB/s"
+        )
+
+
+if __name__ == "__main__":
+    main()

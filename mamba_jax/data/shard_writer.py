@@ -1,0 +1,190 @@
+"""Writes a token stream to shards, all or nothing."""
+
+import glob
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from array_record.python import array_record_module
+from jaxtyping import Int
+
+from mamba_jax.data.shards import BLOCK_TOKENS, INDEX_JSON, INDEX_NAME, ShardEntry, ShardIndex
+from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.errors import InputError
+
+SHARD_TOKENS = 2**27
+_FLUSH_TOKENS = 256 * BLOCK_TOKENS
+_STALE_SECONDS = 24 * 3600
+
+
+class ShardWriter:
+    """Writes a folder of token shards; it appears under its name only once it is complete.
+
+    Everything goes to a hidden sibling folder first, which `finish` renames, so that neither a crash nor a second
+    writer leaves a folder that looks valid. Use it as a context manager: leaving it before `finish` removes the files.
+
+    Args:
+        folder: where the shards will be; it must not exist.
+        tokenizer: the one that makes the ids.
+        shard_tokens: ids in a file, rounded up to whole blocks.
+
+    Raises:
+        InputError: `folder` exists or its parent cannot be written to.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS) -> None:
+        if shard_tokens <= 0:
+            raise InputError(f"shard_tokens must be positive, got {shard_tokens}")
+        refuse_existing(folder)
+        self._folder = folder
+        self._partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self._shard_blocks = -(-shard_tokens // BLOCK_TOKENS)
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._documents = self._num_bytes = self._tokens = 0
+        self._shards: list[ShardEntry] = []
+        self._file: array_record_module.ArrayRecordWriter | None = None
+        self._file_records = self._file_tokens = 0
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(self._folder)
+            self._partial.mkdir()
+        except OSError as error:
+            raise InputError(f"cannot create token shards in {self._folder.parent}: {error.strerror}") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, ids: Int[np.ndarray, " T"], *, num_bytes: int, ends_document: bool) -> None:
+        """Appends a document, or a part of one.
+
+        Args:
+            ids: token ids of the text.
+            num_bytes: UTF-8 length of the text.
+            ends_document: the end-of-document token follows.
+
+        Raises:
+            InputError: an id lies outside the vocabulary, or the disk is full.
+        """
+        self._pending.append(ids)
+        self._pending_tokens += len(ids)
+        self._num_bytes += num_bytes
+        if ends_document:
+            self._pending.append(np.array([self._tokenizer.end_of_document], dtype=np.int32))
+            self._pending_tokens += 1
+            self._documents += 1
+        if self._pending_tokens >= _FLUSH_TOKENS:
+            self._flush(last=False)
+
+    def finish(self) -> ShardIndex:
+        """Completes the last shard, writes the index and gives the folder its name.
+
+        Raises:
+            InputError: nothing was added, the disk is full, or the folder has come to exist meanwhile.
+        """
+        self._flush(last=True)
+        if self._tokens == 0:
+            raise InputError(f"no text to write to {self._folder}")
+        index = ShardIndex(
+            vocab_size=self._tokenizer.vocab_size,
+            end_of_document=self._tokenizer.end_of_document,
+            tokenizer_fingerprint=self._tokenizer.fingerprint,
+            dtype="uint16" if self._dtype.itemsize == 2 else "uint32",
+            block_tokens=BLOCK_TOKENS,
+            documents=self._documents,
+            tokens=self._tokens,
+            num_bytes=self._num_bytes,
+            shards=tuple(self._shards),
+        )
+        try:
+            (self._partial / INDEX_NAME).write_bytes(INDEX_JSON.dump_json(index, indent=2) + b"\n")
+        except OSError as error:
+            raise InputError(f"cannot write the index of {self._folder}: {error.strerror}") from None
+        refuse_existing(self._folder)
+        try:
+            os.rename(self._partial, self._folder)
+        except OSError as error:
+            raise InputError(f"cannot rename the finished shards to {self._folder}: {error.strerror}") from None
+        return index
+
+    def _flush(self, *, last: bool) -> None:
+        ids = np.concatenate([*self._pending, np.empty(0, np.int32)])
+        bad = np.flatnonzero((ids < 0) | (ids >= self._tokenizer.vocab_size))
+        if bad.size:
+            raise InputError(
+                f"token {self._tokens + bad[0]} of the stream is {ids[bad[0]]}, outside the vocabulary of "
+                f"{self._tokenizer.vocab_size} ids"
+            )
+        whole = len(ids) if last else len(ids) // BLOCK_TOKENS * BLOCK_TOKENS
+        self._pending, self._pending_tokens = [ids[whole:]], len(ids) - whole
+        data = ids[:whole].astype(self._dtype)
+        for start in range(0, whole, BLOCK_TOKENS):
+            self._write_block(data[start : start + BLOCK_TOKENS])
+        if last:
+            self._close_shard()
+
+    def _write_block(self, block: np.ndarray) -> None:
+        if self._file_records == self._shard_blocks:
+            self._close_shard()
+        try:
+            if self._file is None:
+                self._file = array_record_module.ArrayRecordWriter(str(self._shard_path()), "group_size:1,zstd:3")
+            self._file.write(block.tobytes())
+        except RuntimeError as error:
+            raise self._write_error(error) from None
+        self._file_records += 1
+        self._file_tokens += len(block)
+        self._tokens += len(block)
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.close()
+        except RuntimeError as error:
+            raise self._write_error(error) from None
+        path = self._shard_path()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._shards.append(
+            ShardEntry(
+                file=path.name,
+                records=self._file_records,
+                tokens=self._file_tokens,
+                size=path.stat().st_size,
+                sha256=digest,
+            )
+        )
+        self._file, self._file_records, self._file_tokens = None, 0, 0
+
+    def _shard_path(self) -> Path:
+        return self._partial / f"tokens-{len(self._shards):05d}.array_record"
+
+    def _write_error(self, error: RuntimeError) -> InputError:
+        return InputError(f"cannot write shard {self._shard_path().name} of {self._folder}: {error}")
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises an `InputError` if there is anything at `folder`; nothing is ever overwritten."""
+    if folder.exists():
+        raise InputError(f"{folder} exists already: choose another folder or remove it")
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what killed writers of the same folder left; a living one has touched its files within a day."""
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        newest = max(path.stat().st_mtime for path in [partial, *partial.iterdir()])
+        if time.time() - newest > _STALE_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)

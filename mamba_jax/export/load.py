@@ -1,0 +1,49 @@
+"""Any checkpoint this project can read, by its path."""
+
+import dataclasses
+from pathlib import Path
+
+from mamba_jax.checkpoint import load_params
+from mamba_jax.config import ExperimentConfig, ModelConfig
+from mamba_jax.errors import InputError
+from mamba_jax.export import huggingface
+from mamba_jax.models.parameters import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint:
+    """A model out of a training run or a safetensors folder.
+
+    Attributes:
+        config: of the model.
+        params: its parameters.
+        experiment: the training run's config; None for a safetensors folder.
+        step: updates done; None for a safetensors folder.
+    """
+
+    config: ModelConfig
+    params: Params
+    experiment: ExperimentConfig | None
+    step: int | None
+
+
+def load_model(path: str | Path, *, step: int | None = None) -> LoadedCheckpoint:
+    """Reads a training run's directory, or a folder with `config.json` and safetensors.
+
+    Args:
+        path: the folder.
+        step: which checkpoint of a training run; None is the newest.
+
+    Raises:
+        InputError: the folder is neither, is damaged, or has no such step.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"no checkpoint folder {path}")
+    if (path / "checkpoints").is_dir():
+        run = load_params(path, step)
+        return LoadedCheckpoint(config=run.config.model, params=run.params, experiment=run.config, step=run.step)
+    if step is not None:
+        raise InputError(f"{path} is no training run, so it has no step {step}: leave the step out")
+    model = huggingface.load(path)
+    return LoadedCheckpoint(config=model.config, params=model.params, experiment=None, step=None)

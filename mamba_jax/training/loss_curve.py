@@ -1,0 +1,38 @@
+"""The loss curve of a run as a picture."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from mamba_jax.training.metric_writer import read_metrics
+
+
+def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
+    """Draws training and validation loss over the steps into `loss_curve.png`.
+
+    Args:
+        run_dir: holds `metrics.jsonl`.
+        title: of the picture.
+
+    Returns:
+        Path of the picture; None if nothing was logged.
+    """
+    records = read_metrics(run_dir)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    styles = {
+        "train": ("cross_entropy", "training", {"linewidth": 1.0}),
+        "validation": ("loss", "held-out", {"marker": "o"}),
+    }
+    for kind, (field, label, style) in styles.items():
+        points = [(record["step"], record[field]) for record in records if record["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    if not axes.lines:
+        return None
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = run_dir / "loss_curve.png"
+    figure.savefig(path, dpi=120)
+    return path

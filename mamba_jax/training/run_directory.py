@@ -1,0 +1,66 @@
+"""The folder of a run: who may write there, and whether a config may continue what is in it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mamba_jax.config import ExperimentConfig, from_json, to_json
+from mamba_jax.errors import InputError
+
+_CONFIG = "config.json"
+
+# Fields that may change when a run is resumed: they decide where, how fast and how visibly it runs, not its result.
+_CHANGEABLE = {
+    "name",
+    "data.cache_dir",
+    "data.prefetch",
+    "model.remat",
+    "model.mixer.scan_implementation",
+    "train.run_dir",
+    "train.loss_chunk",
+    "train.log_every",
+    "train.sample_every",
+    "train.sample_prompt",
+    "train.sample_tokens",
+}
+_CHANGEABLE_SECTIONS = ("mesh", "checkpoint", "evaluation", "data.validation")
+
+
+def prepare_run_directory(config: ExperimentConfig) -> Path:
+    """Creates the run directory, or makes sure that the run in it is the one that `config` describes.
+
+    Raises:
+        InputError: the folder holds something else, or a run whose result would differ; the message names the fields.
+    """
+    run_dir = Path(config.train.run_dir)
+    stored_path = run_dir / _CONFIG
+    if stored_path.is_file():
+        stored = from_json(ExperimentConfig, stored_path.read_text(), origin=str(stored_path))
+        if changes := _result_changes(stored, config):
+            raise InputError(
+                f"{run_dir} holds a run with another config ({'; '.join(changes)}): choose another train.run_dir, "
+                "or undo the change to resume it"
+            )
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise InputError(f"train.run_dir {run_dir} exists and holds no run: choose another folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f".{_CONFIG}"
+    temporary.write_text(to_json(config) + "\n")
+    temporary.replace(stored_path)
+    return run_dir
+
+
+def _result_changes(stored: ExperimentConfig, current: ExperimentConfig) -> list[str]:
+    old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(current))
+    return [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in _CHANGEABLE and not name.startswith(_CHANGEABLE_SECTIONS)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
