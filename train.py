@@ -15,9 +15,7 @@ def main() -> None:
 
         result = train(config)
     if result.validation is not None and result.is_complete:
-        print(
-            f"done: {result.validation.bits_per_byte:.4f} bits per byte on held-out text, results in {config.train.run_dir}"
-        )
+        print(f"{result.validation.bits_per_byte:.4f} bits per byte on held-out text; see {config.train.run_dir}")
 
 
 if __name__ == "__main__":

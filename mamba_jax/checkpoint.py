@@ -41,7 +41,6 @@ class Checkpointer:
     """Saves and restores the training state of one run directory."""
 
     def __init__(self, run_dir: str | Path, config: CheckpointConfig) -> None:
-        logging.getLogger("absl").setLevel(logging.WARNING)
         self._manager = _manager(run_dir, ocp.CheckpointManagerOptions(max_to_keep=config.keep))
 
     @property
@@ -121,6 +120,8 @@ def load_params(run_dir: str | Path, step: int | None = None) -> LoadedParams:
 
 
 def _manager(run_dir: str | Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    # Orbax reports every option that it derives from another, and every step of every save.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     handlers = ocp.DefaultCheckpointHandlerRegistry()
     for item in ("params", "rest"):
         handler = ocp.StandardCheckpointHandler()

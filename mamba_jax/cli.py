@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from mamba_jax.errors import InputError
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns an `InputError` into `error: ...` on standard error and exit status 2."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         yield
     except InputError as error:
@@ -60,7 +58,7 @@ def _one_line(report: str) -> str:
     statements = [lines for lines in paragraphs if any(":" in line or "--" in line for line in lines)]
     flags = [[line.split()[0] for line in lines if line.startswith("--")] for lines in statements]
     if statements[0][0].startswith("Missing from"):
-        return f"missing {', '.join(flags[0])}; --help explains them"
+        return f"missing {', '.join(flags[0]) or 'an argument'}; --help explains it"
     message = " ".join(statements[0])
     suggestion = next((flag for group in flags[1:] for flag in group), None)
     return f"{message}; did you mean {suggestion}?" if message.startswith("Unrecognized") and suggestion else message

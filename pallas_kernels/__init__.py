@@ -1,0 +1,17 @@
+"""State-space operations as pure functions on arrays, each with one signature for every backend."""
+
+from pallas_kernels.causal_conv1d.api import causal_conv1d
+from pallas_kernels.causal_conv1d.signature import ConvOutput
+from pallas_kernels.selective_scan.api import selective_scan
+from pallas_kernels.selective_scan.signature import ScanOutput
+from pallas_kernels.selective_state_update.api import selective_state_update
+from pallas_kernels.selective_state_update.signature import StateUpdateOutput
+
+__all__ = [
+    "ConvOutput",
+    "ScanOutput",
+    "StateUpdateOutput",
+    "causal_conv1d",
+    "selective_scan",
+    "selective_state_update",
+]

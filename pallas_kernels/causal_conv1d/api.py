@@ -1,0 +1,53 @@
+"""Short causal convolution of every channel with its own filter."""
+
+from pallas_kernels.array_types import ChannelE, SegmentsBL, SequenceBLE, WeightKE, WindowBKE
+from pallas_kernels.causal_conv1d import reference, xla
+from pallas_kernels.causal_conv1d.signature import OP, Activation, ConvOutput, check_arguments
+from pallas_kernels.dispatch import Dispatcher
+
+_dispatch = Dispatcher[ConvOutput](
+    op=OP, implementations={"reference": reference.causal_conv1d, "xla": xla.causal_conv1d}
+)
+IMPLEMENTATIONS = tuple(_dispatch.implementations)
+
+
+def causal_conv1d(
+    x: SequenceBLE,
+    weight: WeightKE,
+    bias: ChannelE | None = None,
+    *,
+    activation: Activation | None = None,
+    initial_window: WindowBKE | None = None,
+    segment_ids: SegmentsBL | None = None,
+    implementation: str | None = None,
+) -> ConvOutput:
+    """Convolves each channel with its own K taps over the current token and the K - 1 before it.
+
+        y_t = activation(bias + sum_k weight_k x_{t - (K - 1) + k})
+
+    Inputs of another segment than that of token t count as zero. Sums are float32. Reverse-mode differentiable in every
+    floating argument, through both outputs.
+
+    Args:
+        x: (B, L, E) input.
+        weight: (K, E) taps; weight[K - 1] multiplies the current token.
+        bias: (E,); None is zero.
+        activation: "silu" or None for the identity.
+        initial_window: (B, K - 1, E) the inputs before the first token, oldest first, rounded to the dtype of x; they
+            belong to the first token's segment. None is zero.
+        segment_ids: (B, L) document of each token; a segment starts where the id differs from that of the token before.
+        implementation: a name runs or raises; None takes the platform's best that accepts the arguments.
+
+    Returns:
+        The output y and the window that continues the sequence.
+
+    Raises:
+        ValueError: a shape or dtype outside the above, or an unknown name.
+        NotImplementedError: the named implementation does not take the arguments.
+        ExceptionGroup: no implementation for the platform takes them.
+
+    Source: arXiv 2312.00752, figure 3.
+    """
+    options = {"activation": activation, "initial_window": initial_window, "segment_ids": segment_ids}
+    check_arguments(x, weight, bias, **options)
+    return _dispatch(x, weight, bias, **options, implementation=implementation)

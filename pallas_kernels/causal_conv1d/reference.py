@@ -1,0 +1,45 @@
+"""The causal convolution, token by token and straight from its equation: the oracle of every other implementation.
+
+It computes in float64 if an argument has that precision and in float32 otherwise.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.causal_conv1d.signature import Activation, ConvOutput
+
+
+def causal_conv1d(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: Activation | None,
+    initial_window: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> ConvOutput:
+    """See `pallas_kernels.causal_conv1d.api.causal_conv1d`."""
+    batch, length, channels = x.shape
+    width = weight.shape[0]
+    is_double = any(a is not None and a.dtype == jnp.float64 for a in (x, weight, bias, initial_window))
+    real = jnp.float64 if is_double else jnp.float32
+    window_BKE = jnp.zeros((batch, width - 1, channels), real)
+    if initial_window is not None:
+        window_BKE = initial_window.astype(x.dtype).astype(real)
+    is_start_LB = jnp.zeros((length, batch), bool)
+    if segment_ids is not None:
+        is_start_LB = is_start_LB.at[1:].set(segment_ids.T[1:] != segment_ids.T[:-1])
+
+    def step(window_BKE, inputs):
+        x_BE, is_start_B = inputs
+        window_BKE = jnp.where(is_start_B[:, None, None], 0, window_BKE)
+        window_BKE = jnp.concatenate([window_BKE, x_BE[:, None]], axis=1)
+        y_BE = jnp.sum(weight.astype(real)[None] * window_BKE, axis=1)
+        return window_BKE[:, 1:], y_BE
+
+    window_BKE, y_LBE = jax.lax.scan(step, window_BKE, (jnp.moveaxis(x, 1, 0).astype(real), is_start_LB))
+    if bias is not None:
+        y_LBE = y_LBE + bias.astype(real)[None, None, :]
+    if activation == "silu":
+        y_LBE = jax.nn.silu(y_LBE)
+    return ConvOutput(y=jnp.moveaxis(y_LBE, 0, 1).astype(x.dtype), final_window=window_BKE.astype(x.dtype))

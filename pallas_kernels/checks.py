@@ -1,0 +1,54 @@
+"""One-line errors for arguments that no implementation could take."""
+
+import jax
+import jax.numpy as jnp
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_shape(op: str, name: str, array: jax.Array | None, *expected: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless `array` is None or has one of the expected shapes.
+
+    Args:
+        op: name of the op, for the message.
+        name: of the argument, for the message.
+        array: the argument.
+        *expected: shapes that are allowed.
+        meaning: the allowed shapes in letters, for the message.
+    """
+    if array is None or array.shape in expected:
+        return
+    allowed = " or ".join(map(str, dict.fromkeys(expected)))
+    raise ValueError(f"{op}: {name} has shape {array.shape}, expected {meaning} = {allowed}")
+
+
+def require_float(op: str, **arrays: jax.Array | None) -> None:
+    """Raises ValueError unless every array is None or of a real floating dtype."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}, expected a real floating dtype")
+
+
+def require_inexact(op: str, *, complex_allowed: bool, **arrays: jax.Array | None) -> None:
+    """Raises ValueError unless every array is None, real floating, or complex where that is allowed."""
+    for name, array in arrays.items():
+        if array is None or jnp.issubdtype(array.dtype, jnp.floating):
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}, expected a floating or complex dtype")
+        if not complex_allowed:
+            raise ValueError(f"{op}: {name} has dtype {array.dtype} but A is real; give a complex A or a real {name}")
+
+
+def decline_double_precision(op: str, *arrays: jax.Array | None) -> None:
+    """Raises NotImplementedError if an array is float64 or complex128, which only the references compute in."""
+    for array in arrays:
+        if array is not None and array.dtype in (jnp.float64, jnp.complex128):
+            raise NotImplementedError(
+                f"{op}: 'xla' keeps its state in float32 and would round {array.dtype} arguments; cast them or use "
+                "implementation='reference'"
+            )

@@ -1,0 +1,62 @@
+"""One time step of the selective scan, for token-by-token generation."""
+
+from pallas_kernels.array_types import ChannelE, MatrixEN, StateBEN, TokenBE, TokenMatrix
+from pallas_kernels.dispatch import Dispatcher
+from pallas_kernels.selective_scan.signature import Discretization
+from pallas_kernels.selective_state_update import reference, xla
+from pallas_kernels.selective_state_update.signature import OP, StateUpdateOutput, check_arguments
+
+_dispatch = Dispatcher[StateUpdateOutput](
+    op=OP, implementations={"reference": reference.selective_state_update, "xla": xla.selective_state_update}
+)
+IMPLEMENTATIONS = tuple(_dispatch.implementations)
+
+
+def selective_state_update(
+    state: StateBEN,
+    x: TokenBE,
+    dt: TokenBE,
+    A: MatrixEN,
+    B: TokenMatrix,
+    C: TokenMatrix,
+    *,
+    D: ChannelE | None = None,
+    z: TokenBE | None = None,
+    dt_bias: ChannelE | None = None,
+    dt_softplus: bool = False,
+    discretization: Discretization = "euler",
+    implementation: str | None = None,
+) -> StateUpdateOutput:
+    """Advances the recurrence of `selective_scan` by one token.
+
+        h' = exp(dt A) h + Bbar x
+        y = (sum_n C h' + D x) silu(z)
+
+    Args:
+        state: (B, E, N) state before the token.
+        x: (B, E) input.
+        dt: (B, E) step size, before bias and softplus; after them it must not be negative.
+        A: (E, N) decay rates, real part negative; a zero is not allowed with "zoh". Real or complex.
+        B: input matrix: (B, N); (B, G, N), where channel e belongs to group e // (E / G); or (E, N), constant.
+        C: output matrix, shaped like B or by itself any of the three.
+        D: (E,) skip connection; None is none.
+        z: (B, E) gate; None is none.
+        dt_bias: (E,) added to dt; None is none.
+        dt_softplus: apply softplus to dt + dt_bias.
+        discretization: "euler" or "zoh", of B.
+        implementation: a name runs or raises; None takes the platform's best that accepts the arguments.
+
+    Returns:
+        The output y and the state after the token.
+
+    Raises:
+        ValueError: a shape or dtype outside the above, or an unknown name. Two-dimensional B and C are refused where
+            the batch size equals E, because they could mean either.
+        NotImplementedError: the named implementation does not take the arguments.
+        ExceptionGroup: no implementation for the platform takes them.
+
+    Source: arXiv 2312.00752, equation 2.
+    """
+    options = {"D": D, "z": z, "dt_bias": dt_bias, "discretization": discretization}
+    check_arguments(state, x, dt, A, B, C, **options)
+    return _dispatch(state, x, dt, A, B, C, **options, dt_softplus=dt_softplus, implementation=implementation)

@@ -1,0 +1,52 @@
+"""Token streams written by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mamba_jax.config import DataConfig, ShardSource
+from mamba_jax.data.shard_writer import ShardWriter
+from mamba_jax.data.shards import TokenDataset
+from mamba_jax.data.tokenizer import ByteTokenizer
+
+MakeStream = Callable[..., TokenDataset]
+
+
+@pytest.fixture
+def make_stream(tmp_path: Path) -> MakeStream:
+    """Writes documents, given as lists of ids, and opens the result."""
+
+    def make(documents: list[list[int]], *, name: str = "shards", shard_tokens: int = 2**20) -> TokenDataset:
+        with ShardWriter(tmp_path / name, ByteTokenizer(), shard_tokens=shard_tokens) as writer:
+            for ids in documents:
+                writer.add(np.array(ids, dtype=np.int32), num_bytes=len(ids), ends_document=True)
+            writer.finish()
+        return TokenDataset(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
+    """A small config; its source is not read by the functions that take an open stream."""
+
+    def make(**fields: object) -> DataConfig:
+        defaults = {
+            "train": ShardSource(path=str(tmp_path / "shards")),
+            "seq_len": 8,
+            "global_batch": 8,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return DataConfig(**{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture
+def numbered_stream(make_stream: MakeStream) -> TokenDataset:
+    """One document whose every window of four ids is unique, spread over several shards and blocks."""
+    positions = np.arange(20_000)
+    ids = np.where(positions % 2, positions // 2 % 251, positions // 502 % 251)
+    return make_stream([ids.tolist()], shard_tokens=8192)
