@@ -1,8 +1,11 @@
-"""Test-wide settings: eight CPU devices, strict rank promotion, runtime checks of every jaxtyping annotation."""
+"""Test-wide settings: eight CPU devices, strict rank promotion, runtime checks of every jaxtyping annotation.
+
+JAX_PLATFORMS=cuda in the environment runs the same tests on a GPU.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 

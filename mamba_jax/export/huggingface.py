@@ -11,14 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from mamba_jax.config import ModelConfig
+from mamba_jax.config import DType, ModelConfig
 from mamba_jax.errors import InputError
 from mamba_jax.export import configs
 from mamba_jax.models.parameters import Params, define
@@ -142,8 +142,7 @@ def load(path: str | Path) -> LoadedModel:
     config, layout = configs.read(path / "config.json")
     tensors = _read_tensors(path)
     table = _table(config, layout)
-    expected = define(config).params
-    shapes = {key: leaf.shape for key, leaf in traverse_util.flatten_dict(expected).items()}
+    expected: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(define(config).params)
     if config.tie_embeddings and _HEAD in tensors:
         embedding = tensors.get(table["embedding", "table"].name)
         head = tensors.pop(_HEAD)
@@ -152,7 +151,7 @@ def load(path: str | Path) -> LoadedModel:
     problems, flat = [], {}
     for key, tensor in table.items():
         layers = range(config.num_layers) if key[0] == "layers" else [None]
-        shape = shapes[key][1:] if key[0] == "layers" else shapes[key]
+        shape = expected[key].shape[1:] if key[0] == "layers" else expected[key].shape
         stored_shape = tensor.to_file(np.empty(shape, np.int8)).shape
         values = []
         for layer in layers:
@@ -171,7 +170,7 @@ def load(path: str | Path) -> LoadedModel:
         raise InputError(f"{path} does not hold the model of its config.json: {'; '.join(problems)}")
     dtypes = {str(value.dtype) for value in flat.values()}
     if len(dtypes) == 1:
-        config = dataclasses.replace(config, param_dtype=dtypes.pop())
+        config = dataclasses.replace(config, param_dtype=cast(DType, dtypes.pop()))
     else:
         flat = {key: value.astype(np.float32) for key, value in flat.items()}
     return LoadedModel(config=config, params=traverse_util.unflatten_dict(flat))
@@ -203,7 +202,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
-        import torch
+        import torch  # pyrefly: ignore[missing-import]
     except ImportError:
         raise InputError(
             f"reading {path} needs PyTorch: install torch, or convert it to safetensors elsewhere"

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
@@ -71,10 +72,10 @@ class LanguageModel(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[jax.Array, "B L"],
+        tokens: Int[jax.Array | np.ndarray, "B L"],
         state: LMState | None = None,
         *,
-        segment_ids: Int[jax.Array, "B L"] | None = None,
+        segment_ids: Int[jax.Array | np.ndarray, "B L"] | None = None,
     ) -> LMOutput:
         """Logits of the next token at every position.
 
@@ -92,22 +93,23 @@ class LanguageModel(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[jax.Array, "B L"],
+        tokens: Int[jax.Array | np.ndarray, "B L"],
         state: LMState | None = None,
         *,
-        segment_ids: Int[jax.Array, "B L"] | None = None,
+        segment_ids: Int[jax.Array | np.ndarray, "B L"] | None = None,
     ) -> HiddenOutput:
         """The model without its head; arguments as in `__call__`."""
         graph, params = nnx.split(self.layers)
+        segment_ids_BL = None if segment_ids is None else jnp.asarray(segment_ids)
 
         def run_block(residual_BLD, layer):
             params, layer_state = layer
-            return nnx.merge(graph, params)(residual_BLD, layer_state, segment_ids)
+            return nnx.merge(graph, params)(residual_BLD, layer_state, segment_ids_BL)
 
         if self.config.remat != "none":
             policy = _REMAT_POLICIES[self.config.remat]
             run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=False)
-        residual_BLD = constrain(self.embedding(tokens), Axis.BATCH, Axis.LENGTH, None)
+        residual_BLD = constrain(self.embedding(jnp.asarray(tokens)), Axis.BATCH, Axis.LENGTH, None)
         residual_BLD, layers = jax.lax.scan(run_block, residual_BLD, (params, state and state.layers))
         hidden_BLD = self.norm_f(residual_BLD, dtype=self.config.compute_dtype)
         return HiddenOutput(hidden=hidden_BLD, state=LMState(layers=layers))

@@ -162,7 +162,7 @@ class _Run:
                 self._evaluate(step)
                 self._sample(step)
             self._save(step)
-        if self.is_main:
+        if self.writer is not None:
             self.writer.close()
             plot_loss_curve(self.run_dir, title=config.name)
         if step < last:

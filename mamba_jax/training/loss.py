@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 
@@ -27,8 +28,8 @@ class LossOutput:
 def next_token_loss(
     hidden: Float[jax.Array, "B L D"],
     unembedding: Float[jax.Array, "V D"],
-    targets: Int[jax.Array, "B L"],
-    mask: Bool[jax.Array, "B L"],
+    targets: Int[jax.Array | np.ndarray, "B L"],
+    mask: Bool[jax.Array | np.ndarray, "B L"],
     *,
     normalizer: Float[jax.Array, ""],
     z_loss: float,
@@ -56,7 +57,7 @@ def next_token_loss(
     chunk = min(chunk, length)
     padding = -length % chunk
 
-    def split(array: jax.Array) -> jax.Array:
+    def split(array: jax.Array | np.ndarray) -> jax.Array:
         array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
         return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
 

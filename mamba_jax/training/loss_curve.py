@@ -20,14 +20,13 @@ def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
     records = read_metrics(run_dir)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    styles = {
-        "train": ("cross_entropy", "training", {"linewidth": 1.0}),
-        "validation": ("loss", "held-out", {"marker": "o"}),
-    }
-    for kind, (field, label, style) in styles.items():
+    for kind, field, label, marker in (
+        ("train", "cross_entropy", "training", ""),
+        ("validation", "loss", "held-out", "o"),
+    ):
         points = [(record["step"], record[field]) for record in records if record["kind"] == kind]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.0)
     if not axes.lines:
         return None
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")

@@ -22,13 +22,13 @@ class TrainState:
     """State of training.
 
     Attributes:
-        step: updates done so far, int32; also the number of batches consumed.
+        step: updates done so far, an int32 scalar; also the number of batches consumed.
         params: parameters.
         opt_state: of the optimizer; its moments are laid out as their parameters.
     """
 
-    step: jax.Array
-    params: Params
+    step: Any
+    params: Any
     opt_state: Any
 
 
@@ -55,7 +55,7 @@ def abstract_state(definition: ModelDefinition, optimizer: optax.GradientTransfo
         step=replicated(mesh),
         params=shardings,
         opt_state=optax.tree_utils.tree_map_params(
-            optimizer,
+            optimizer.init,
             lambda _, sharding: sharding,
             state.opt_state,
             shardings,
