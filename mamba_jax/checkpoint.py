@@ -41,7 +41,7 @@ class Checkpointer:
     """Saves and restores the training state of one run directory."""
 
     def __init__(self, run_dir: str | Path, config: CheckpointConfig) -> None:
-        self._manager = _manager(run_dir, ocp.CheckpointManagerOptions(max_to_keep=config.keep))
+        self._manager = _manager(run_dir, max_to_keep=config.keep)
 
     @property
     def latest_step(self) -> int | None:
@@ -100,7 +100,7 @@ def load_params(run_dir: str | Path, step: int | None = None) -> LoadedParams:
     """
     if not (Path(run_dir) / _FOLDER).is_dir():
         raise InputError(f"{run_dir} is no run directory: it has no folder {_FOLDER!r}")
-    with _manager(run_dir, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(run_dir, read_only=True) as manager:
         steps = sorted(manager.all_steps())
         if not steps:
             raise InputError(f"{run_dir} has no complete checkpoint yet")
@@ -119,7 +119,7 @@ def load_params(run_dir: str | Path, step: int | None = None) -> LoadedParams:
     return LoadedParams(config=config, params=params, step=step)
 
 
-def _manager(run_dir: str | Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _manager(run_dir: str | Path, **options: Any) -> ocp.CheckpointManager:
     # Orbax reports every option that it derives from another, and every step of every save.
     logging.getLogger("absl").setLevel(logging.ERROR)
     handlers = ocp.DefaultCheckpointHandlerRegistry()
@@ -130,7 +130,11 @@ def _manager(run_dir: str | Path, options: ocp.CheckpointManagerOptions) -> ocp.
     config_handler = ocp.JsonCheckpointHandler()
     handlers.add("config", ocp.args.JsonSave, config_handler)
     handlers.add("config", ocp.args.JsonRestore, config_handler)
-    return ocp.CheckpointManager((Path(run_dir) / _FOLDER).absolute(), options=options, handler_registry=handlers)
+    return ocp.CheckpointManager(
+        (Path(run_dir) / _FOLDER).absolute(),
+        options=ocp.CheckpointManagerOptions(**options),
+        handler_registry=handlers,
+    )
 
 
 def _check_same(stored: Any, expected: Any, *, origin: str) -> None:

@@ -465,6 +465,11 @@ class ExperimentConfig(_Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences of an evaluation batch."""
+        return self.evaluation.batch_size or self.data.global_batch
+
     def __post_init__(self) -> None:
         batch, parts = self.data.global_batch, self.train.accumulation_steps
         _require(

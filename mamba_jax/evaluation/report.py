@@ -110,7 +110,7 @@ def _data_config(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoin
         train=source,
         tokenizer=tokenizer,
         seq_len=request.seq_len or (experiment.data.seq_len if experiment else 2048),
-        global_batch=request.batch_size or (experiment.data.global_batch if experiment else 8),
+        global_batch=request.batch_size or (experiment.evaluation_batch_size if experiment else 8),
         documents=experiment.data.documents if experiment else "packed",
         cache_dir=experiment.data.cache_dir if experiment else DataConfig.cache_dir,
     )

@@ -71,7 +71,7 @@ def train(config: ExperimentConfig) -> TrainResult:
     shards = batch_shards(mesh)
     for name, size in (
         ("data.global_batch / train.accumulation_steps", config.data.global_batch // config.train.accumulation_steps),
-        ("evaluation.batch_size", _evaluation_batch_size(config)),
+        ("evaluation.batch_size", config.evaluation_batch_size),
     ):
         if size % shards:
             raise InputError(
@@ -84,10 +84,6 @@ def train(config: ExperimentConfig) -> TrainResult:
     validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
     with jax.set_mesh(mesh):
         return _Run(config, run_dir, mesh, tokenizer, dataset, validation, initial).execute()
-
-
-def _evaluation_batch_size(config: ExperimentConfig) -> int:
-    return config.evaluation.batch_size or config.data.global_batch
 
 
 def _initial_params(config: ExperimentConfig) -> Params | None:
@@ -240,7 +236,7 @@ class _Run:
         batches = evaluation_batches(
             self.validation,
             self.config.data,
-            batch_size=_evaluation_batch_size(self.config),
+            batch_size=self.config.evaluation_batch_size,
             max_batches=None if is_last else self.config.evaluation.max_batches,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
