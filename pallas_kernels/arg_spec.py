@@ -1,6 +1,7 @@
 """What the argument specifications of all ops share: concrete arrays of a given seed, for tests and benchmarks."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ class Arguments:
     wide: dict[str, np.ndarray]
     narrow: dict[str, np.ndarray]
     integers: dict[str, np.ndarray]
-    static: dict[str, object]
+    static: Mapping[str, object]
 
 
 def segment_ids(rng: np.random.Generator, *, batch: int, length: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def _convolve(
     bias: jax.Array | None,
     segments: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """y and the final window."""
+    """Output and final window."""
     width, length = weight.shape[0], x.shape[1]
     weight = weight.astype(jnp.float32)
     # Widened before it is used, so that all contributions to the gradient of x add up in float32.

@@ -1,0 +1,303 @@
+"""Times every implementation of the ops, forward and forward + backward, and writes a table.
+
+    python benchmarks/run_ops.py
+    python benchmarks/run_ops.py --op selective_scan --device gpu --shapes 8x2048x1536x16 --dtypes bfloat16
+    python benchmarks/run_ops.py --op selective_scan --compile-for benchmarks/targets/h100_sxm.txtpb
+
+The last form compiles for a GPU that need not be there, and reports memory only; it needs the `cuda` extra.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.errors import InputError
+from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
+from pallas_kernels.arg_spec import DType
+
+OpName = Literal["selective_scan", "causal_conv1d", "selective_state_update"]
+SHAPE_MEANING: dict[OpName, str] = {
+    "selective_scan": "batch x length x channels x states",
+    "causal_conv1d": "batch x length x channels x width",
+    "selective_state_update": "batch x channels x states",
+}
+DEFAULT_SHAPES: dict[str, dict[OpName, tuple[str, ...]]] = {
+    "cpu": {
+        "selective_scan": ("2x1024x512x16", "1x8192x256x16", "8x256x512x64"),
+        "causal_conv1d": ("2x1024x512x4", "1x8192x256x4"),
+        "selective_state_update": ("16x512x16",),
+    },
+    "gpu": {
+        "selective_scan": ("8x2048x1536x16", "1x2048x2048x16", "1x16384x2048x16"),
+        "causal_conv1d": ("8x2048x1536x4", "8x2048x5120x4"),
+        "selective_state_update": ("128x1536x16",),
+    },
+}
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        op: one op, or None for all.
+        device: where to run.
+        shapes: sizes joined by "x" (batch, length, channels, states or width; no length for the state update); empty
+            takes a set that suits the device.
+        dtypes: of the sequence arguments.
+        compile_for: description of a GPU to compile for instead of running anything.
+        seconds: time to spend on each measurement, at least three runs.
+        output: folder for the table.
+    """
+
+    op: OpName | None = None
+    device: Literal["cpu", "gpu", "tpu"] = "cpu"
+    shapes: tuple[str, ...] = ()
+    dtypes: tuple[DType, ...] = ("float32",)
+    compile_for: Path | None = None
+    seconds: float = 3.0
+    output: Path = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Cost of one compiled function; times are the best of all runs, and None if it was only compiled."""
+
+    milliseconds: float | None
+    cpu_milliseconds: float | None
+    temporaries: int
+    arguments_and_results: int
+
+
+def unchunked_associative_scan(x, dt, A, B, C, *, D, z, dt_bias):
+    """The textbook form: all decays and injections at once, differentiated by JAX."""
+    f32 = jnp.float32
+    dt = jax.nn.softplus(dt.astype(f32) + dt_bias[None, None])[..., None]
+    decays = jnp.exp(dt * A[None, None])
+    injections = dt * B.astype(f32)[:, :, None] * x.astype(f32)[..., None]
+
+    def compose(first, second):
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    states = jax.lax.associative_scan(compose, (decays, injections), axis=1)[1]
+    y = jnp.sum(states * C.astype(f32)[:, :, None], axis=-1) + D[None, None] * x.astype(f32)
+    return (y * jax.nn.silu(z.astype(f32))).astype(x.dtype)
+
+
+def library_convolution(x, weight, bias):
+    """The same convolution by XLA's own grouped convolution."""
+    width, channels = weight.shape
+    y = jax.lax.conv_general_dilated(
+        x,
+        weight[:, None].astype(x.dtype),
+        window_strides=(1,),
+        padding=[(width - 1, 0)],
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=channels,
+    )
+    return jax.nn.silu(y + bias.astype(x.dtype)[None, None])
+
+
+def candidates(op: OpName) -> dict[str, Callable]:
+    """The functions to compare; each takes the op's arguments by name and returns y."""
+
+    def through_api(function, name, **options):
+        return lambda **arguments: function(**arguments, **options, implementation=name).y
+
+    match op:
+        case "selective_scan":
+            names = ("reference", "xla", "xla_sequential", "xla_associative")
+            functions = {name: through_api(selective_scan, name, dt_softplus=True) for name in names}
+            return functions | {"unchunked associative_scan": unchunked_associative_scan}
+        case "causal_conv1d":
+            functions = {name: through_api(causal_conv1d, name, activation="silu") for name in ("reference", "xla")}
+            return functions | {"lax.conv_general_dilated": library_convolution}
+        case "selective_state_update":
+            names = ("reference", "xla")
+            return {name: through_api(selective_state_update, name, dt_softplus=True) for name in names}
+
+
+def arguments(op: OpName, shape: tuple[int, ...], dtype: DType) -> dict[str, np.ndarray]:
+    """Random arguments with everything that a Mamba block passes; dt = softplus of about -4, A about -e."""
+    rng = np.random.default_rng(0)
+
+    def wide(*sizes: int) -> np.ndarray:
+        return rng.standard_normal(sizes, np.float32)
+
+    def draw(*sizes: int) -> np.ndarray:
+        return wide(*sizes).astype(jnp.dtype(dtype))
+
+    *leading, channels, last = shape
+    sequence = (*leading, channels)
+    if op == "causal_conv1d":
+        return {"x": draw(*sequence), "weight": wide(last, channels), "bias": wide(channels)}
+    drawn = {"x": draw(*sequence), "dt": draw(*sequence) - np.asarray(4, jnp.dtype(dtype)), "z": draw(*sequence)}
+    drawn |= {"A": -np.exp(0.1 * wide(channels, last) + 1), "B": draw(*leading, last), "C": draw(*leading, last)}
+    drawn |= {"D": wide(channels), "dt_bias": wide(channels)}
+    if op == "selective_state_update":
+        drawn["state"] = wide(*sequence, last)
+    return drawn
+
+
+def programs(function: Callable, arrays: dict) -> dict[str, tuple[Callable, tuple]]:
+    """The forward pass, and the forward pass with the gradients of every argument."""
+
+    def forward(arrays):
+        return function(**arrays)
+
+    def both(arrays, cotangent):
+        y, vjp = jax.vjp(forward, arrays)
+        return y, vjp(cotangent)[0]
+
+    return {"forward": (forward, (arrays,)), "forward + backward": (both, (arrays, arrays["x"]))}
+
+
+def measure(function: Callable, args: tuple, *, seconds: float) -> Measurement:
+    """Compiles a function, for the device that its arguments are on or described by, and runs it if they are arrays."""
+    compiled = jax.jit(function).lower(*args).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None, "XLA reports the memory of every backend in use here"
+    walls, cpus = [], []
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(args)):
+        jax.block_until_ready(compiled(*args))
+        while len(walls) < 3 or sum(walls) < seconds:
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(compiled(*args))
+            walls.append(time.perf_counter() - wall)
+            cpus.append(time.process_time() - cpu)
+    return Measurement(
+        milliseconds=min(walls) * 1e3 if walls else None,
+        cpu_milliseconds=min(cpus) * 1e3 if cpus else None,
+        temporaries=memory.temp_size_in_bytes,
+        arguments_and_results=memory.argument_size_in_bytes + memory.output_size_in_bytes,
+    )
+
+
+def table(op: OpName, shape: tuple[int, ...], dtype: DType, options: Options) -> list[str]:
+    """Markdown lines for one op at one shape and dtype."""
+    with_cpu = options.device == "cpu" and options.compile_for is None
+    with_time = options.compile_for is None
+    columns = ["implementation", "pass"]
+    columns += ["best ms"] if with_time else []
+    columns += ["CPU ms"] if with_cpu else []
+    columns += ["temporaries MiB", "arguments + results MiB"]
+    sizes = "x".join(map(str, shape))
+    lines = [f"## {op} {sizes} ({SHAPE_MEANING[op]}), {dtype}", "", "| " + " | ".join(columns) + " |"]
+    lines.append("|" + "---|" * len(columns))
+    device = described_device(options.compile_for) if options.compile_for else None
+    arrays = placed(arguments(op, shape, dtype), device)
+    for name, function in candidates(op).items():
+        for direction, (program, args) in programs(function, arrays).items():
+            with tracing_for(device):
+                cost = measure(program, args, seconds=options.seconds)
+            cells = [name, direction]
+            cells += [f"{cost.milliseconds:.2f}"] if with_time else []
+            cells += [f"{cost.cpu_milliseconds:.2f}"] if with_cpu else []
+            cells += [f"{cost.temporaries / MIB:.1f}", f"{cost.arguments_and_results / MIB:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    return [*lines, ""]
+
+
+def described_device(description: Path) -> jax.Device:
+    """The GPU of a target description, for compilation only."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=description.read_text(), topology="1x1x1")
+    return topology.devices[0]
+
+
+def placed(arrays: dict[str, np.ndarray], device: jax.Device | None) -> dict:
+    """The arrays on the default device, or their description on a device that is only compiled for."""
+    if device is None:
+        return {name: jnp.asarray(array) for name, array in arrays.items()}
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for n, a in arrays.items()}
+
+
+def tracing_for(device: jax.Device | None) -> contextlib.AbstractContextManager:
+    """Tells the ops which device they are traced for, if it is not the default one."""
+    if device is None:
+        return contextlib.nullcontext()
+    target = AbstractDevice(platform="gpu", device_kind=device.device_kind, num_cores=None)
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def header(options: Options, day: str) -> list[str]:
+    """Markdown lines that say what the numbers were taken on, and how."""
+    if options.compile_for is not None:
+        hardware = f"compiled for {options.compile_for.name}, not run"
+    elif options.device == "cpu":
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+        hardware = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    else:
+        hardware = jax.devices()[0].device_kind
+    return [
+        f"# Cost of the ops, {day}",
+        "",
+        f"Hardware: {hardware}.",
+        f"Software: Python {platform.python_version()}, jax {jax.__version__}.",
+        f"Command: `python {shlex.join(['benchmarks/run_ops.py', *sys.argv[1:]])}`",
+        "",
+        "Times are the best of repeated runs; CPU ms is processor time over all threads. Temporaries are what the "
+        "compiled program allocates beyond arguments and results, whose size bounds memory traffic from below.",
+        "",
+    ]
+
+
+def parse_shape(op: OpName, text: str) -> tuple[int, ...]:
+    """Sizes from "2x1024x512x16".
+
+    Raises:
+        InputError: it is not positive integers, as many as the op has sizes.
+    """
+    sizes = tuple(int(part) if part.isdecimal() else 0 for part in text.split("x"))
+    if len(sizes) != len(SHAPE_MEANING[op].split(" x ")) or 0 in sizes:
+        raise InputError(
+            f"--shapes {text!r} does not fit {op}: expected {SHAPE_MEANING[op]}, for example 2x1024x512x16"
+        )
+    return sizes
+
+
+def main() -> None:
+    """Command-line entry."""
+    with one_line_errors():
+        options = parse(Options, prog="benchmarks/run_ops.py")
+        if options.shapes and options.op is None:
+            raise InputError("--shapes needs --op: the ops have different sizes")
+        ops: tuple[OpName, ...] = (options.op,) if options.op else tuple(SHAPE_MEANING)
+        kind = "cpu" if options.device == "cpu" and options.compile_for is None else "gpu"
+        shapes = {op: [parse_shape(op, text) for text in options.shapes or DEFAULT_SHAPES[kind][op]] for op in ops}
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
+
+        day = datetime.date.today().isoformat()
+        lines = header(options, day)
+        for op in ops:
+            for shape in shapes[op]:
+                for dtype in options.dtypes:
+                    lines += table(op, shape, dtype, options)
+        label = options.compile_for.stem if options.compile_for else options.device
+        path = options.output / f"ops_{label}_{day}.md"
+        options.output.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines))
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The selective scan: contract of every implementation, extremes, and the reference against plain NumPy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import selective_scan
+from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
+from tests.kernels import op_contract
+from tests.kernels.op_contract import Call, Op, make_call, with_arrays
+
+OP = Op(
+    name="selective_scan",
+    function=selective_scan,
+    carry=("initial_state", "final_state"),
+    sequences=("x", "dt", "B", "C", "z", "segment_ids"),
+)
+# On the CPU "xla" is lowered to the operations of "xla_sequential", which a test below proves.
+IMPLEMENTATIONS = ("xla_sequential", "xla_associative")
+UNSEGMENTED = dataclasses.replace(FULL, length=67, has_segments=False)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_values_and_gradients(spec: ScanSpec, implementation: str) -> None:
+    op_contract.check_values_and_gradients(OP, implementation, make_call(spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["grouped", "constant"])
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("length", [256, 512, 1024, 2048, 4096])
+def test_official_grid(length: int, is_complex: bool, layout: str, dtype: str, implementation: str) -> None:
+    spec = ScanSpec(
+        name="grid", length=length, channels=4, states=8, B=layout, C=layout, is_complex=is_complex, dtype=dtype
+    )
+    op_contract.check_values_and_gradients(OP, implementation, make_call(spec))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", *IMPLEMENTATIONS])
+def test_backend_is_visible(implementation: str) -> None:
+    op_contract.check_backend_is_visible(OP, implementation, make_call(FULL))
+
+
+@pytest.mark.parametrize(
+    ("platform", "recurrence"), [("cpu", "sequential"), ("cuda", "associative"), ("tpu", "associative")]
+)
+def test_recurrence_is_chosen_by_the_platform_of_lowering(platform: str, recurrence: str) -> None:
+    arrays = make_call(UNSEGMENTED).arrays
+    gradient = jax.grad(lambda arrays: selective_scan(**arrays, dt_softplus=True, implementation="xla").y.sum())
+    text = jax.jit(gradient).trace(arrays).lower(lowering_platforms=(platform,)).as_text(debug_info=True)
+    assert {name for name in ("sequential", "associative") if f"/{name}/" in text} == {recurrence}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_split_equals_one_pass(implementation: str) -> None:
+    op_contract.check_split(OP, implementation, make_call(UNSEGMENTED), at=21)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_causality(implementation: str) -> None:
+    op_contract.check_causality(OP, implementation, make_call(UNSEGMENTED), at=33)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_segments(implementation: str) -> None:
+    op_contract.check_segments(OP, implementation, make_call(UNSEGMENTED), starts=(43, 64))
+
+
+@functools.cache
+def _extreme_decays(discretization: str) -> Call:
+    """Step sizes from 0 to 100 side by side: up to 1000 nats of decay a token, and everything between."""
+    spec = dataclasses.replace(UNSEGMENTED, has_softplus=False, has_bias=False, discretization=discretization)
+    call = make_call(spec)
+    rng = np.random.default_rng(3)
+    shape = call.arrays["dt"].shape
+    dt = 10.0 ** rng.integers(-9, 3, shape) * (rng.random(shape) < 0.9)
+    # x shrinks where dt grows: otherwise single huge terms would set the scale that errors are measured by.
+    return with_arrays(call, dt=dt, x=np.asarray(call.arrays["x"]) / np.maximum(dt, 1))
+
+
+@functools.cache
+def _hundreds_of_nats_per_chunk() -> Call:
+    """Mamba's initial A = -1 .. -16 with large steps: forms that factor exp(a - b) overflow here."""
+    call = make_call(dataclasses.replace(UNSEGMENTED, states=16, has_softplus=False, has_bias=False))
+    A = np.tile(-np.arange(1.0, 17), (UNSEGMENTED.channels, 1))
+    return with_arrays(call, A=A, dt=np.full(call.arrays["dt"].shape, 1.6))
+
+
+@functools.cache
+def _tiny_softplus() -> Call:
+    """softplus(-30) = 9e-14 is neither 0 nor 1e-8: y and the gradients keep their relative accuracy."""
+    spec = dataclasses.replace(UNSEGMENTED, has_bias=False, has_skip=False, has_initial_state=False)
+    call = make_call(spec)
+    return with_arrays(call, dt=np.asarray(call.arrays["dt"]) - 30)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("discretization", ["euler", "zoh"])
+def test_extreme_decays(implementation: str, discretization: str) -> None:
+    op_contract.check_values_and_gradients(OP, implementation, _extreme_decays(discretization))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_hundreds_of_nats_per_chunk(implementation: str) -> None:
+    op_contract.check_values_and_gradients(OP, implementation, _hundreds_of_nats_per_chunk())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tiny_softplus(implementation: str) -> None:
+    op_contract.check_values_and_gradients(OP, implementation, _tiny_softplus())
+
+
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_zero_step_keeps_the_state(implementation: str) -> None:
+    arrays = make_call(UNSEGMENTED).arrays
+    arrays = {name: arrays[name] for name in ("x", "A", "B", "C", "initial_state")} | {
+        "dt": jnp.zeros_like(arrays["x"])
+    }
+    outputs = selective_scan(**arrays, implementation=implementation)
+    np.testing.assert_array_equal(outputs.final_state, arrays["initial_state"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_beyond_61k_tokens(implementation: str) -> None:
+    """A state that never decays counts tokens: exact in float32 up to 2^24, whatever the length."""
+    length = 70_001
+    x, dt = jnp.ones((1, length, 8)), jnp.ones((1, length, 8))
+    A, B, C = jnp.full((8, 2), -1e-30), jnp.ones((1, length, 2)), jnp.ones((1, length, 2))
+    run = jax.jit(lambda x: selective_scan(x, dt, A, B, C, implementation=implementation))
+    outputs = run(x)
+    expected = np.broadcast_to(2.0 * np.arange(1, length + 1)[None, :, None], outputs.y.shape)
+    np.testing.assert_array_equal(outputs.y, expected)
+    gradient = jax.jit(jax.grad(lambda x: run(x).y[:, -1].sum()))(x)
+    np.testing.assert_array_equal(gradient, np.full(x.shape, 2.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_beyond_61k_tokens_with_everything(implementation: str) -> None:
+    op_contract.check_values_and_gradients(OP, implementation, make_call(dataclasses.replace(FULL, length=70_001)))
+
+
+def test_reference_equals_numpy() -> None:
+    """The oracle itself, against loops over every index in double precision."""
+    spec = ScanSpec(
+        name="oracle",
+        length=9,
+        B="grouped",
+        is_complex=True,
+        has_complex_matrices=True,
+        discretization="zoh",
+        has_segments=True,
+    )
+    arguments = spec.arguments()
+    v = arguments.wide | arguments.narrow | arguments.integers
+    y, state = np.zeros(v["x"].shape), v["initial_state"].copy()
+    for b, t, e in np.ndindex(v["x"].shape):
+        group = e // (spec.channels // spec.groups)
+        dt = np.log1p(np.exp(v["dt"][b, t, e] + v["dt_bias"][e]))
+        if t and v["segment_ids"][b, t] != v["segment_ids"][b, t - 1]:
+            state[b, e] = 0
+        decay = np.exp(dt * v["A"][e])
+        state[b, e] = decay * state[b, e] + (decay - 1) / v["A"][e] * v["B"][b, t, group] * v["x"][b, t, e]
+        y[b, t, e] = 2 * np.sum(v["C"][b, t] * state[b, e]).real + v["D"][e] * v["x"][b, t, e]
+        y[b, t, e] *= v["z"][b, t, e] / (1 + np.exp(-v["z"][b, t, e]))
+    with jax.enable_x64(True):
+        arrays = {name: jnp.asarray(value) for name, value in v.items()}
+        outputs = selective_scan(**arrays, **arguments.static, implementation="reference")
+        # Both sides round in double precision; (decay - 1) / A of the loops cancels down to dt |A| > 1e-2.
+        np.testing.assert_allclose(outputs.y, y, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(outputs.final_state, state, rtol=0, atol=1e-12)
+
+
+def test_backward_keeps_boundary_states_only() -> None:
+    """Temporaries of forward + backward stay near the arguments' size, far below the (B, L, E, N) states."""
+    spec = ScanSpec(name="memory", length=1024, channels=64, states=16)
+    arrays = make_call(spec).arrays
+    gradient = jax.grad(lambda arrays: selective_scan(**arrays, dt_softplus=True, implementation="xla").y.sum())
+    temporaries = jax.jit(gradient).lower(arrays).compile().memory_analysis().temp_size_in_bytes
+    all_states = 4 * spec.batch * spec.length * spec.channels * spec.states
+    assert temporaries < all_states / 2
