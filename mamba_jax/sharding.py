@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mamba_jax.config import MeshConfig
 from mamba_jax.errors import InputError
@@ -84,7 +84,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec((Axis.BATCH, Axis.LENGTH)))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in RULES.batch)
 

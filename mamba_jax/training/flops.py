@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig) -> float:
+def flops_per_token(config: ModelConfig) -> int:
     """Operations of forward and backward pass for one token, without recomputation.
 
     6 for every parameter that is multiplied (the table of an untied embedding is only read) and 27 for every element of
@@ -42,7 +42,9 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6 * multiplied + 27 * config.num_layers * config.d_inner * config.mixer.state_dim
 
 
-def model_flops_utilization(config: ModelConfig, tokens_per_second: float, devices: list[jax.Device]) -> float | None:
+def model_flops_utilization(
+    config: ModelConfig, tokens_per_second: float, *, device_kind: str, num_devices: int
+) -> float | None:
     """Share of the devices' peak that a training speed amounts to; None where the peak is not known."""
-    peak = PEAK_FLOPS.get(devices[0].device_kind)
-    return None if peak is None else tokens_per_second * flops_per_token(config) / (peak * len(devices))
+    peak = PEAK_FLOPS.get(device_kind)
+    return None if peak is None else tokens_per_second * flops_per_token(config) / (peak * num_devices)

@@ -6,8 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -28,7 +27,7 @@ from mamba_jax.training.flops import model_flops_utilization
 from mamba_jax.training.loss_curve import plot_loss_curve
 from mamba_jax.training.metric_writer import MetricWriter, StatusDisplay
 from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.run_directory import prepare_run_directory
+from mamba_jax.training.run_directory import check_run_directory, claim_run_directory
 from mamba_jax.training.step import StepMetrics, make_train_step
 from mamba_jax.training.train_state import TrainState
 
@@ -50,16 +49,31 @@ class TrainResult:
     validation: Perplexity | None
 
 
-def train(config: ExperimentConfig) -> TrainResult:
+def train(config: ExperimentConfig, *, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Trains a model as `config` says, resuming the run in `config.train.run_dir` if there is one.
 
     Everything that can be wrong with the config, the data and the run directory is checked before the first device
     computation.
 
+    Args:
+        config: the run.
+        devices: to use; None is all there are.
+
     Raises:
         InputError: one line about what is wrong.
     """
     tokenizer = make_tokenizer(config.data.tokenizer)
+    _check_model(config, tokenizer)
+    check_run_directory(config)
+    initial = _initial_params(config)
+    mesh = make_mesh(config.mesh, devices)
+    _check_batches(config, batch_shards(mesh))
+    dataset = open_source(config.data.train, config.data, tokenizer)
+    validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
+    return _Run(config, mesh, tokenizer, dataset, validation, initial).execute()
+
+
+def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} ids: "
@@ -67,8 +81,13 @@ def train(config: ExperimentConfig) -> TrainResult:
         )
     if config.model.param_dtype != "float32":
         raise InputError(f"training needs model.param_dtype='float32', got {config.model.param_dtype!r}")
-    mesh = make_mesh(config.mesh)
-    shards = batch_shards(mesh)
+    if config.model.compute_dtype == "float16":
+        raise InputError(
+            "training in model.compute_dtype='float16' would lose small gradients: choose 'bfloat16' or 'float32'"
+        )
+
+
+def _check_batches(config: ExperimentConfig, shards: int) -> None:
     for name, size in (
         ("data.global_batch / train.accumulation_steps", config.data.global_batch // config.train.accumulation_steps),
         ("evaluation.batch_size", config.evaluation_batch_size),
@@ -78,12 +97,6 @@ def train(config: ExperimentConfig) -> TrainResult:
                 f"{name} = {size} sequences cannot be split over {shards} batch shards (mesh data x fsdp): "
                 "change the batch or the mesh"
             )
-    initial = _initial_params(config)
-    run_dir = prepare_run_directory(config)
-    dataset = open_source(config.data.train, config.data, tokenizer)
-    validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
-    with jax.set_mesh(mesh):
-        return _Run(config, run_dir, mesh, tokenizer, dataset, validation, initial).execute()
 
 
 def _initial_params(config: ExperimentConfig) -> Params | None:
@@ -109,14 +122,13 @@ class _Run:
     def __init__(
         self,
         config: ExperimentConfig,
-        run_dir: Path,
         mesh: Mesh,
         tokenizer: Tokenizer,
         dataset: TokenDataset,
         validation: TokenDataset | None,
         initial: Params | None,
     ) -> None:
-        self.config, self.run_dir, self.mesh, self.tokenizer = config, run_dir, mesh, tokenizer
+        self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
         self.validation = validation
         self.definition: ModelDefinition = define(config.model)
         self.batches = TrainBatches(
@@ -127,9 +139,10 @@ class _Run:
             process_count=jax.process_count(),
         )
         optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, decay=self.definition.decay)
-        self.train_step = make_train_step(config, self.definition, optimizer)
         abstract = train_state.abstract_state(self.definition, optimizer, mesh)
-        self.checkpointer = Checkpointer(run_dir, config.checkpoint)
+        self.train_step = make_train_step(config, self.definition, optimizer, abstract)
+        self.run_dir = claim_run_directory(config)
+        self.checkpointer = Checkpointer(self.run_dir, config.checkpoint)
         self.first_step = self.checkpointer.latest_step or 0
         if self.checkpointer.latest_step is None:
             self.state = train_state.initialize(self.definition, optimizer, abstract, seed=config.seed, params=initial)
@@ -138,8 +151,8 @@ class _Run:
             self.state = TrainState(params=params, **rest)
         self.is_main = jax.process_index() == 0
         self.display = StatusDisplay(config.train.num_steps, self.first_step, enabled=self.is_main)
-        self.writer = MetricWriter(run_dir, first_step=self.first_step) if self.is_main else None
-        self.clock = _Clock(self.first_step)
+        self.writer = MetricWriter(self.run_dir, first_step=self.first_step) if self.is_main else None
+        self.clock = _Clock()
         self.last_loss: float | None = None
         self.last_validation: Perplexity | None = None
 
@@ -176,9 +189,9 @@ class _Run:
         pending: tuple[int, StepMetrics] | None = None
         step = self.first_step
         while step < last and not stop.is_set():
-            evaluate_now = _is_due(step, config.evaluation.every, self.first_step)
-            save_now = _is_due(step, config.checkpoint.every, self.first_step)
-            sample_now = _is_due(step, config.train.sample_every, self.first_step)
+            evaluate_now = _is_due(step, config.evaluation.every)
+            save_now = _is_due(step, config.checkpoint.every)
+            sample_now = _is_due(step, config.train.sample_every)
             if evaluate_now or save_now or sample_now:
                 self._report(pending)
                 pending = None
@@ -190,7 +203,8 @@ class _Run:
                     if save_now:
                         self._save(step)
             batch = put_batch(self.mesh, next(batches))
-            self.state, metrics = self.train_step(self.state, batch)
+            with jax.set_mesh(self.mesh):
+                self.state, metrics = self.train_step(self.state, batch)
             step += 1
             self._report(pending)
             pending = (step, metrics)
@@ -220,14 +234,19 @@ class _Run:
         if self.writer is not None:
             tokens = step * self.config.data.global_batch * self.config.data.seq_len
             self.writer.write("train", step, {**values, "tokens": tokens, "tokens_per_second": speed, "mfu": mfu})
-        status = f"loss {values['cross_entropy']:.4f} | lr {values['learning_rate']:.2e}"
+        status = f"loss {values['cross_entropy']:.4f}"
         status += "" if speed is None else f" | {speed:,.0f} tokens/s"
         status += "" if mfu is None else f" | MFU {mfu:.1%}"
         left = None if seconds_per_step is None else seconds_per_step * (self.config.train.num_steps - step)
         self.display.advance(step, status, left)
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        return model_flops_utilization(self.config.model, tokens_per_second, list(self.mesh.devices.flat))
+        return model_flops_utilization(
+            self.config.model,
+            tokens_per_second,
+            device_kind=self.mesh.devices.flat[0].device_kind,
+            num_devices=self.mesh.size,
+        )
 
     def _evaluate(self, step: int) -> None:
         if self.validation is None:
@@ -273,23 +292,21 @@ class _Run:
         self.display.note(f"step {step} sample: {text!r}")
 
     def _save(self, step: int) -> None:
-        if step > self.first_step or self.checkpointer.latest_step is None:
-            self.checkpointer.save(step, params=self.state.params, rest=_rest(self.state), config=self.config)
+        self.checkpointer.save(step, params=self.state.params, rest=_rest(self.state), config=self.config)
 
 
 def _rest(state: TrainState) -> dict:
     return {"step": state.step, "opt_state": state.opt_state}
 
 
-def _is_due(step: int, every: int, first_step: int) -> bool:
-    return every > 0 and step > first_step and step % every == 0
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
 
 
 class _Clock:
-    """Time per step since the last report, without the pauses and without the first step, which compiles."""
+    """Time per step since the last report, without the pauses; the time to the first, which compiles, is left out."""
 
-    def __init__(self, first_step: int) -> None:
-        self._first_step = first_step
+    def __init__(self) -> None:
         self._step: int | None = None
         self._time = 0.0
         self._paused = 0.0

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from mamba_jax.sharding import Axis, batch_shards, constrain
 
 
 @jax.tree_util.register_dataclass
@@ -53,13 +56,16 @@ def next_token_loss(
         z_loss: weight of the penalty on the log-partition (arXiv 2204.02311, section 5).
         chunk: positions of the sequence whose logits exist at a time.
     """
-    length = hidden.shape[1]
+    batch, length = targets.shape
     chunk = min(chunk, length)
     padding = -length % chunk
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else math.gcd(batch, batch_shards(mesh))
 
     def split(array: jax.Array | np.ndarray) -> jax.Array:
         array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
-        return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
+        array = array.reshape(shards, batch // shards, -1, chunk, *array.shape[2:])
+        return jnp.moveaxis(array, 2, 0)
 
     inverse = 1 / jnp.maximum(normalizer, 1).astype(jnp.float32)
     chunks = (split(hidden), split(targets), split(mask))
@@ -71,62 +77,72 @@ def next_token_loss(
     )
 
 
-def _logits_and_partition(hidden_BTD, unembedding_VD):
-    weights_VD = unembedding_VD.astype(hidden_BTD.dtype)
-    logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, weights_VD, preferred_element_type=jnp.float32)
-    return logits_BTV, jax.nn.logsumexp(logits_BTV, axis=-1)
+# S shards of the batch are a dimension of their own here, and every sum keeps it: each device then adds up what is its
+# own, and the sums over devices are taken once, after the loop over chunks, not in each of its steps.
 
 
-def _chunk_sums(logits_BTV, partition_BT, targets_BT, mask_BT):
-    target_logit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    cross_entropy = jnp.sum(jnp.where(mask_BT, partition_BT - target_logit_BT, 0))
-    return cross_entropy, jnp.sum(jnp.where(mask_BT, jnp.square(partition_BT), 0))
+def _logits_and_partition(hidden_SBTD, unembedding_VD):
+    weights_VD = unembedding_VD.astype(hidden_SBTD.dtype)
+    logits_SBTV = jnp.einsum("sbtd,vd->sbtv", hidden_SBTD, weights_VD, preferred_element_type=jnp.float32)
+    logits_SBTV = constrain(logits_SBTV, Axis.BATCH, None, None, Axis.VOCAB)
+    return logits_SBTV, jax.nn.logsumexp(logits_SBTV, axis=-1)
+
+
+def _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT):
+    target_logit_SBT = jnp.take_along_axis(logits_SBTV, targets_SBT[..., None], axis=-1)[..., 0]
+    cross_entropy_S = jnp.sum(jnp.where(mask_SBT, partition_SBT - target_logit_SBT, 0), axis=(1, 2))
+    return cross_entropy_S, jnp.sum(jnp.where(mask_SBT, jnp.square(partition_SBT), 0), axis=(1, 2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_loss(z_loss, hidden_CBTD, targets_CBT, mask_CBT, unembedding_VD, inverse):
+def _chunked_loss(z_loss, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD, inverse):
     """Cross entropy and z penalty, both times `inverse`; the gradient is that of their sum."""
 
     def step(sums, chunk):
-        hidden_BTD, targets_BT, mask_BT = chunk
-        logits_BTV, partition_BT = _logits_and_partition(hidden_BTD, unembedding_VD)
-        return jax.tree.map(jnp.add, sums, _chunk_sums(logits_BTV, partition_BT, targets_BT, mask_BT)), None
+        hidden_SBTD, targets_SBT, mask_SBT = chunk
+        logits_SBTV, partition_SBT = _logits_and_partition(hidden_SBTD, unembedding_VD)
+        return jax.tree.map(jnp.add, sums, _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    (cross_entropy, square), _ = jax.lax.scan(step, (zero, zero), (hidden_CBTD, targets_CBT, mask_CBT))
-    return cross_entropy * inverse, z_loss * square * inverse
+    zero_S = jnp.zeros(hidden_CSBTD.shape[1], jnp.float32)
+    (cross_entropy_S, square_S), _ = jax.lax.scan(step, (zero_S, zero_S), (hidden_CSBTD, targets_CSBT, mask_CSBT))
+    return jnp.sum(cross_entropy_S) * inverse, z_loss * jnp.sum(square_S) * inverse
 
 
-def _chunked_loss_forward(z_loss, hidden_CBTD, targets_CBT, mask_CBT, unembedding_VD, inverse):
+def _chunked_loss_forward(z_loss, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD, inverse):
+    weights_VD = unembedding_VD.astype(hidden_CSBTD.dtype)
+
     def step(carry, chunk):
-        sums, dunembedding_VD = carry
-        hidden_BTD, targets_BT, mask_BT = chunk
-        logits_BTV, partition_BT = _logits_and_partition(hidden_BTD, unembedding_VD)
-        sums = jax.tree.map(jnp.add, sums, _chunk_sums(logits_BTV, partition_BT, targets_BT, mask_BT))
-        scale_BT = jnp.where(mask_BT, inverse, 0)
-        softmax_BTV = jnp.exp(logits_BTV - partition_BT[..., None])
-        is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None] == targets_BT[..., None]
-        dlogits_BTV = softmax_BTV * (1 + 2 * z_loss * partition_BT)[..., None] - is_target_BTV
-        dlogits_BTV = (dlogits_BTV * scale_BT[..., None]).astype(hidden_BTD.dtype)
-        weights_VD = unembedding_VD.astype(hidden_BTD.dtype)
-        dhidden_BTD = jnp.einsum("btv,vd->btd", dlogits_BTV, weights_VD, preferred_element_type=jnp.float32)
-        dunembedding_VD += jnp.einsum("btv,btd->vd", dlogits_BTV, hidden_BTD, preferred_element_type=jnp.float32)
-        return (sums, dunembedding_VD), dhidden_BTD.astype(hidden_BTD.dtype)
+        sums, dunembedding_SVD = carry
+        hidden_SBTD, targets_SBT, mask_SBT = chunk
+        logits_SBTV, partition_SBT = _logits_and_partition(hidden_SBTD, unembedding_VD)
+        sums = jax.tree.map(jnp.add, sums, _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT))
+        scale_SBT = jnp.where(mask_SBT, inverse, 0)
+        softmax_SBTV = jnp.exp(logits_SBTV - partition_SBT[..., None])
+        is_target_SBTV = jnp.arange(logits_SBTV.shape[-1])[None, None, None] == targets_SBT[..., None]
+        dlogits_SBTV = softmax_SBTV * (1 + 2 * z_loss * partition_SBT)[..., None] - is_target_SBTV
+        dlogits_SBTV = (dlogits_SBTV * scale_SBT[..., None]).astype(hidden_SBTD.dtype)
+        dhidden_SBTD = jnp.einsum("sbtv,vd->sbtd", dlogits_SBTV, weights_VD, preferred_element_type=jnp.float32)
+        dunembedding_SVD += jnp.einsum("sbtv,sbtd->svd", dlogits_SBTV, hidden_SBTD, preferred_element_type=jnp.float32)
+        dunembedding_SVD = constrain(dunembedding_SVD, Axis.BATCH, Axis.VOCAB, None)
+        return (sums, dunembedding_SVD), dhidden_SBTD.astype(hidden_SBTD.dtype)
 
-    zero = jnp.zeros((), jnp.float32)
-    start = ((zero, zero), jnp.zeros(unembedding_VD.shape, jnp.float32))
-    chunks = (hidden_CBTD, targets_CBT, mask_CBT)
-    ((cross_entropy, square), dunembedding_VD), dhidden_CBTD = jax.lax.scan(step, start, chunks)
-    outputs = (cross_entropy * inverse, z_loss * square * inverse)
-    return outputs, (dhidden_CBTD, dunembedding_VD.astype(unembedding_VD.dtype))
+    shards = hidden_CSBTD.shape[1]
+    zero_S = jnp.zeros(shards, jnp.float32)
+    start = ((zero_S, zero_S), jnp.zeros((shards, *unembedding_VD.shape), jnp.float32))
+    chunks = (hidden_CSBTD, targets_CSBT, mask_CSBT)
+    ((cross_entropy_S, square_S), dunembedding_SVD), dhidden_CSBTD = jax.lax.scan(step, start, chunks)
+    outputs = (jnp.sum(cross_entropy_S) * inverse, z_loss * jnp.sum(square_S) * inverse)
+    dunembedding_VD = constrain(jnp.sum(dunembedding_SVD, axis=0), Axis.VOCAB, Axis.EMBED)
+    return outputs, (dhidden_CSBTD, dunembedding_VD.astype(unembedding_VD.dtype))
 
 
 def _chunked_loss_backward(z_loss, residuals, cotangents):
     """Both outputs enter the loss with the same weight, so one cotangent scales the gradients of their sum."""
     del z_loss
-    dhidden_CBTD, dunembedding_VD = residuals
+    dhidden_CSBTD, dunembedding_VD = residuals
     weight = cotangents[0]
-    return (dhidden_CBTD * weight.astype(dhidden_CBTD.dtype), None, None, dunembedding_VD * weight, None)
+    dunembedding_VD = dunembedding_VD * weight.astype(dunembedding_VD.dtype)
+    return (dhidden_CSBTD * weight.astype(dhidden_CSBTD.dtype), None, None, dunembedding_VD, None)
 
 
 _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)

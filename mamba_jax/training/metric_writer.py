@@ -2,14 +2,19 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 Kind = Literal["train", "validation"]
+
+_SAMPLE_HEADER = "--- step {}\n"
+_SAMPLE = re.compile(r"^--- step (\d+)\n", re.MULTILINE)
 
 
 class MetricWriter:
@@ -21,11 +26,21 @@ class MetricWriter:
         Args:
             run_dir: an existing folder.
             first_step: updates done so far; records of later steps stem from a run that was cut off, and are removed.
+                So are evaluations and samples of this step itself, which may be missing and are made again.
         """
         self._path = run_dir / "metrics.jsonl"
         self._samples = run_dir / "samples.txt"
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        kept = [
+            record
+            for record in read_metrics(run_dir)
+            if record["step"] < first_step or (record["step"] == first_step and record["kind"] == "train")
+        ]
+        _replace(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        if self._samples.is_file():
+            samples = _SAMPLE.split(self._samples.read_text())
+            headed = zip(samples[1::2], samples[2::2], strict=True)
+            kept_samples = (_SAMPLE_HEADER.format(step) + text for step, text in headed if int(step) < first_step)
+            _replace(self._samples, "".join(kept_samples))
         self._tensorboard = _open_tensorboard(run_dir, first_step)
 
     def write(self, kind: Kind, step: int, values: Mapping[str, float | None]) -> None:
@@ -46,7 +61,7 @@ class MetricWriter:
     def write_sample(self, step: int, text: str) -> None:
         """Appends a text sample."""
         with self._samples.open("a") as file:
-            file.write(f"--- step {step}\n{text}\n\n")
+            file.write(_SAMPLE_HEADER.format(step) + f"{text}\n\n")
 
     def close(self) -> None:
         """Flushes what is buffered."""
@@ -62,6 +77,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _open_tensorboard(run_dir: Path, first_step: int) -> Any:
@@ -87,13 +108,12 @@ class StatusDisplay:
         self._total = total
         self._is_live = self._console.is_terminal and enabled
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
             console=self._console,
             disable=not self._is_live,
+            expand=True,
         )
         self._task = self._progress.add_task("train", total=total, completed=completed, status="compiling")
 
@@ -108,10 +128,11 @@ class StatusDisplay:
         self._progress.update(self._task, completed=step)
         if status is None:
             return
+        if seconds_left is not None:
+            status += f" | {format_seconds(seconds_left)} left"
         self._progress.update(self._task, status=status)
         if not self._is_live:
-            left = "" if seconds_left is None else f" | {format_seconds(seconds_left)} left"
-            self._console.print(f"step {step}/{self._total} | {status}{left}", markup=False)
+            self._console.print(f"step {step}/{self._total} | {status}", markup=False)
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -26,8 +26,8 @@ _CHANGEABLE = {
 _CHANGEABLE_SECTIONS = ("mesh", "checkpoint", "evaluation", "data.validation")
 
 
-def prepare_run_directory(config: ExperimentConfig) -> Path:
-    """Creates the run directory, or makes sure that the run in it is the one that `config` describes.
+def check_run_directory(config: ExperimentConfig) -> None:
+    """Makes sure that the run directory is free, or that the run in it is the one that `config` describes.
 
     Raises:
         InputError: the folder holds something else, or a run whose result would differ; the message names the fields.
@@ -43,10 +43,18 @@ def prepare_run_directory(config: ExperimentConfig) -> Path:
             )
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise InputError(f"train.run_dir {run_dir} exists and holds no run: choose another folder")
+
+
+def claim_run_directory(config: ExperimentConfig) -> Path:
+    """Creates the run directory if need be and stores the config there; later calls must agree with it.
+
+    Call it when nothing can be wrong any more: a config with a mistake would keep its correction out.
+    """
+    run_dir = Path(config.train.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     temporary = run_dir / f".{_CONFIG}"
     temporary.write_text(to_json(config) + "\n")
-    temporary.replace(stored_path)
+    temporary.replace(run_dir / _CONFIG)
     return run_dir
 
 

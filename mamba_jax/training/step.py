@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from mamba_jax.config import ExperimentConfig
 from mamba_jax.data.batch import LMBatch
@@ -31,27 +32,39 @@ class StepMetrics:
         learning_rate: of this update.
     """
 
-    loss: Float[Array, ""]
-    cross_entropy: Float[Array, ""]
-    z_loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
+    loss: Float[jax.Array | np.ndarray, ""]
+    cross_entropy: Float[jax.Array | np.ndarray, ""]
+    z_loss: Float[jax.Array | np.ndarray, ""]
+    grad_norm: Float[jax.Array | np.ndarray, ""]
+    learning_rate: Float[jax.Array | np.ndarray, ""]
 
 
 TrainStep = Callable[[TrainState, LMBatch], tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(
-    config: ExperimentConfig, definition: ModelDefinition, optimizer: optax.GradientTransformation
+    config: ExperimentConfig,
+    definition: ModelDefinition,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
 ) -> TrainStep:
     """The jitted step; call it under `jax.set_mesh`. It consumes the state it is given.
 
     With accumulation over k microbatches, the gradients of the parts of the loss are summed. All are divided by the
     number of counted tokens of the whole batch, so the result is that of the undivided batch.
+
+    Args:
+        config: of the run.
+        definition: of the model.
+        optimizer: of the run.
+        abstract: from `abstract_state`; its shardings are those of the state that the step returns.
     """
     schedule = learning_rate(config.optimizer, config.train.num_steps)
+    # Left to the compiler, the new state could come back laid out otherwise than the old one: the memory of the old
+    # state could not be reused, and the next call would compile again.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_step(state: TrainState, batch: LMBatch) -> tuple[TrainState, StepMetrics]:
         loss_and_gradient = functools.partial(_loss_and_gradient, config, definition, state.params)
         normalizer = jnp.sum(batch.loss_mask, dtype=jnp.float32)
@@ -71,7 +84,7 @@ def make_train_step(
             loss=cross_entropy + z_loss,
             cross_entropy=cross_entropy,
             z_loss=z_loss,
-            grad_norm=optax.global_norm(gradient),
+            grad_norm=optax.tree.norm(gradient),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
         )
         params = optax.apply_updates(state.params, updates)

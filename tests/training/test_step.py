@@ -1,0 +1,137 @@
+"""The compiled step: accumulation, sharding, donation, one compilation."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from mamba_jax.config import ExperimentConfig, MeshConfig
+from mamba_jax.data.batch import LMBatch
+from mamba_jax.models.parameters import define
+from mamba_jax.sharding import make_mesh, put_batch
+from mamba_jax.training import train_state
+from mamba_jax.training.optimizer import make_optimizer
+from mamba_jax.training.step import StepMetrics, TrainStep, make_train_step
+from mamba_jax.training.train_state import TrainState
+
+ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def make_batch(config: ExperimentConfig, *, seed: int = 0) -> LMBatch:
+    """Random tokens whose rows count different numbers of positions and hold two documents."""
+    rng = np.random.default_rng(seed)
+    shape = (config.data.global_batch, config.data.seq_len)
+    tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+    return LMBatch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=np.arange(shape[1]) < rng.integers(1, shape[1] + 1, (shape[0], 1)),
+        segment_ids=np.broadcast_to(np.arange(shape[1]) // 15, shape).astype(np.int32),
+    )
+
+
+def set_up(config: ExperimentConfig) -> tuple[Mesh, TrainState, TrainStep]:
+    mesh = make_mesh(config.mesh, jax.devices()[: abs(config.mesh.data) * config.mesh.fsdp * config.mesh.tensor])
+    definition = define(config.model)
+    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, decay=definition.decay)
+    abstract = train_state.abstract_state(definition, optimizer, mesh)
+    state = train_state.initialize(definition, optimizer, abstract, seed=config.seed)
+    return mesh, state, make_train_step(config, definition, optimizer, abstract)
+
+
+def run_steps(config: ExperimentConfig, num_steps: int) -> tuple[TrainState, list[StepMetrics], TrainStep]:
+    mesh, state, step = set_up(config)
+    history = []
+    with jax.set_mesh(mesh):
+        for index in range(num_steps):
+            state, metrics = step(state, put_batch(mesh, make_batch(config, seed=index)))
+            history.append(jax.device_get(metrics))
+    return state, history, step
+
+
+def relative_difference(tree: Any, other: Any) -> float:
+    """Norm of the difference over the norm, over all leaves together."""
+    difference = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), tree, other)
+    return float(optax.tree.norm(difference) / optax.tree.norm(tree))
+
+
+def gradient(state: TrainState) -> Any:
+    """After one step the first moment is (1 - b1) times the clipped gradient."""
+    return optax.tree_utils.tree_get(state.opt_state, "mu")
+
+
+# Sums of float32 terms in another order: the longest are over 8 x 24 positions and 24 time steps of a recurrence, so
+# about 200 roundings of 2^-24, each of which may be amplified by the layers above; random signs leave their root.
+REORDERING = 200 * 2.0**-24
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), ALL_AXES], ids=["one device", "eight devices"])
+def test_accumulation_equals_the_large_batch(make_config: Callable[..., ExperimentConfig], mesh: MeshConfig) -> None:
+    whole_state, (whole,), _ = run_steps(make_config(mesh=mesh, z_loss=1e-3), 1)
+    state, (metrics,), _ = run_steps(make_config(mesh=mesh, z_loss=1e-3, accumulation_steps=2), 1)
+    for name in ("loss", "cross_entropy", "z_loss", "grad_norm"):
+        np.testing.assert_allclose(getattr(metrics, name), getattr(whole, name), rtol=REORDERING)
+    assert relative_difference(gradient(state), gradient(whole_state)) < REORDERING
+
+
+def test_mesh_does_not_change_the_losses(make_config: Callable[..., ExperimentConfig]) -> None:
+    """One device against data x fsdp x tensor = 2 x 2 x 2."""
+    one_state, one, _ = run_steps(make_config(z_loss=1e-3), 6)
+    eight_state, eight, step = run_steps(make_config(mesh=ALL_AXES, z_loss=1e-3), 6)
+    first_ratio = abs(float(eight[0].grad_norm) / float(one[0].grad_norm) - 1)
+    assert first_ratio < REORDERING
+    # AdamW divides by the root of the second moment, so an entry whose gradient is mostly rounding error moves by up to
+    # the learning rate either way; such entries barely enter the loss, and the difference grows with the steps.
+    for index, (a, b) in enumerate(zip(one, eight, strict=True)):
+        np.testing.assert_allclose(b.cross_entropy, a.cross_entropy, rtol=(index + 1) * REORDERING)
+    assert int(eight_state.step) == int(one_state.step) == 6
+    assert step._cache_size() == 1
+
+
+def test_state_is_split_over_the_mesh(make_config: Callable[..., ExperimentConfig]) -> None:
+    state, _, _ = run_steps(make_config(mesh=ALL_AXES, z_loss=1e-3), 1)
+    moments = [optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")]
+    for tree in (state.params, *moments):
+        in_proj = tree["layers"]["mixer"]["in_proj"]["kernel"]
+        layers, d_model, halves, inner = in_proj.shape
+        assert in_proj.addressable_shards[0].data.shape == (layers, d_model // 2, halves, inner // 2)
+        table = tree["embedding"]["table"]
+        assert table.addressable_shards[0].data.shape == (table.shape[0] // 2, table.shape[1] // 2)
+    for moment in moments:
+        assert jax.tree.map(lambda m: m.sharding, moment) == jax.tree.map(lambda p: p.sharding, state.params)
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(moment))
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), ALL_AXES], ids=["one device", "eight devices"])
+def test_state_is_donated_and_reductions_stay_outside_the_loss(
+    make_config: Callable[..., ExperimentConfig], mesh: MeshConfig
+) -> None:
+    config = make_config(mesh=mesh, z_loss=1e-3)
+    device_mesh, state, step = set_up(config)
+    with jax.set_mesh(device_mesh):
+        compiled = step.lower(state, put_batch(device_mesh, make_batch(config))).compile()
+    state_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes == state_bytes
+    # The gradient of the head, (vocabulary / tensor, width), crosses the devices once a step, not once a chunk.
+    head = f"{config.model.padded_vocab_size // mesh.tensor},"
+    entry = compiled.as_text().index("ENTRY")
+    reductions = [m.start() for m in re.finditer(rf"= f32\[(?:1,)?{head}[^=]* all-reduce\(", compiled.as_text())]
+    assert all(position > entry for position in reductions)
+    assert bool(reductions) == (mesh == ALL_AXES)
+
+
+def test_metrics(make_config: Callable[..., ExperimentConfig]) -> None:
+    config = make_config(z_loss=1e-3)
+    _, history, _ = run_steps(config, 2)
+    for metrics in history:
+        np.testing.assert_allclose(metrics.cross_entropy + metrics.z_loss, metrics.loss, rtol=2**-23)
+        assert metrics.z_loss > 0
+        # Before training every token has about the same probability.
+        assert abs(float(metrics.cross_entropy) - np.log(257)) < 0.5
+    assert history[0].learning_rate == np.float32(config.optimizer.peak_lr)
+    assert history[1].learning_rate < history[0].learning_rate
