@@ -5,9 +5,11 @@ JSON. Evaluation and export read `params` and `config` alone. Saving is asynchro
 final name only when it is complete.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +74,16 @@ class Checkpointer:
         """Reads a step into the shardings of the abstract arrays `params` and `rest`.
 
         Raises:
-            InputError: the checkpoint lacks a parameter, has another one, or one of another shape or dtype.
+            InputError: the checkpoint is damaged, or an array is missing, unexpected or of another shape or dtype.
         """
-        metadata = self._manager.item_metadata(step)
-        _check_same(metadata["params"], params, origin=f"checkpoint {self._manager.directory / str(step)}")
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)),
-        )
+        origin = f"checkpoint {self._manager.directory / str(step)}"
+        with _damage_in_one_line(origin):
+            metadata = self._manager.item_metadata(step)
+            _check_same({**metadata["params"], **metadata["rest"]}, {**params, **rest}, origin=origin)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)),
+            )
         return restored["params"], restored["rest"]
 
     def close(self) -> None:
@@ -96,7 +100,7 @@ def load_params(run_dir: str | Path, step: int | None = None) -> LoadedParams:
         step: which checkpoint; None is the newest.
 
     Raises:
-        InputError: the run has no such checkpoint, or it does not hold what its config says.
+        InputError: the run has no such checkpoint, or it is damaged or does not hold what its config says.
     """
     if not (Path(run_dir) / _FOLDER).is_dir():
         raise InputError(f"{run_dir} is no run directory: it has no folder {_FOLDER!r}")
@@ -107,15 +111,17 @@ def load_params(run_dir: str | Path, step: int | None = None) -> LoadedParams:
         step = steps[-1] if step is None else step
         if step not in steps:
             raise InputError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-        stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         origin = f"checkpoint {manager.directory / str(step)}"
+        with _damage_in_one_line(origin):
+            stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         config = from_json(ExperimentConfig, json.dumps(stored), origin=origin)
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), define(config.model).params
         )
-        _check_same(manager.item_metadata(step)["params"], abstract, origin=origin)
-        params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
+        with _damage_in_one_line(origin):
+            _check_same(manager.item_metadata(step)["params"], abstract, origin=origin)
+            params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
     return LoadedParams(config=config, params=params, step=step)
 
 
@@ -135,6 +141,19 @@ def _manager(run_dir: str | Path, **options: Any) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(**options),
         handler_registry=handlers,
     )
+
+
+@contextlib.contextmanager
+def _damage_in_one_line(origin: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{origin} is damaged ({type(error).__name__}: {reason}): move that folder away to use the one before it"
+        ) from error
 
 
 def _check_same(stored: Any, expected: Any, *, origin: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from mamba_jax.data.batch import LMBatch
@@ -56,12 +55,11 @@ def evaluate(
     Raises:
         InputError: no token is counted.
     """
-    loss_sum, num_tokens = 0.0, 0
     with jax.set_mesh(mesh):
-        for batch in batches:
-            batch_sum, batch_tokens = _summed_loss(definition, loss_chunk, params, put_batch(mesh, batch))
-            loss_sum += float(np.float64(batch_sum))
-            num_tokens += int(batch_tokens)
+        # Nothing is read back before the end, so that the devices need not wait for the host.
+        sums = [_summed_loss(definition, loss_chunk, params, put_batch(mesh, batch)) for batch in batches]
+    loss_sum = math.fsum(float(batch_sum) for batch_sum, _ in sums)
+    num_tokens = sum(int(batch_tokens) for _, batch_tokens in sums)
     if num_tokens == 0:
         raise InputError("the evaluation text has no token to predict: use more text")
     loss = loss_sum / num_tokens

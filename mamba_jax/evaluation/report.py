@@ -47,6 +47,12 @@ class EvaluationRequest:
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "max_batches", "num_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationReport:

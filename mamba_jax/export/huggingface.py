@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import safetensors
@@ -21,9 +21,9 @@ from flax import traverse_util
 from mamba_jax.config import DType, ModelConfig
 from mamba_jax.errors import InputError
 from mamba_jax.export import configs
+from mamba_jax.export.configs import Layout
 from mamba_jax.models.parameters import Params, define
 
-Layout = Literal["hf", "original"]
 _HEAD = "lm_head.weight"
 
 
@@ -34,10 +34,12 @@ class LoadedModel:
     Attributes:
         config: of the model.
         params: numpy arrays, layers stacked.
+        extra: keys of a Hugging Face `config.json` that do not describe the network, such as the ids of special tokens.
     """
 
     config: ModelConfig
     params: Params
+    extra: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,14 @@ def _table(config: ModelConfig, layout: Layout) -> dict[tuple[str, ...], _Tensor
     return {tuple(path.split("/")): tensors[path] for path in ours}
 
 
-def save(path: str | Path, config: ModelConfig, params: Params, *, layout: Layout) -> None:
+def save(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    layout: Layout,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
     """Writes `config.json` and `model.safetensors` into a new folder.
 
     Args:
@@ -94,14 +103,14 @@ def save(path: str | Path, config: ModelConfig, params: Params, *, layout: Layou
         config: of the model.
         params: its parameters, with layers stacked.
         layout: "hf" for `transformers`, "original" for the authors' code.
+        extra: further keys of a Hugging Face `config.json`; the original layout has no place for them.
 
     Raises:
         InputError: the folder is not empty, or the layout cannot express the model.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not an empty folder: choose another or remove it")
-    config_json = configs.to_json(config, layout=layout)
+    require_new_folder(path)
+    config_json = configs.to_json(config, layout=layout, extra=extra or {})
     flat = traverse_util.flatten_dict(params)
     tensors: dict[str, np.ndarray] = {}
     for key, tensor in _table(config, layout).items():
@@ -124,6 +133,13 @@ def save(path: str | Path, config: ModelConfig, params: Params, *, layout: Layou
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def require_new_folder(path: str | Path) -> None:
+    """Raises InputError if something is there already that writing the folder would destroy."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not an empty folder: choose another or remove it")
+
+
 def load(path: str | Path) -> LoadedModel:
     """Reads a folder in either layout, sharded or not; the whole model or nothing.
 
@@ -139,49 +155,64 @@ def load(path: str | Path) -> LoadedModel:
             unexpected or of another shape; the message names them all.
     """
     path = Path(path)
-    config, layout = configs.read(path / "config.json")
+    published = configs.read(path / "config.json")
+    config = published.config
     tensors = _read_tensors(path)
-    table = _table(config, layout)
-    expected: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(define(config).params)
+    table = _table(config, published.layout)
     if config.tie_embeddings and _HEAD in tensors:
         embedding = tensors.get(table["embedding", "table"].name)
         head = tensors.pop(_HEAD)
         if embedding is not None and not np.array_equal(head, embedding):
             raise InputError(f"{path}: {_HEAD} differs from the embedding although the config ties them")
-    problems, flat = [], {}
-    for key, tensor in table.items():
-        layers = range(config.num_layers) if key[0] == "layers" else [None]
-        shape = expected[key].shape[1:] if key[0] == "layers" else expected[key].shape
-        stored_shape = tensor.to_file(np.empty(shape, np.int8)).shape
-        values = []
-        for layer in layers:
-            name = tensor.name.format(layer)
-            value = tensors.pop(name, None)
-            if value is None:
-                problems.append(f"missing {name}")
-            elif value.shape != stored_shape:
-                problems.append(f"{name} has shape {value.shape}, expected {stored_shape}")
-            else:
-                values.append(tensor.from_file(value))
-        if not problems:
-            flat[key] = np.stack(values) if key[0] == "layers" else values[0]
-    problems += [f"unexpected {name}" for name in tensors]
+    flat, problems = _assemble(tensors, table, config)
     if problems:
         raise InputError(f"{path} does not hold the model of its config.json: {'; '.join(problems)}")
     dtypes = {str(value.dtype) for value in flat.values()}
-    if len(dtypes) == 1:
-        config = dataclasses.replace(config, param_dtype=cast(DType, dtypes.pop()))
-    else:
+    if len(dtypes) > 1:
+        dtypes = {"float32"}
         flat = {key: value.astype(np.float32) for key, value in flat.items()}
-    return LoadedModel(config=config, params=traverse_util.unflatten_dict(flat))
+    config = dataclasses.replace(config, param_dtype=cast(DType, dtypes.pop()))
+    return LoadedModel(config=config, params=traverse_util.unflatten_dict(flat), extra=published.extra)
+
+
+def _assemble(
+    tensors: Mapping[str, np.ndarray], table: Mapping[tuple[str, ...], _Tensor], config: ModelConfig
+) -> tuple[dict[tuple[str, ...], np.ndarray], list[str]]:
+    """Parameters by path, and what is wrong with the tensors; only without problems are the parameters complete."""
+    expected: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(define(config).params)
+    flat: dict[tuple[str, ...], np.ndarray] = {}
+    problems: list[str] = []
+    used: set[str] = set()
+    for key, tensor in table.items():
+        is_stacked = key[0] == "layers"
+        shape = expected[key].shape[is_stacked:]
+        stored_shape = tensor.to_file(np.empty(shape, np.int8)).shape
+        values = []
+        for layer in range(config.num_layers if is_stacked else 1):
+            name = tensor.name.format(layer)
+            used.add(name)
+            if name not in tensors:
+                problems.append(f"missing {name}")
+            elif tensors[name].shape != stored_shape:
+                problems.append(f"{name} has shape {tensors[name].shape}, expected {stored_shape}")
+            elif str(tensors[name].dtype) not in get_args(DType):
+                problems.append(f"{name} has dtype {tensors[name].dtype}, expected {' or '.join(get_args(DType))}")
+            else:
+                values.append(tensor.from_file(tensors[name]))
+        if not problems:
+            flat[key] = np.stack(values) if is_stacked else values[0]
+    return flat, problems + [f"unexpected {name}" for name in tensors if name not in used]
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = configs.read_json(index).get("weight_map", {})
+        weight_map = configs.read_json(index).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        if not all(isinstance(name, str) and Path(name).name == name for name in files):
+            raise InputError(f"{index} has no 'weight_map' from tensor names to names of files beside it")
         tensors: dict[str, np.ndarray] = {}
-        for name in sorted(set(weight_map.values())):
+        for name in sorted(files):
             tensors |= _read_safetensors(path / name)
         return tensors
     if (path / "model.safetensors").is_file():
@@ -207,5 +238,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise InputError(
             f"reading {path} needs PyTorch: install torch, or convert it to safetensors elsewhere"
         ) from None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() for name, tensor in state.items()}
+    except Exception as error:  # which one depends on where the damage is
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} is damaged or no PyTorch state dictionary ({reason}): fetch it again") from None

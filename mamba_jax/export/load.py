@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from mamba_jax.checkpoint import load_params
 from mamba_jax.config import ExperimentConfig, ModelConfig
@@ -19,12 +20,14 @@ class LoadedCheckpoint:
         params: its parameters.
         experiment: the training run's config; None for a safetensors folder.
         step: updates done; None for a safetensors folder.
+        extra: see `mamba_jax.export.huggingface.LoadedModel`; empty for a training run.
     """
 
     config: ModelConfig
     params: Params
     experiment: ExperimentConfig | None
     step: int | None
+    extra: dict[str, Any]
 
 
 def load_model(path: str | Path, *, step: int | None = None) -> LoadedCheckpoint:
@@ -42,8 +45,12 @@ def load_model(path: str | Path, *, step: int | None = None) -> LoadedCheckpoint
         raise InputError(f"no checkpoint folder {path}")
     if (path / "checkpoints").is_dir():
         run = load_params(path, step)
-        return LoadedCheckpoint(config=run.config.model, params=run.params, experiment=run.config, step=run.step)
+        return LoadedCheckpoint(
+            config=run.config.model, params=run.params, experiment=run.config, step=run.step, extra={}
+        )
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is neither a training run (no folder 'checkpoints') nor a model (no 'config.json')")
     if step is not None:
         raise InputError(f"{path} is no training run, so it has no step {step}: leave the step out")
     model = huggingface.load(path)
-    return LoadedCheckpoint(config=model.config, params=model.params, experiment=None, step=None)
+    return LoadedCheckpoint(config=model.config, params=model.params, experiment=None, step=None, extra=model.extra)

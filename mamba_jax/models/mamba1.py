@@ -169,8 +169,8 @@ class Mamba1(nnx.Module):
                 ssm_BEN,
                 x_BLE[:, 0],
                 dt_BLE[:, 0],
-                B=B[:, 0] if B.ndim == 3 else B,
-                C=C[:, 0] if C.ndim == 3 else C,
+                B=_by_group(B, x_BLE.shape[0]),
+                C=_by_group(C, x_BLE.shape[0]),
                 z=None if z_BLE is None else z_BLE[:, 0],
                 **common,
             )
@@ -221,3 +221,11 @@ class DtProjection(nnx.Module):
     def __call__(self, dt_BLR: Float[jax.Array, "B L R"]) -> Float[jax.Array, "B L E"]:
         """The step size before its bias, in the compute dtype."""
         return jnp.tensordot(dt_BLR, self.kernel[...].astype(self.compute_dtype), axes=1)
+
+
+def _by_group(matrix: jax.Array, batch_size: int) -> jax.Array:
+    """B or C of one token as (B, G, N), since (B, N) and (E, N) cannot be told apart where B = E.
+
+    (B, L, N) with L = 1 has that shape already, with one group; a constant (E, N) gives each channel its own.
+    """
+    return matrix if matrix.ndim == 3 else jnp.broadcast_to(matrix[None], (batch_size, *matrix.shape))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +38,12 @@ class StepMetrics:
     learning_rate: Float[jax.Array | np.ndarray, ""]
 
 
-TrainStep = Callable[[TrainState, LMBatch], tuple[TrainState, StepMetrics]]
-
-
 def make_train_step(
     config: ExperimentConfig,
     definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
-) -> TrainStep:
+) -> jax.stages.Wrapped:
     """The jitted step; call it under `jax.set_mesh`. It consumes the state it is given.
 
     With accumulation over k microbatches, the gradients of the parts of the loss are summed. All are divided by the

@@ -16,7 +16,7 @@ from mamba_jax.models.parameters import define
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training import train_state
 from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.step import StepMetrics, TrainStep, make_train_step
+from mamba_jax.training.step import StepMetrics, make_train_step
 from mamba_jax.training.train_state import TrainState
 
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -35,7 +35,7 @@ def make_batch(config: ExperimentConfig, *, seed: int = 0) -> LMBatch:
     )
 
 
-def set_up(config: ExperimentConfig) -> tuple[Mesh, TrainState, TrainStep]:
+def set_up(config: ExperimentConfig) -> tuple[Mesh, TrainState, Any]:
     mesh = make_mesh(config.mesh, jax.devices()[: abs(config.mesh.data) * config.mesh.fsdp * config.mesh.tensor])
     definition = define(config.model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, decay=definition.decay)
@@ -44,7 +44,7 @@ def set_up(config: ExperimentConfig) -> tuple[Mesh, TrainState, TrainStep]:
     return mesh, state, make_train_step(config, definition, optimizer, abstract)
 
 
-def run_steps(config: ExperimentConfig, num_steps: int) -> tuple[TrainState, list[StepMetrics], TrainStep]:
+def run_steps(config: ExperimentConfig, num_steps: int) -> tuple[TrainState, list[StepMetrics], Any]:
     mesh, state, step = set_up(config)
     history = []
     with jax.set_mesh(mesh):

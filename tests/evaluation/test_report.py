@@ -1,0 +1,116 @@
+"""`eval.py` on both kinds of checkpoint, and its refusals."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from mamba_jax.config import TokenizerConfig
+from mamba_jax.errors import InputError
+from mamba_jax.evaluation.report import EvaluationRequest, evaluate_checkpoint
+from mamba_jax.export import huggingface
+from mamba_jax.generation.sampling import SamplingConfig
+from tests.evaluation.conftest import SavedRun
+
+EVAL = Path(__file__).parents[2] / "eval.py"
+
+
+@pytest.fixture(scope="module")
+def exported(saved_run: SavedRun) -> Path:
+    folder = saved_run.folder.with_name("exported")
+    huggingface.save(folder, saved_run.config.model, saved_run.params, layout="original")
+    return folder
+
+
+def evaluate_on_command_line(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+    runpy.run_path(str(EVAL), run_name="__main__")
+
+
+def test_run_directory(saved_run: SavedRun) -> None:
+    held_out = evaluate_checkpoint(str(saved_run.folder), EvaluationRequest()).perplexity
+    training = evaluate_checkpoint(str(saved_run.folder), EvaluationRequest(split="train")).perplexity
+    assert held_out is not None
+    assert training is not None
+    assert held_out.num_tokens != training.num_tokens
+
+
+def test_safetensors_folder(saved_run: SavedRun, exported: Path) -> None:
+    expected = evaluate_checkpoint(str(saved_run.folder), EvaluationRequest(batch_size=8)).perplexity
+    text = saved_run.config.data.validation.path
+    request = EvaluationRequest(text=text, seq_len=12, batch_size=8)
+    result = evaluate_checkpoint(str(exported), request).perplexity
+    assert expected is not None
+    assert result is not None
+    # The run lets the state cross the two boundaries between its three documents. The folder, which says nothing about
+    # it, starts each document anew and does not predict its first token.
+    assert result.num_tokens == expected.num_tokens - 2
+    assert result.loss == pytest.approx(expected.loss, rel=0.05)
+
+
+def test_sample_is_reproducible_and_continues_the_prompt(saved_run: SavedRun, exported: Path) -> None:
+    request = EvaluationRequest(prompt="aé", num_tokens=8, max_batches=1, sampling=SamplingConfig(top_k=20))
+    sample = evaluate_checkpoint(str(saved_run.folder), request).sample
+    assert sample is not None
+    assert sample.startswith("aé")
+    assert evaluate_checkpoint(str(exported), request).sample == sample
+    assert evaluate_checkpoint(str(exported), request).perplexity is None
+    other_seed = dataclasses.replace(request, seed=1)
+    assert evaluate_checkpoint(str(exported), other_seed).sample != sample
+
+
+def test_command_line(saved_run: SavedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_on_command_line(monkeypatch, str(saved_run.folder), "--prompt", "a", "--num-tokens", "4")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == ["tokens", "loss", "perplexity", "bits per byte"]
+    assert lines[4].startswith("a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no checkpoint folder nowhere"),
+        ([], "missing an argument"),
+        (["{run}", "--step", "9"], "no checkpoint of step 9; there are 3"),
+        (["{run}", "--promt", "a"], "--prompt"),
+        (["{run}", "--split", "test"], "split"),
+        (["{run}", "--text", "nowhere"], "nowhere"),
+        (["{run}", "--prompt", "a", "--max-batches", "1", "--sampling.temperature", "-1"], "temperature"),
+        (["{exported}"], "give --text FOLDER, or --prompt"),
+        (["{exported}", "--step", "3"], "no step 3"),
+        (["{exported}", "--prompt", "a", "--num-tokens", "0"], "must be positive, got 0"),
+        (["{run}", "--batch-size", "0"], "must be positive, got 0"),
+        (["{run}", "--seq-len", "0"], "must be positive, got 0"),
+        (["{run}", "--max-batches", "0"], "must be positive, got 0"),
+    ],
+)
+def test_bad_input_is_one_line(
+    saved_run: SavedRun,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    places = {"run": saved_run.folder, "exported": exported}
+    with pytest.raises(SystemExit) as stop:
+        evaluate_on_command_line(monkeypatch, *(argument.format(**places) for argument in arguments))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_tokenizer_of_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
+    import tokenizers
+
+    path = tmp_path / "tokenizer.json"
+    vocabulary = {f"word{index}": index for index in range(999)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="word0"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path))
+    request = EvaluationRequest(prompt="word1", tokenizer=TokenizerConfig(kind="hf_json", path=str(path)))
+    with pytest.raises(InputError, match=r"the tokenizer has 1000 ids but .* only 264"):
+        evaluate_checkpoint(str(exported), request)

@@ -1,0 +1,103 @@
+"""Generation is the model's own continuation, drawn in one compiled loop."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax.config import Mamba1Config, ModelConfig
+from mamba_jax.data.tokenizer import ByteTokenizer
+from mamba_jax.errors import InputError
+from mamba_jax.generation.generate import generate
+from mamba_jax.generation.sampling import SamplingConfig
+from mamba_jax.generation.text import complete
+from mamba_jax.models import parameters
+
+GREEDY = SamplingConfig(temperature=0)
+CONFIG = ModelConfig(
+    vocab_size=29,
+    d_model=16,
+    num_layers=2,
+    mixer=Mamba1Config(state_dim=4),
+    embedding_std=1.0,
+    compute_dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return parameters.define(CONFIG), parameters.init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture
+def prompt() -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (3, 5), 0, CONFIG.vocab_size)
+
+
+def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass(model, prompt: jax.Array) -> None:
+    definition, params = model
+    added = generate(definition, params, prompt, num_tokens=8, key=jax.random.key(0), sampling=GREEDY)
+    assert added.shape == (3, 8)
+    sequence = jnp.concatenate([prompt, added], axis=1)
+    logits = definition.merge(params)(sequence).logits[:, 4:-1, : CONFIG.vocab_size]
+    np.testing.assert_array_equal(added, jnp.argmax(logits, axis=-1))
+
+
+def test_samples_depend_on_the_key_alone(model, prompt: jax.Array) -> None:
+    definition, params = model
+    first, again, other = (
+        generate(definition, params, prompt, num_tokens=20, key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert len({tuple(np.asarray(row)) for row in first}) == 3, "rows must not share their randomness"
+
+
+def test_padding_is_never_sampled(model, prompt: jax.Array) -> None:
+    definition, params = model
+    table = params["embedding"]["table"]
+    # A flat distribution over all 32 rows: 120 draws would miss the 3 padded ones with probability 1e-5.
+    flat = {**params, "embedding": {"table": table * 1e-6}}
+    tokens = generate(definition, flat, prompt, num_tokens=40, key=jax.random.key(0))
+    assert definition.config.padded_vocab_size == 32
+    assert 0 <= tokens.min()
+    assert tokens.max() < 29
+
+
+def test_all_tokens_come_from_one_program(model, prompt: jax.Array, caplog: pytest.LogCaptureFixture) -> None:
+    definition, params = model
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for seed in (0, 1):
+            generate(definition, params, prompt, num_tokens=11, key=jax.random.key(seed))
+    compiled = [record.getMessage() for record in caplog.records if "Compiling jit(_generate)" in record.getMessage()]
+    assert len(compiled) == 1, compiled
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_tokens", "token", "message"),
+    [((1, 0), 4, 0, "no tokens"), ((1, 2), 0, 0, "got 0"), ((1, 2), 4, 29, "id 29"), ((1, 2), 4, -1, "id -1")],
+)
+def test_bad_requests_are_refused(model, shape: tuple[int, int], num_tokens: int, token: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(*model, jnp.full(shape, token), num_tokens=num_tokens, key=jax.random.key(0))
+
+
+def test_text_ends_with_the_document() -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=257)
+    params = parameters.init(config, jax.random.key(0))
+    tokenizer = ByteTokenizer()
+
+    def write(params) -> str:
+        return complete(
+            parameters.define(config), params, tokenizer, "ab", num_tokens=6, key=jax.random.key(0), sampling=GREEDY
+        )
+
+    table = params["embedding"]["table"]
+    assert write(params).startswith("ab")
+    # A head that always prefers one id: the last hidden state has length sqrt(D), so a row along it wins.
+    hidden = parameters.define(config).merge(params).hidden(jnp.asarray([[97, 98]])).hidden[0, -1]
+    always_end = {**params, "embedding": {"table": table.at[256].set(100 * hidden)}}
+    assert write(always_end) == "ab"
