@@ -7,11 +7,12 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-# Nearly all the time of these tests is compilation of small programs; without LLVM's optimisation it halves.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Nearly all the time of these tests is compilation of small programs; without LLVM's optimisation it halves.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 
 from jaxtyping import install_import_hook
 

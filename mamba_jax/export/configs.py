@@ -85,6 +85,7 @@ def read(path: Path) -> PublishedConfig:
     try:
         if "model_type" in content:
             model = _validated(_from_hf(content, path), path)
+            _refuse_unsupported(content, {"intermediate_size": model.d_inner}, path)
             known = _to_hf(model).keys() | _HF_REQUIRED.keys() | {"torch_dtype"}
             extra = {key: value for key, value in content.items() if key not in known}
             return PublishedConfig(layout="hf", config=model, extra=extra)
@@ -130,9 +131,6 @@ def _refuse_unsupported(content: dict[str, Any], required: dict[str, Any], path:
 
 def _from_hf(content: dict[str, Any], path: Path) -> dict[str, Any]:
     _refuse_unsupported(content, _HF_REQUIRED, path)
-    inner = content.get("intermediate_size")
-    if inner is not None and inner != content.get("expand", 2) * content["hidden_size"]:
-        raise InputError(f"{path}: intermediate_size={inner!r} is not supported, only expand * hidden_size")
     mixer = {ours: content[key] for key, ours in _HF_MIXER_KEYS.items() if key in content}
     if mixer.get("dt_rank") == "auto":
         del mixer["dt_rank"]

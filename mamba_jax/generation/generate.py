@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
@@ -26,7 +27,7 @@ def generate(
     Args:
         definition: of the model.
         params: its parameters.
-        prompt: token ids, (B, L), L at least 1.
+        prompt: token ids in [0, vocab_size), (B, L), L at least 1.
         num_tokens: tokens to add to every row.
         key: a `jax.random.key`.
         sampling: how tokens are drawn; None is plain sampling at temperature 1.
@@ -35,12 +36,17 @@ def generate(
         The added tokens, (B, num_tokens).
 
     Raises:
-        InputError: an empty prompt, or no tokens asked for.
+        InputError: an empty prompt, an id outside the vocabulary, or no tokens asked for.
     """
     if prompt.shape[1] == 0:
         raise InputError("the prompt has no tokens: give at least one")
     if num_tokens < 1:
         raise InputError(f"the number of tokens to generate must be positive, got {num_tokens}")
+    vocab_size = definition.config.vocab_size
+    lowest, highest = int(prompt.min()), int(prompt.max())
+    if lowest < 0 or highest >= vocab_size:
+        outside = lowest if lowest < 0 else highest
+        raise InputError(f"the prompt has the token id {outside}, but the model's ids are 0 to {vocab_size - 1}")
     return _generate(definition, num_tokens, sampling or SamplingConfig(), params, prompt, key)
 
 
@@ -66,4 +72,4 @@ def _generate(
         return (next_B, output.state), next_B
 
     _, rest_TB = jax.lax.scan(step, (first_B, prefill.state), keys[1:])
-    return jax.numpy.concatenate([first_B[:, None], rest_TB.T], axis=1)
+    return jnp.concatenate([first_B[:, None], rest_TB.T], axis=1)

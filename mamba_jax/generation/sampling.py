@@ -1,6 +1,7 @@
 """From logits to the next token."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ class SamplingConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"sampling temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"sampling temperature must be finite and not negative, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"sampling top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

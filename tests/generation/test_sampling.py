@@ -31,7 +31,7 @@ def expected_frequencies(kept: list[int], temperature: float = 1.0) -> np.ndarra
     [
         (SamplingConfig(), [0, 1, 2, 3]),
         (SamplingConfig(temperature=0.5), [0, 1, 2, 3]),
-        (SamplingConfig(temperature=0), [1]),
+        (SamplingConfig(temperature=0.0), [1]),
         (SamplingConfig(top_k=1), [1]),
         (SamplingConfig(top_k=2), [1, 3]),
         (SamplingConfig(top_k=100), [0, 1, 2, 3]),

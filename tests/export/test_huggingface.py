@@ -1,0 +1,351 @@
+"""Published layouts: exact numbers against an independent implementation, exact round trips, one line per damage."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mamba_jax.checkpoint import Checkpointer
+from mamba_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    Mamba1Config,
+    ModelConfig,
+    OptimizerConfig,
+    TextFolderSource,
+    TrainConfig,
+)
+from mamba_jax.errors import InputError
+from mamba_jax.export import configs, huggingface
+from mamba_jax.export.load import load_model
+from mamba_jax.generation.generate import generate
+from mamba_jax.generation.sampling import SamplingConfig
+from mamba_jax.models import parameters
+
+GOLDEN = Path("tests/golden/mamba1_tiny")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Loss, logits and gradients of the golden checkpoint as this library computes them, and as expected."""
+    loaded = huggingface.load(GOLDEN)
+    config = dataclasses.replace(loaded.config, compute_dtype="float32")
+    definition = parameters.define(config)
+    expected = load_file(GOLDEN / "expected.safetensors")
+    ids = jnp.asarray(expected["input_ids"], jnp.int32)
+
+    def loss(params):
+        logits = definition.merge(params)(ids).logits
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)
+        return -jnp.mean(picked), logits
+
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(loaded.params)
+    return config, value, logits, gradient, expected
+
+
+def test_golden_loss_and_logits(golden) -> None:
+    _, value, logits, _, expected = golden
+    np.testing.assert_allclose(value, expected["loss"][0], rtol=1e-6)
+    # Logits reach 20; 1e-5 of that is 30 roundings of float32.
+    assert np.abs(logits - expected["logits"]).max() < 1e-5 * np.abs(expected["logits"]).max()
+
+
+def test_golden_gradients(golden, tmp_path) -> None:
+    config, _, _, gradient, expected = golden
+    huggingface.save(tmp_path / "gradient", config, gradient, layout="hf")
+    tensors = load_file(tmp_path / "gradient" / "model.safetensors")
+    assert {f"grad.{name}" for name in tensors} == {name for name in expected if name.startswith("grad.")}
+    for name, tensor in tensors.items():
+        reference = expected[f"grad.{name}"]
+        # Both sides are float32: some twenty roundings of 6e-8 on the way through two layers and back.
+        assert np.abs(tensor - reference).max() < 5e-6 * np.abs(reference).max(), name
+
+
+def test_golden_greedy_continuation(golden) -> None:
+    config, _, _, _, expected = golden
+    loaded = huggingface.load(GOLDEN)
+    sequence = expected["greedy_from_13"]
+    tokens = generate(
+        parameters.define(config),
+        loaded.params,
+        jnp.asarray(sequence[:, :13], jnp.int32),
+        num_tokens=24,
+        key=jax.random.key(0),
+        sampling=SamplingConfig(temperature=0.0),
+    )
+    np.testing.assert_array_equal(tokens, sequence[:, 13:])
+
+
+def test_golden_is_written_back_byte_for_byte(tmp_path) -> None:
+    loaded = huggingface.load(GOLDEN)
+    huggingface.save(tmp_path / "again", loaded.config, loaded.params, layout="hf", extra=loaded.extra)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", GOLDEN))
+    assert ours == theirs
+
+
+def random_model(**changes):
+    mixer = Mamba1Config(state_dim=3, conv_width=3, dt_rank=5, use_bias=True)
+    config = ModelConfig(
+        vocab_size=31, d_model=8, num_layers=3, mixer=mixer, tie_embeddings=False, compute_dtype="float32"
+    )
+    config = dataclasses.replace(config, **changes)
+    return config, jax.tree.map(np.asarray, parameters.init(config, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"mixer": Mamba1Config(use_conv_bias=False, expand=3)}], ids=str
+)
+def test_round_trip_is_exact(tmp_path, layout: str, changes) -> None:
+    config, params = random_model(**changes)
+    huggingface.save(tmp_path / "model", config, params, layout=layout)
+    loaded = huggingface.load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert loaded.config.mixer == dataclasses.replace(config.mixer, dt_rank=loaded.config.mixer.dt_rank)
+    assert loaded.config.dt_rank == config.dt_rank
+    assert loaded.config.padded_vocab_size == config.padded_vocab_size
+    if layout == "original":
+        assert loaded.config.vocab_size == config.vocab_size
+        names = load_file(tmp_path / "model" / "model.safetensors").keys()
+        assert {"backbone.embedding.weight", "lm_head.weight"} <= names
+
+
+def test_sharded_and_bfloat16_files_are_read(tmp_path) -> None:
+    config, params = random_model()
+    half = jax.tree.map(lambda value: value.astype(jnp.bfloat16), params)
+    huggingface.save(tmp_path / "model", config, half, layout="hf")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    names = sorted(tensors)
+    files = {"a.safetensors": names[:7], "b.safetensors": names[7:]}
+    for file, members in files.items():
+        save_file({name: tensors[name] for name in members}, tmp_path / "model" / file)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, members in files.items() for name in members}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = huggingface.load(tmp_path / "model")
+    assert loaded.config.param_dtype == "bfloat16"
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, half)
+    (tmp_path / "model" / "b.safetensors").unlink()
+    with pytest.raises(InputError, match=r"b\.safetensors is missing although the index names it"):
+        huggingface.load(tmp_path / "model")
+
+
+def _edit_config(**changes):
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return edit
+
+
+def _edit_tensors(change):
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "truncated": (_truncate, "model.safetensors is damaged"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no file"),
+    "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object"),
+    "config lacks a key": (_edit_config(hidden_size=None), "lacks the key 'hidden_size'"),
+    "other model": (_edit_config(model_type="llama"), "model_type='llama' is not supported"),
+    "other activation": (_edit_config(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+    "odd width": (_edit_config(intermediate_size=65), "intermediate_size=65 is not supported"),
+    "text for a number": (_edit_config(hidden_size="32"), "d_model: Input should be a valid integer, got '32'"),
+    "no layers": (_edit_config(num_hidden_layers=0), "num_layers must be positive"),
+    "more layers": (_edit_config(num_hidden_layers=3), "missing backbone.layers.2.norm.weight"),
+    "fewer layers": (_edit_config(num_hidden_layers=1), "unexpected backbone.layers.1.mixer.A_log"),
+    "missing tensor": (_edit_tensors(lambda t: t.pop("backbone.norm_f.weight")), "missing backbone.norm_f.weight"),
+    "extra tensor": (_edit_tensors(lambda t: t.update(extra=np.zeros(3, np.float32))), "unexpected extra"),
+    "wrong shape": (
+        _edit_tensors(lambda t: t.update({"backbone.norm_f.weight": np.zeros(3, np.float32)})),
+        "backbone.norm_f.weight has shape (3,), expected (32,)",
+    ),
+    "integers": (
+        _edit_tensors(lambda t: t.update({"backbone.norm_f.weight": np.ones(32, np.int32)})),
+        "backbone.norm_f.weight has dtype int32, expected float32",
+    ),
+    "index of nothing": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+        "has no 'weight_map'",
+    ),
+    "index that leaves the folder": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x"}}'),
+        "has no 'weight_map'",
+    ),
+    "untied head": (
+        _edit_tensors(lambda t: t.update({"lm_head.weight": np.zeros((96, 32), np.float32)})),
+        "lm_head.weight differs from the embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_gets_one_line_that_names_it(tmp_path, kind: str) -> None:
+    damage, expected = DAMAGE[kind]
+    shutil.copytree(GOLDEN, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(InputError) as raised:
+        huggingface.load(tmp_path / "model")
+    assert expected in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_all_missing_tensors_are_named(tmp_path) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "model")
+    _edit_tensors(lambda t: [t.pop(name) for name in list(t) if ".D" in name])(tmp_path / "model")
+    with pytest.raises(
+        InputError, match=r"missing backbone\.layers\.0\.mixer\.D; missing backbone\.layers\.1\.mixer\.D"
+    ):
+        huggingface.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "mixer", [{"use_gate": False}, {"use_conv": False}, {"selective": ("dt",)}, {"discretization": "zoh"}], ids=str
+)
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_models_the_layouts_cannot_express_are_refused(tmp_path, mixer, layout: str) -> None:
+    config, params = random_model(mixer=Mamba1Config(**mixer))
+    with pytest.raises(InputError, match=f"model.mixer.{next(iter(mixer))}="):
+        huggingface.save(tmp_path / "model", config, params, layout=layout)
+    assert not (tmp_path / "model").exists()
+
+
+def test_nothing_is_overwritten(tmp_path) -> None:
+    loaded = huggingface.load(GOLDEN)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not an empty folder"):
+        huggingface.save(tmp_path / "out", loaded.config, loaded.params, layout="hf")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_original_config_refuses_hybrids(tmp_path) -> None:
+    loaded = huggingface.load(GOLDEN)
+    content = configs.to_json(loaded.config, layout="original", extra={})
+    for change, expected in (
+        ({"attn_layer_idx": [3]}, "attn_layer_idx"),
+        ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer='Mamba2'"),
+        ({"ssm_cfg": {"headdim": 64}}, "ssm_cfg keys headdim"),
+        ({"ssm_cfg": "Mamba1"}, "ssm_cfg='Mamba1' is not a JSON object"),
+        ({"d_intermediate": 64}, "d_intermediate=64"),
+        ({"rms_norm": False}, "rms_norm=False"),
+    ):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(InputError, match=expected):
+            configs.read(path)
+
+
+def test_mixed_precision_is_widened(tmp_path) -> None:
+    config, params = random_model()
+    params["norm_f"]["scale"] = params["norm_f"]["scale"].astype(np.float16)
+    huggingface.save(tmp_path / "model", config, params, layout="hf")
+    loaded = huggingface.load(tmp_path / "model")
+    assert loaded.config.param_dtype == "float32"
+    assert loaded.params["norm_f"]["scale"].dtype == np.float32
+
+
+class FakeTensor:
+    """As much of a torch tensor as the import uses."""
+
+    def __init__(self, value: np.ndarray) -> None:
+        self.value = value
+
+    def float(self) -> Self:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        return self.value
+
+
+def test_pytorch_files_are_read_through_torch_alone(tmp_path, monkeypatch) -> None:
+    config, params = random_model()
+    folder = tmp_path / "model"
+    huggingface.save(folder, config, params, layout="original")
+    state = {name: FakeTensor(value) for name, value in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match="needs PyTorch"):
+        huggingface.load(folder)
+
+    def load(path: Path, *, map_location: str, weights_only: bool):
+        assert weights_only, "anything else runs code out of the file"
+        return state
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=load))
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(folder).params, params)
+    state["backbone.norm_f.weight"] = "no tensor"
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is damaged"):
+        huggingface.load(folder)
+
+
+def test_a_training_run_is_exported_with_its_special_tokens(tmp_path) -> None:
+    model = random_model(vocab_size=257)[0]
+    experiment = ExperimentConfig(
+        name="test",
+        model=model,
+        data=DataConfig(train=TextFolderSource(path="text"), seq_len=8, global_batch=1),
+        optimizer=OptimizerConfig(peak_lr=1e-3),
+        train=TrainConfig(num_steps=5, run_dir=str(tmp_path / "run")),
+    )
+    params = parameters.init(model, jax.random.key(0))
+    checkpointer = Checkpointer(tmp_path / "run", experiment.checkpoint)
+    checkpointer.save(5, params=params, rest={"step": jnp.asarray(5)}, config=experiment)
+    checkpointer.close()
+    done = run_export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {content[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {256}
+    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "out").params, params)
+    run = load_model(tmp_path / "run", step=5)
+    assert run.step == 5
+    assert run.experiment == experiment
+    with pytest.raises(InputError, match="is no training run, so it has no step 5"):
+        load_model(tmp_path / "out", step=5)
+    with pytest.raises(InputError, match="neither a training run"):
+        load_model(tmp_path)
+
+
+def run_export(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mamba_jax.export", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_line_converts_there_and_back(tmp_path) -> None:
+    original, again = str(tmp_path / "original"), str(tmp_path / "again")
+    assert run_export(str(GOLDEN), original, "--layout", "original").returncode == 0
+    done = run_export(original, again)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert (Path(again) / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
+
+
+def test_command_line_reports_a_bad_path_in_one_line(tmp_path) -> None:
+    done = run_export(str(tmp_path / "nowhere"), str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: no checkpoint folder {tmp_path / 'nowhere'}\n"
