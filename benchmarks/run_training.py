@@ -166,13 +166,15 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
             jax.block_until_ready((state, metrics))
 
         timing = best_timing(run, seconds=options.seconds)
+    memory = step.memory_analysis()
+    assert memory is not None, "XLA reports the memory of every backend in use here"
     device = jax.devices()[0]
     # Peak memory of the device where it keeps its own; the CPU's is that of the process, in KiB on Linux.
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return StepCost(
         timing=timing,
         compile_seconds=compile_seconds,
-        temporaries=step.memory_analysis().temp_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
         peak_memory=peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         device_kind=device.device_kind,
     )

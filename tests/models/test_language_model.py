@@ -88,8 +88,9 @@ def test_a_state_continues_the_sequence(small_config, split: int) -> None:
     assert_same_state(tail.state, whole.state)
 
 
-def test_decoding_equals_the_full_forward_pass(small_config) -> None:
-    definition, params, apply = build(small_config())
+@pytest.mark.parametrize("selective", [("dt", "B", "C"), ("dt",)], ids=str)
+def test_decoding_equals_the_full_forward_pass(small_config, selective) -> None:
+    definition, params, apply = build(small_config(mixer={"selective": selective}))
     tokens = tokens_of(definition.config, (32, 9))  # as many rows as inner channels
     state, logits = init_state(definition.config, 32), []
     for position in range(9):

@@ -338,6 +338,7 @@ def test_loss_that_is_not_finite_is_never_saved(
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(loaded.params))
 
 
+@pytest.mark.slow
 def test_eight_devices_with_everything_on(
     finished: FinishedRun, full_config: Callable[[], ExperimentConfig], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,13 @@ def gradient(state: TrainState) -> Any:
 REORDERING = 200 * 2.0**-24
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1), ALL_AXES], ids=["one device", "eight devices"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(data=1), id="one device"),
+        pytest.param(ALL_AXES, id="eight devices", marks=pytest.mark.slow),
+    ],
+)
 def test_accumulation_equals_the_large_batch(make_config: Callable[..., ExperimentConfig], mesh: MeshConfig) -> None:
     whole_state, (whole,), _ = run_steps(make_config(mesh=mesh, z_loss=1e-3), 1)
     state, (metrics,), _ = run_steps(make_config(mesh=mesh, z_loss=1e-3, accumulation_steps=2), 1)
