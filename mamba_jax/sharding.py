@@ -8,7 +8,7 @@ mesh axis.
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -132,3 +132,36 @@ def constrain(x: jax.Array, *axes: Axis | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, RULES.spec(axes))
+
+
+def per_shard[*Outputs](
+    function: Callable[..., tuple[*Outputs]],
+    arrays: Mapping[str, jax.Array | None],
+    axes: Mapping[str, Sequence[Axis | None]],
+    out_axes: Sequence[Sequence[Axis | None]],
+) -> tuple[*Outputs]:
+    """Calls an operation on every device's part of its arguments, under the mesh of `jax.set_mesh`.
+
+    For operations that treat batch rows and channels apart. Left to itself, the partitioner does not see that through
+    a loop or a kernel, and gathers the whole batch on every device. Gradients of an argument that several devices
+    share are summed over them.
+
+    Args:
+        function: called with keyword arguments; gives a tuple of arrays.
+        arrays: arguments by name; None is passed on.
+        axes: logical axes of every argument that is not None.
+        out_axes: logical axes of every output.
+
+    Returns:
+        What `function` returns for the whole arrays.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(**arrays)
+    present = {name: array for name, array in arrays.items() if array is not None}
+    absent = dict.fromkeys(arrays.keys() - present.keys())
+    return jax.shard_map(
+        lambda shards: function(**shards, **absent),
+        in_specs=({name: RULES.spec(axes[name]) for name in present},),
+        out_specs=tuple(RULES.spec(output) for output in out_axes),
+        check_vma=False,
+    )(present)

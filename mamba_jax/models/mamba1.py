@@ -11,8 +11,12 @@ from mamba_jax.config import ModelConfig
 from mamba_jax.models import initializers
 from mamba_jax.models.layers import Linear, parameter
 from mamba_jax.models.recurrent_state import Mamba1State
-from mamba_jax.sharding import Axis, constrain
+from mamba_jax.sharding import Axis, constrain, per_shard
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
+
+# Logical axes of x, z and dt, and of the recurrent state.
+SEQUENCE = (Axis.BATCH, Axis.LENGTH, Axis.INNER)
+STATE = (Axis.BATCH, Axis.INNER, Axis.STATE)
 
 
 class CausalConv1d(nnx.Module):
@@ -34,15 +38,29 @@ class CausalConv1d(nnx.Module):
         segment_ids_BL: Int[jax.Array, "B L"] | None,
     ) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B W E"]]:
         """Convolves, applies SiLU, and returns the window that continues the sequence."""
-        output = causal_conv1d(
-            x_BLE,
-            self.weight[...],
-            self.bias[...] if self.has_bias else None,
-            activation="silu",
-            initial_window=window_BWE,
-            segment_ids=segment_ids_BL,
+
+        def convolve(**arrays: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            output = causal_conv1d(**arrays, activation="silu")
+            return output.y, output.final_window
+
+        return per_shard(
+            convolve,
+            {
+                "x": x_BLE,
+                "weight": self.weight[...],
+                "bias": self.bias[...] if self.has_bias else None,
+                "initial_window": window_BWE,
+                "segment_ids": segment_ids_BL,
+            },
+            {
+                "x": SEQUENCE,
+                "weight": (Axis.CONV, Axis.INNER),
+                "bias": (Axis.INNER,),
+                "initial_window": (Axis.BATCH, None, Axis.INNER),
+                "segment_ids": (Axis.BATCH, Axis.LENGTH),
+            },
+            (SEQUENCE, (Axis.BATCH, None, Axis.INNER)),
         )
-        return output.y, output.final_window
 
 
 class Mamba1(nnx.Module):
@@ -136,15 +154,15 @@ class Mamba1(nnx.Module):
         """
         mixer = self.config.mixer
         xz_BLPE = self.in_proj(u_BLD)
-        x_BLE = constrain(xz_BLPE[:, :, 0], Axis.BATCH, Axis.LENGTH, Axis.INNER)
-        z_BLE = constrain(xz_BLPE[:, :, 1], Axis.BATCH, Axis.LENGTH, Axis.INNER) if mixer.use_gate else None
+        x_BLE = constrain(xz_BLPE[:, :, 0], *SEQUENCE)
+        z_BLE = constrain(xz_BLPE[:, :, 1], *SEQUENCE) if mixer.use_gate else None
         if mixer.use_conv:
             window_BWE = None if state is None else state.conv_window
             x_BLE, window_BWE = self.conv1d(x_BLE, window_BWE, segment_ids_BL)
         else:
             x_BLE, window_BWE = jax.nn.silu(x_BLE), x_BLE[:, :0]
         y_BLE, ssm_BEN = self._scan(x_BLE, z_BLE, None if state is None else state.ssm, segment_ids_BL)
-        y_BLE = constrain(y_BLE, Axis.BATCH, Axis.LENGTH, Axis.INNER)
+        y_BLE = constrain(y_BLE, *SEQUENCE)
         window_BWE = window_BWE.astype(self.config.compute_dtype)
         return self.out_proj(y_BLE), Mamba1State(conv_window=window_BWE, ssm=ssm_BEN)
 
@@ -157,13 +175,12 @@ class Mamba1(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         mixer = self.config.mixer
         dt_BLE, B, C = self._selection(x_BLE)
-        common: dict[str, Any] = {
+        parameters = {
             "A": -jnp.exp(self.A_log[...].astype(jnp.float32)),
             "D": self.D[...],
             "dt_bias": self.dt_proj.bias[...],
-            "dt_softplus": True,
-            "discretization": mixer.discretization,
         }
+        options: dict[str, Any] = {"dt_softplus": True, "discretization": mixer.discretization}
         if ssm_BEN is not None and x_BLE.shape[1] == 1:
             update = selective_state_update(
                 ssm_BEN,
@@ -172,21 +189,44 @@ class Mamba1(nnx.Module):
                 B=_by_group(B, x_BLE.shape[0]),
                 C=_by_group(C, x_BLE.shape[0]),
                 z=None if z_BLE is None else z_BLE[:, 0],
-                **common,
+                **parameters,
+                **options,
             )
             return update.y[:, None], update.state
-        output = selective_scan(
-            x_BLE,
-            dt_BLE,
-            B=B,
-            C=C,
-            z=z_BLE,
-            initial_state=ssm_BEN,
-            segment_ids=segment_ids_BL,
-            implementation=mixer.scan_implementation,
-            **common,
+
+        def scan(**arrays: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            output = selective_scan(**arrays, **options, implementation=mixer.scan_implementation)
+            return output.y, output.final_state
+
+        def matrix_axes(matrix: jax.Array) -> tuple[Axis, ...]:
+            return (Axis.BATCH, Axis.LENGTH, Axis.STATE) if matrix.ndim == 3 else (Axis.INNER, Axis.STATE)
+
+        return per_shard(
+            scan,
+            {
+                "x": x_BLE,
+                "dt": dt_BLE,
+                "B": B,
+                "C": C,
+                "z": z_BLE,
+                "initial_state": ssm_BEN,
+                "segment_ids": segment_ids_BL,
+                **parameters,
+            },
+            {
+                "x": SEQUENCE,
+                "dt": SEQUENCE,
+                "B": matrix_axes(B),
+                "C": matrix_axes(C),
+                "z": SEQUENCE,
+                "initial_state": STATE,
+                "segment_ids": (Axis.BATCH, Axis.LENGTH),
+                "A": (Axis.INNER, Axis.STATE),
+                "D": (Axis.INNER,),
+                "dt_bias": (Axis.INNER,),
+            },
+            (SEQUENCE, STATE),
         )
-        return output.y, output.final_state
 
     def _selection(self, x_BLE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Step size (B, L, E) before bias and softplus; B and C, (B, L, N) if selective and else (E, N)."""
@@ -198,7 +238,7 @@ class Mamba1(nnx.Module):
         dt_BLE = self.dt_proj(parts["dt"]) if "dt" in parts else jnp.zeros_like(x_BLE)
         B = parts["B"] if "B" in parts else self.B[...]
         C = parts["C"] if "C" in parts else self.C[...]
-        return constrain(dt_BLE, Axis.BATCH, Axis.LENGTH, Axis.INNER), B, C
+        return constrain(dt_BLE, *SEQUENCE), B, C
 
 
 class DtProjection(nnx.Module):

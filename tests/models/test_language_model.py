@@ -13,7 +13,7 @@ import pytest
 from mamba_jax.config import MeshConfig, ModelConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.recurrent_state import init_state
-from mamba_jax.sharding import make_mesh, parameter_sharding, put_batch
+from mamba_jax.sharding import batch_sharding, make_mesh, parameter_sharding, put_batch
 
 # Two orders of summation of the same float32 model: a few roundings (6e-8) per layer, against logits of order 0.3.
 SAME_MODEL = {"rtol": 1e-5, "atol": 1e-6}
@@ -197,6 +197,29 @@ def test_eight_devices_agree_with_one(small_config) -> None:
     # Partial sums over devices are added in another order: roundings of 6e-8 over a few hundred terms.
     np.testing.assert_allclose(split_loss, loss, rtol=1e-6)
     assert max(relative_errors(split_gradient, gradient).values()) < 5e-6
+
+
+def test_no_device_gathers_the_sequences_of_another(small_config) -> None:
+    """Rows and channels are scanned where they are: nothing with a length dimension is gathered over the batch."""
+    definition = parameters.define(small_config(tie_embeddings=False))
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    params = jax.tree.map(
+        lambda leaf, axes: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh, leaf.shape, axes, name="")
+        ),
+        definition.params,
+        definition.axes,
+    )
+    tokens = jax.ShapeDtypeStruct((8, 37), jnp.int32, sharding=batch_sharding(mesh))
+
+    def loss(params, tokens):
+        return jnp.sum(jnp.square(definition.merge(params).hidden(tokens).hidden))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    assert not [shape for shape in gathered if "37" in shape.split(",")], gathered
+    assert "all-reduce" in text
 
 
 def test_gradient_never_holds_all_states(small_config) -> None:

@@ -78,9 +78,7 @@ def compile_step(
         dtype: jax.ShapeDtypeStruct((config.data.global_batch, length), dtype, sharding=batch_sharding(mesh))
         for dtype in (np.int32, np.bool_)
     }
-    batch = LMBatch(
-        tokens=rows[np.int32], targets=rows[np.int32], loss_mask=rows[np.bool_], segment_ids=rows[np.int32]
-    )
+    batch = LMBatch(tokens=rows[np.int32], targets=rows[np.int32], loss_mask=rows[np.bool_], segment_ids=rows[np.int32])
     with jax.set_mesh(mesh):
         step = make_train_step(config, definition, optimizer, state)
         program = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
