@@ -39,7 +39,7 @@ class CausalConv1d(nnx.Module):
     ) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B W E"]]:
         """Convolves, applies SiLU, and returns the window that continues the sequence."""
 
-        def convolve(**arrays: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        def convolve(**arrays: Any) -> tuple[jax.Array, jax.Array]:
             output = causal_conv1d(**arrays, activation="silu")
             return output.y, output.final_window
 
@@ -194,7 +194,7 @@ class Mamba1(nnx.Module):
             )
             return update.y[:, None], update.state
 
-        def scan(**arrays: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        def scan(**arrays: Any) -> tuple[jax.Array, jax.Array]:
             output = selective_scan(**arrays, **options, implementation=mixer.scan_implementation)
             return output.y, output.final_state
 
