@@ -144,7 +144,8 @@ def per_shard[*Outputs](
 
     For operations that treat batch rows and channels apart. Left to itself, the partitioner does not see that through
     a loop or a kernel, and gathers the whole batch on every device. Gradients of an argument that several devices
-    share are summed over them.
+    share are summed over them. An axis that does not divide evenly, such as the batch of a single prompt, is computed
+    whole by every device.
 
     Args:
         function: called with keyword arguments; gives a tuple of arrays.
@@ -159,9 +160,20 @@ def per_shard[*Outputs](
         return function(**arrays)
     present = {name: array for name, array in arrays.items() if array is not None}
     absent = dict.fromkeys(arrays.keys() - present.keys())
+    mesh_shape = jax.sharding.get_abstract_mesh().shape
+    uneven = {
+        axis
+        for name, array in present.items()
+        for dim, axis in zip(array.shape, axes[name], strict=True)
+        if dim % math.prod(mesh_shape[mesh_axis] for mesh_axis in RULES.mesh_axes(axis))
+    }
+
+    def spec(axes: Sequence[Axis | None]) -> PartitionSpec:
+        return RULES.spec([None if axis in uneven else axis for axis in axes])
+
     return jax.shard_map(
         lambda shards: function(**shards, **absent),
-        in_specs=({name: RULES.spec(axes[name]) for name in present},),
-        out_specs=tuple(RULES.spec(output) for output in out_axes),
+        in_specs=({name: spec(axes[name]) for name in present},),
+        out_specs=tuple(spec(output) for output in out_axes),
         check_vma=False,
     )(present)

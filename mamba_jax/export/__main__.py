@@ -1,6 +1,8 @@
 """Writes a checkpoint as safetensors: python -m mamba_jax.export runs/quickstart runs/quickstart/export."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import tyro
 
@@ -14,6 +16,8 @@ from mamba_jax.export.load import LoadedCheckpoint, load_model
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Writes a training run, or a safetensors folder of another layout, as config.json and model.safetensors.
+
+    The `tokenizers` JSON file that a run was trained with comes along as tokenizer.json.
 
     Attributes:
         checkpoint: a training run's directory, or a folder with config.json and safetensors.
@@ -35,7 +39,11 @@ def main() -> None:
         loaded = load_model(arguments.checkpoint, step=arguments.step)
         extra = {**_special_tokens(loaded), **loaded.extra}
         huggingface.save(arguments.out, loaded.config, loaded.params, layout=arguments.layout, extra=extra)
-    print(f"wrote config.json and model.safetensors ({arguments.layout} layout) to {arguments.out}")
+        files = ["config.json", "model.safetensors"]
+        if loaded.experiment is not None and loaded.experiment.data.tokenizer.path is not None:
+            shutil.copyfile(loaded.experiment.data.tokenizer.path, Path(arguments.out) / "tokenizer.json")
+            files.append("tokenizer.json")
+    print(f"wrote {', '.join(files)} ({arguments.layout} layout) to {arguments.out}")
 
 
 def _special_tokens(loaded: LoadedCheckpoint) -> dict[str, int]:

@@ -85,4 +85,5 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
         """Looks up the vectors of `tokens`, in float32."""
-        return jnp.take(self.table[...], tokens, axis=0, mode="fill").astype(jnp.float32)
+        vectors = self.table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return vectors.astype(jnp.float32)

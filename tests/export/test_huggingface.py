@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from mamba_jax.checkpoint import Checkpointer
@@ -23,6 +24,7 @@ from mamba_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TextFolderSource,
+    TokenizerConfig,
     TrainConfig,
 )
 from mamba_jax.errors import InputError
@@ -304,12 +306,17 @@ def test_pytorch_files_are_read_through_torch_alone(tmp_path, monkeypatch) -> No
         huggingface.load(folder)
 
 
-def test_a_training_run_is_exported_with_its_special_tokens(tmp_path) -> None:
-    model = random_model(vocab_size=257)[0]
+def test_a_training_run_is_exported_with_its_tokenizer(tmp_path) -> None:
+    model = random_model()[0]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[END]": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[END]"])
+    tokenizer.save(str(tmp_path / "words.json"))
+    words = TokenizerConfig(kind="hf_json", path=str(tmp_path / "words.json"), end_of_document="[END]")
     experiment = ExperimentConfig(
         name="test",
         model=model,
-        data=DataConfig(train=TextFolderSource(path="text"), seq_len=8, global_batch=1),
+        data=DataConfig(train=TextFolderSource(path="text"), tokenizer=words, seq_len=8, global_batch=1),
         optimizer=OptimizerConfig(peak_lr=1e-3),
         train=TrainConfig(num_steps=5, run_dir=str(tmp_path / "run")),
     )
@@ -320,7 +327,8 @@ def test_a_training_run_is_exported_with_its_special_tokens(tmp_path) -> None:
     done = run_export(str(tmp_path / "run"), str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {content[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {256}
+    assert {content[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {2}
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "out").params, params)
     run = load_model(tmp_path / "run", step=5)
     assert run.step == 5

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.config import Mamba1Config, ModelConfig
+from mamba_jax.config import Mamba1Config, MeshConfig, ModelConfig
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.generation.generate import generate
 from mamba_jax.generation.sampling import SamplingConfig
 from mamba_jax.generation.text import complete
 from mamba_jax.models import parameters
+from mamba_jax.sharding import make_mesh
 
 GREEDY = SamplingConfig(temperature=0.0)
 CONFIG = ModelConfig(
@@ -56,6 +57,14 @@ def test_samples_depend_on_the_key_alone(model, prompt: jax.Array) -> None:
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     assert len({tuple(np.asarray(row)) for row in first}) == 3, "rows must not share their randomness"
+
+
+def test_one_prompt_on_many_devices_is_continued_as_on_one(model, prompt: jax.Array) -> None:
+    definition, params = model
+    alone = generate(definition, params, prompt[:1], num_tokens=6, key=jax.random.key(0), sampling=GREEDY)
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))):
+        split = generate(definition, params, prompt[:1], num_tokens=6, key=jax.random.key(0), sampling=GREEDY)
+    np.testing.assert_array_equal(split, alone)
 
 
 def test_padding_is_never_sampled(model, prompt: jax.Array) -> None:

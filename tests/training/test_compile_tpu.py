@@ -1,10 +1,13 @@
 """The whole training step, compiled ahead of time for TPU pods that are not there."""
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import math
+import multiprocessing
+import os
 import re
-from typing import Any
+from collections import Counter
 
 import jax
 import numpy as np
@@ -35,54 +38,135 @@ V5E_MEMORY = 16 * 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What to compile, and for which pod."""
+
+    topology: str
+    mesh: MeshConfig
+    model: ModelConfig
+    length: int
+    sequences_per_device: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """A compiled step, and how many bytes of the state one device holds."""
+    """What the compiler says about a step; bytes are those of one device.
 
-    program: jax.stages.Compiled
+    Attributes:
+        state_bytes: of the state, without the padding of its layout.
+        alias_bytes: of arguments whose memory is that of results.
+        peak_bytes: of everything that is alive during the step.
+        collectives: how often each kind of operation occurs through which devices exchange arrays.
+        scan_collectives: those within the selective scan.
+    """
+
     state_bytes: int
-
-    @property
-    def memory(self) -> Any:
-        return self.program.memory_analysis()
-
-    @property
-    def collectives(self) -> set[str]:
-        """Kinds of operations through which devices exchange arrays."""
-        kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-        return set(re.findall(rf"\b({kinds})(?:-start)?\(", self.program.as_text()))
+    alias_bytes: int
+    peak_bytes: int
+    collectives: Counter[str]
+    scan_collectives: list[str]
 
 
-def compile_step(
-    topology: str, model: ModelConfig, mesh_config: MeshConfig, *, length: int, sequences_per_device: int
-) -> CompiledStep:
+def compile_step(target: Target) -> CompiledStep:
     """Compiles the step that `train` would run there, from shapes and shardings alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        # The compiler needs no TPU of its own, so other processes may have it loaded as well.
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    jax.config.update("jax_platforms", "cpu")
+    # The compiler needs no TPU, so it does not matter whether another process has it loaded as well.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
+    shape = (target.sequences_per_device * len(devices), target.length)
     config = ExperimentConfig(
         name="pod",
-        model=model,
-        data=DataConfig(
-            train=TextFolderSource(path="none"), seq_len=length, global_batch=sequences_per_device * len(devices)
-        ),
+        model=target.model,
+        data=DataConfig(train=TextFolderSource(path="none"), seq_len=shape[1], global_batch=shape[0]),
         optimizer=OptimizerConfig(peak_lr=1e-3),
         train=TrainConfig(num_steps=100, run_dir="none"),
-        mesh=mesh_config,
+        mesh=target.mesh,
     )
     mesh = make_mesh(config.mesh, devices)
-    definition = define(model)
+    definition = define(config.model)
     optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, decay=definition.decay)
     state = abstract_state(definition, optimizer, mesh)
-    rows = {
-        dtype: jax.ShapeDtypeStruct((config.data.global_batch, length), dtype, sharding=batch_sharding(mesh))
-        for dtype in (np.int32, np.bool_)
-    }
-    batch = LMBatch(tokens=rows[np.int32], targets=rows[np.int32], loss_mask=rows[np.bool_], segment_ids=rows[np.int32])
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh))
+    mask = jax.ShapeDtypeStruct(shape, np.bool_, sharding=batch_sharding(mesh))
+    batch = LMBatch(tokens=tokens, targets=tokens, loss_mask=mask, segment_ids=tokens)
     with jax.set_mesh(mesh):
         step = make_train_step(config, definition, optimizer, state)
         program = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
-    state_bytes = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    memory = program.memory_analysis()
+    found = re.findall(
+        r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)", program.as_text()
     )
-    return CompiledStep(program=program, state_bytes=state_bytes)
+    return CompiledStep(
+        state_bytes=sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+        ),
+        alias_bytes=memory.alias_size_in_bytes,
+        peak_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        collectives=Counter(kind for kind, _ in found),
+        scan_collectives=[line for _, line in found if "selective_scan" in line],
+    )
+
+
+def compile_apart(target: Target) -> CompiledStep:
+    """In a process of its own: the compiler ends its process where it finds a defect of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(compile_step, target).result()
+
+
+FOUR_CHIPS = Target(
+    topology="v5e:2x2", mesh=MeshConfig(data=2, fsdp=2), model=SMALL, length=128, sequences_per_device=2
+)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(FOUR_CHIPS, id="v5e:2x2", marks=pytest.mark.slow),
+        pytest.param(
+            dataclasses.replace(FOUR_CHIPS, topology="v6e:2x2", mesh=MeshConfig(fsdp=2, tensor=2)),
+            id="v6e:2x2, tensor",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Target(
+                topology="v5e:4x4",
+                mesh=MeshConfig(data=1, fsdp=16),
+                model=PUBLISHED_130M,
+                length=2048,
+                sequences_per_device=16,
+            ),
+            id="v5e:4x4, 130M",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Target(
+                topology="v5e:16x16",
+                mesh=MeshConfig(fsdp=16),
+                model=PUBLISHED_130M,
+                length=2048,
+                sequences_per_device=1,
+            ),
+            id="v5e:16x16, 130M",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_step_compiles_for_the_pod(target: Target) -> None:
+    compiled = compile_apart(target)
+    assert compiled.alias_bytes >= compiled.state_bytes
+    assert compiled.peak_bytes < V5E_MEMORY
+    # Gradients are summed and parameters gathered; an exchange in the scan would be one for every chunk of every layer.
+    assert compiled.collectives["all-reduce"] + compiled.collectives["reduce-scatter"] > 0
+    assert compiled.collectives["all-gather"] > 0
+    assert not compiled.scan_collectives
+
+
+def test_replicas_exchange_gradients_only() -> None:
+    compiled = compile_apart(dataclasses.replace(FOUR_CHIPS, mesh=MeshConfig(data=4)))
+    assert compiled.alias_bytes >= compiled.state_bytes
+    assert set(compiled.collectives) == {"all-reduce"}
+    assert not compiled.scan_collectives
