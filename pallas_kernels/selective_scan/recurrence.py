@@ -69,30 +69,38 @@ def _sequential_adjoint(a, dh, dstate):
     return du, dstate
 
 
-def _associative_forward(state, tokens, masks, inject, emit):
-    a, u = over_chunk(inject, tokens, masks)
-    _, after = _associative_states(a, u, state)
-    return after[:, -1], over_chunk(emit, after, tokens)
+def _associative(time_axis: int) -> Recurrence:
+    """The parallel prefix along axis 0 or 1 of a chunk's arrays."""
 
+    def at(position: int | slice) -> tuple[int | slice, ...]:
+        return (slice(None),) * time_axis + (position,)
 
-def _associative_states(a, u, state):
-    after = _prefix(a, u.at[:, 0].add(a[:, 0] * state), reverse=False)
-    return jnp.concatenate([state[:, None], after[:, :-1]], axis=1), after
+    def prefix(a, u, *, reverse: bool):
+        """All h_t = a_t h_{t-1} + u_t from h = 0, in log T steps."""
 
+        def compose(first, second):
+            return first[0] * second[0], second[0] * first[1] + second[1]
 
-def _associative_adjoint(a, dh, dstate):
-    next_a = jnp.concatenate([a[:, 1:], jnp.ones_like(a[:, :1])], axis=1)
-    du = _prefix(next_a, dh.at[:, -1].add(dstate), reverse=True)
-    return du, a[:, 0] * du[:, 0]
+        return jax.lax.associative_scan(compose, (a, u), reverse=reverse, axis=time_axis)[1]
 
+    def forward(state, tokens, masks, inject, emit):
+        a, u = over_chunk(inject, tokens, masks)
+        _, after = states(a, u, state)
+        return after[at(-1)], over_chunk(emit, after, tokens)
 
-def _prefix(a, u, *, reverse: bool):
-    """All h_t = a_t h_{t-1} + u_t from h = 0, in log T steps."""
+    def states(a, u, state):
+        after = prefix(a, u.at[at(0)].add(a[at(0)] * state), reverse=False)
+        before = [jnp.expand_dims(state, time_axis), after[at(slice(-1))]]
+        return jnp.concatenate(before, axis=time_axis), after
 
-    def compose(first, second):
-        return first[0] * second[0], second[0] * first[1] + second[1]
+    def adjoint(a, dh, dstate):
+        next_a = jnp.concatenate([a[at(slice(1, None))], jnp.ones_like(a[at(slice(1))])], axis=time_axis)
+        du = prefix(next_a, dh.at[at(-1)].add(dstate), reverse=True)
+        return du, a[at(0)] * du[at(0)]
 
-    return jax.lax.associative_scan(compose, (a, u), reverse=reverse, axis=1)[1]
+    return Recurrence(
+        name="associative", chunk_length=64, time_axis=time_axis, forward=forward, states=states, adjoint=adjoint
+    )
 
 
 SEQUENTIAL = Recurrence(
@@ -103,11 +111,7 @@ SEQUENTIAL = Recurrence(
     states=_sequential_states,
     adjoint=_sequential_adjoint,
 )
-ASSOCIATIVE = Recurrence(
-    name="associative",
-    chunk_length=64,
-    time_axis=1,
-    forward=_associative_forward,
-    states=_associative_states,
-    adjoint=_associative_adjoint,
-)
+# On an H100 the prefix along the second axis needs no transposes, and the backward pass takes 0.7 of the time and half
+# the memory. The TPU compiler (libtpu 0.0.52) aborts on it.
+ASSOCIATIVE = _associative(time_axis=1)
+ASSOCIATIVE_TIME_FIRST = _associative(time_axis=0)

@@ -19,7 +19,13 @@ import jax.numpy as jnp
 from pallas_kernels.checks import decline_double_precision
 from pallas_kernels.devices import target_platform
 from pallas_kernels.selective_scan.coefficients import Tree, emit, inject
-from pallas_kernels.selective_scan.recurrence import ASSOCIATIVE, SEQUENTIAL, Recurrence, over_chunk
+from pallas_kernels.selective_scan.recurrence import (
+    ASSOCIATIVE,
+    ASSOCIATIVE_TIME_FIRST,
+    SEQUENTIAL,
+    Recurrence,
+    over_chunk,
+)
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 
 # "by_platform" is sequential on the CPU and associative elsewhere.
@@ -115,13 +121,14 @@ def _on_platform(options: _Options, run, *args):
     """Calls `run` with the recurrence that is asked for, or with that of the platform it is lowered for."""
     sequential = functools.partial(run, SEQUENTIAL)
     associative = functools.partial(run, ASSOCIATIVE)
+    time_first = functools.partial(run, ASSOCIATIVE_TIME_FIRST)
     match options.recurrence:
         case "sequential":
             return sequential(*args)
         case "associative":
-            return associative(*args)
+            return jax.lax.platform_dependent(*args, tpu=time_first, default=associative)
         case "by_platform":
-            return jax.lax.platform_dependent(*args, cpu=sequential, default=associative)
+            return jax.lax.platform_dependent(*args, cpu=sequential, tpu=time_first, default=associative)
 
 
 def _run_forward(
