@@ -2,7 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+
+from flax.traverse_util import flatten_dict
 
 from mamba_jax.config import ExperimentConfig, from_json, to_json
 from mamba_jax.errors import InputError
@@ -59,16 +60,9 @@ def claim_run_directory(config: ExperimentConfig) -> Path:
 
 
 def _result_changes(stored: ExperimentConfig, current: ExperimentConfig) -> list[str]:
-    old, new = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(current))
+    old, new = (flatten_dict(dataclasses.asdict(config), sep=".") for config in (stored, current))
     return [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and name not in _CHANGEABLE and not name.startswith(_CHANGEABLE_SECTIONS)
     ]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
