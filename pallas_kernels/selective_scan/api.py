@@ -4,13 +4,14 @@ import functools
 
 from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
 from pallas_kernels.dispatch import Dispatcher
-from pallas_kernels.selective_scan import reference, xla
+from pallas_kernels.selective_scan import pallas_gpu, reference, xla
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput, check_arguments
 
 _dispatch = Dispatcher[ScanOutput](
     op=OP,
     implementations={
         "reference": reference.selective_scan,
+        "pallas_gpu": pallas_gpu.selective_scan,
         "xla": functools.partial(xla.selective_scan, recurrence="by_platform"),
         "xla_sequential": functools.partial(xla.selective_scan, recurrence="sequential"),
         "xla_associative": functools.partial(xla.selective_scan, recurrence="associative"),

@@ -1,0 +1,342 @@
+"""The selective scan as Mosaic GPU kernels, for Hopper and newer: the arguments brought into the kernels' shape.
+
+The kernels keep the state in registers and shared memory. The forward kernel writes the state at the start of every
+chunk of 16 tokens when a gradient will be needed, the backward kernel recomputes the others from there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.devices import target_platform
+from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
+from pallas_kernels.selective_scan.pallas_gpu_common import CHUNK, LOG2_E, SLICE, Features, Geometry, Tiling
+from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
+from pallas_kernels.warpgroup import Device, Interpreted
+
+Arrays = dict[str, jax.Array]
+MAX_STATES = 256
+_SEQUENCES = ("x", "dt", "z")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What is static about a scan.
+
+    Attributes:
+        dt_softplus: apply softplus to dt.
+        interpreted: run the kernels in Pallas' interpreter.
+        forward, backward: how the work of the two directions is spread.
+    """
+
+    dt_softplus: bool
+    interpreted: bool
+    forward: Tiling
+    backward: Tiling
+
+
+def selective_scan(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    dt_softplus: bool,
+    discretization: Discretization,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    tilings: tuple[Tiling, Tiling] | None = None,
+) -> ScanOutput:
+    """See `pallas_kernels.selective_scan.api.selective_scan`; on a CPU the kernels are interpreted, which is slow.
+
+    Args:
+        tilings: for the forward and the backward pass, instead of the measured choice.
+
+    Raises:
+        NotImplementedError: the target is no GPU of compute capability 9.0 or more, A is complex, B or C is constant
+            over time, N is over 256, the discretization is not "euler", or a dtype is neither float32 nor bfloat16.
+    """
+    _decline(x, dt, A, B, C, z=z, discretization=discretization)
+    forward, backward = tilings or choose_tilings(*x.shape, A.shape[1])
+    options = _Options(
+        dt_softplus=dt_softplus,
+        interpreted=target_platform() == "cpu",
+        forward=forward,
+        backward=backward,
+    )
+    arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    y, final_state = _scan(options, arrays, segment_ids)
+    return ScanOutput(y=y, final_state=final_state)
+
+
+def _decline(x, dt, A, B, C, *, z, discretization: str) -> None:
+    """Raises NotImplementedError, with the reason, for what the kernels do not do."""
+    if target_platform() not in ("gpu", "cpu"):
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' is for GPUs, the target is {target_platform()!r}")
+    if jnp.issubdtype(A.dtype, jnp.complexfloating):
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' takes a real A only, got {A.dtype}")
+    if B.ndim == 2 or C.ndim == 2:
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' takes B and C with a time axis only, got {B.shape}, {C.shape}")
+    if discretization != "euler":
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' discretizes with 'euler' only, got {discretization!r}")
+    if A.shape[1] > MAX_STATES:
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' takes at most {MAX_STATES} states, got {A.shape[1]}")
+    for name, array in {"x": x, "dt": dt, "z": z, "B": B, "C": C}.items():
+        if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(f"{OP}: 'pallas_gpu' takes float32 and bfloat16, {name} has {array.dtype}")
+    if A.dtype == jnp.float64:
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' computes in float32 and would round A in float64")
+
+
+def choose_tilings(batch: int, length: int, channels: int, states: int) -> tuple[Tiling, Tiling]:
+    """Tilings for the forward and the backward pass."""
+    rows = 1
+    return Tiling(lanes=4, rows=rows), Tiling(lanes=4, rows=2 if states <= 64 else 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    outputs, *_ = _run_forward(options, arrays, segment_ids, checkpoints=False)
+    return outputs
+
+
+def _scan_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None):
+    outputs, checkpoints = _run_forward(options, arrays, segment_ids, checkpoints=True)
+    return outputs, (arrays, segment_ids, checkpoints)
+
+
+def _run_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None, *, checkpoints: bool):
+    """(y, final state), and the states at the starts of chunks, of the kernels' shape."""
+    geometry, padded = _prepare(options, options.forward, arrays, segment_ids)
+    features = Features(softplus=options.dt_softplus, checkpoints=checkpoints)
+    if geometry.tiling.parts > 1:
+        names = [name for name in ("x", "dt", "B", "A", "dt_bias", "starts") if name in padded]
+        padded |= _run_parts(options, geometry, {name: padded[name] for name in names})
+    outputs = {
+        "y": jax.ShapeDtypeStruct(padded["x"].shape, arrays["x"].dtype),
+        "final_state": jax.ShapeDtypeStruct((geometry.batch * geometry.width, geometry.states), jnp.float32),
+    }
+    if checkpoints:
+        shape = (geometry.batch * geometry.chunks * geometry.width, geometry.states)
+        outputs["checkpoints"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    scratch = pallas_gpu_forward.scratch_types(geometry)
+    grid = geometry.grid(geometry.tiling.parts)
+    results = _call(options, pallas_gpu_forward.kernel, geometry, features, grid, padded, outputs, scratch)
+    y = _unpadded_sequence(geometry, results["y"], arrays["x"].shape)
+    final_state = _unpadded_state(geometry, results["final_state"], arrays)
+    return (y, final_state), results.get("checkpoints")
+
+
+def _scan_backward(options: _Options, residuals, cotangents):
+    arrays, segment_ids, checkpoints = residuals
+    dy, dfinal_state = cotangents
+    geometry, padded = _prepare(options, options.backward, arrays, segment_ids)
+    features = Features(softplus=options.dt_softplus)
+    padded.pop("initial_state", None)
+    padded["dy"] = _padded_sequence(geometry, dy)
+    parts = geometry.tiling.parts
+    if parts > 1:
+        names = [name for name in ("dy", "z", "dt", "C", "A", "dt_bias", "starts") if name in padded]
+        padded |= _run_parts(options, geometry, {name: padded[name] for name in names})
+    padded["checkpoints"] = checkpoints
+    padded["dfinal_state"] = _padded_state(geometry, dfinal_state)
+
+    def float32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    rows = geometry.batch * geometry.width
+    tokens = geometry.batch * geometry.length
+    outputs = {
+        f"d{name}": jax.ShapeDtypeStruct(padded[name].shape, arrays[name].dtype)
+        for name in _SEQUENCES
+        if name in arrays
+    }
+    outputs["dmatrices"] = float32(geometry.blocks * tokens, geometry.groups * 2 * geometry.states)
+    outputs["dinitial_state"] = float32(rows, geometry.states)
+    outputs["dA"] = float32(parts * rows, geometry.states)
+    for name in ("D", "dt_bias"):
+        if name in arrays:
+            outputs[f"d{name}"] = float32(parts * geometry.batch, geometry.width)
+    scratch = pallas_gpu_backward.scratch_types(geometry)
+    results = _call(
+        options, pallas_gpu_backward.kernel, geometry, features, geometry.grid(parts), padded, outputs, scratch
+    )
+    return _gradients(geometry, arrays, results), None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _run_parts(options: _Options, geometry: Geometry, inputs: Arrays) -> Arrays:
+    """What the parts of the sequence make of the state by themselves."""
+    rows = geometry.tiling.parts * geometry.batch * geometry.width
+    outputs = {
+        "part_states": jax.ShapeDtypeStruct((rows, geometry.states), jnp.float32),
+        "part_steps": jax.ShapeDtypeStruct((rows, 1), jnp.float32),
+    }
+    features = Features(softplus=options.dt_softplus)
+    scratch = pallas_gpu_parts.scratch_types(geometry)
+    grid = geometry.grid(geometry.tiling.parts - 1)
+    return _call(options, pallas_gpu_parts.kernel, geometry, features, grid, inputs, outputs, scratch)
+
+
+def _call(
+    options: _Options,
+    kernel: Callable[..., None],
+    geometry: Geometry,
+    features: Features,
+    grid: dict[str, Any],
+    inputs: Arrays,
+    outputs: dict[str, jax.ShapeDtypeStruct],
+    scratch: dict[str, Any],
+) -> Arrays:
+    """Runs a kernel whose references are known by name."""
+    warpgroup = Interpreted() if options.interpreted else Device()
+
+    def body(*refs):
+        remaining = iter(refs)
+        named = [{name: next(remaining) for name in group} for group in (inputs, outputs, scratch)]
+        kernel(warpgroup, geometry, features, *named)
+
+    results = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        scratch_types=list(scratch.values()),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=mgpu.LoweringSemantics.Lane,
+        ),
+        interpret=plgpu.InterpretGPUParams() if options.interpreted else None,
+        kernel_name=kernel.__module__.rsplit(".", 1)[-1],
+        **grid,
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _prepare(
+    options: _Options, tiling: Tiling, arrays: Arrays, segment_ids: jax.Array | None
+) -> tuple[Geometry, Arrays]:
+    """Sizes, and the kernels' inputs: padded to whole blocks and with all leading axes in one."""
+    batch, length, channels = arrays["x"].shape
+    groups = max(arrays[name].shape[2] if arrays[name].ndim == 4 else 1 for name in ("B", "C"))
+    # Both passes see the same padding, so that the one can read what the other has written.
+    block = max(options.forward.channels_per_block, options.backward.channels_per_block)
+    geometry = Geometry(
+        batch=batch,
+        groups=groups,
+        channels=_round_up(channels // groups, block),
+        states=_round_up(arrays["A"].shape[1], SLICE),
+        length=_round_up(length, CHUNK),
+        valid_length=length,
+        tiling=tiling,
+    )
+    padded = {name: _padded_sequence(geometry, arrays[name]) for name in _SEQUENCES if name in arrays}
+    padded |= {name: _padded_matrix(geometry, arrays[name]) for name in ("B", "C")}
+    padded["A"] = _padded_state(geometry, LOG2_E * arrays["A"][None].astype(jnp.float32))
+    for name in ("D", "dt_bias"):
+        if name in arrays:
+            padded[name] = _padded_channels(geometry, arrays[name][None].astype(jnp.float32))
+    if "state" in arrays:
+        padded["initial_state"] = _padded_state(geometry, arrays["state"].astype(jnp.float32))
+    if segment_ids is not None:
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, geometry.length - length)))
+        padded["starts"] = starts.astype(jnp.int32).reshape(-1, 1)
+    return geometry, padded
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _padded_channels(geometry: Geometry, array: jax.Array) -> jax.Array:
+    """(..., E) to (..., G F), each group padded by itself."""
+    if array.shape[-1] == geometry.width:
+        return array
+    grouped = array.reshape(*array.shape[:-1], geometry.groups, -1)
+    padding = geometry.channels - grouped.shape[-1]
+    grouped = jnp.pad(grouped, ((0, 0),) * (grouped.ndim - 1) + ((0, padding),))
+    return grouped.reshape(*array.shape[:-1], geometry.width)
+
+
+def _unpadded_channels(geometry: Geometry, array: jax.Array, channels: int) -> jax.Array:
+    """The inverse of `_padded_channels`."""
+    if channels == geometry.width:
+        return array
+    grouped = array.reshape(*array.shape[:-1], geometry.groups, geometry.channels)
+    return grouped[..., : channels // geometry.groups].reshape(*array.shape[:-1], channels)
+
+
+def _padded_sequence(geometry: Geometry, array: jax.Array) -> jax.Array:
+    """(B, L, E) to (B L, G F)."""
+    array = _padded_channels(geometry, array)
+    padding = geometry.length - array.shape[1]
+    return jnp.pad(array, ((0, 0), (0, padding), (0, 0))).reshape(-1, geometry.width)
+
+
+def _unpadded_sequence(geometry: Geometry, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """(B L, G F) to the (B, L, E) of `shape`."""
+    array = array.reshape(geometry.batch, geometry.length, geometry.width)[:, : shape[1]]
+    return _unpadded_channels(geometry, array, shape[2])
+
+
+def _padded_matrix(geometry: Geometry, array: jax.Array) -> jax.Array:
+    """(B, L, N) or (B, L, 1 or G, N) to (B L, G N)."""
+    array = array[:, :, None] if array.ndim == 3 else array
+    array = jnp.broadcast_to(array, (*array.shape[:2], geometry.groups, array.shape[3]))
+    padding = (geometry.length - array.shape[1], 0, geometry.states - array.shape[3])
+    array = jnp.pad(array, ((0, 0), *((0, size) for size in padding)))
+    return array.reshape(-1, geometry.groups * geometry.states)
+
+
+def _padded_state(geometry: Geometry, array: jax.Array) -> jax.Array:
+    """(R, E, N) to (R G F, N)."""
+    array = jnp.pad(array, ((0, 0), (0, 0), (0, geometry.states - array.shape[2])))
+    if array.shape[1] != geometry.width:
+        array = jnp.swapaxes(_padded_channels(geometry, jnp.swapaxes(array, 1, 2)), 1, 2)
+    return array.reshape(-1, geometry.states)
+
+
+def _unpadded_state(geometry: Geometry, array: jax.Array, arrays: Arrays) -> jax.Array:
+    """(R G F, N) to (R, E, N)."""
+    channels, states = arrays["A"].shape
+    array = array.reshape(-1, geometry.groups, geometry.channels, geometry.states)
+    array = array[:, :, : channels // geometry.groups, :states]
+    return array.reshape(array.shape[0], channels, states)
+
+
+def _gradients(geometry: Geometry, arrays: Arrays, results: Arrays) -> Arrays:
+    """The kernel's results as gradients of the arguments; what blocks have computed apart is summed here."""
+    gradients = {
+        name: _unpadded_sequence(geometry, results[f"d{name}"], arrays["x"].shape)
+        for name in _SEQUENCES
+        if name in arrays
+    }
+    dA = results["dA"].reshape(-1, geometry.width, geometry.states).sum(axis=0)
+    gradients["A"] = _unpadded_state(geometry, dA, arrays)[0]
+    if "state" in arrays:
+        gradients["state"] = _unpadded_state(geometry, results["dinitial_state"], arrays)
+    for name in ("D", "dt_bias"):
+        if name in arrays:
+            total = results[f"d{name}"].sum(axis=0)
+            gradients[name] = _unpadded_channels(geometry, total, arrays["x"].shape[2])
+    shape = (geometry.blocks, geometry.batch, geometry.length, geometry.groups, 2, geometry.states)
+    dmatrices = results["dmatrices"].reshape(shape).sum(axis=0)
+    for kind, name in enumerate(("B", "C")):
+        matrix = arrays[name]
+        gradient = dmatrices[:, : matrix.shape[1], :, kind, : matrix.shape[-1]]
+        if matrix.ndim == 3 or matrix.shape[2] != geometry.groups:
+            gradient = gradient.sum(axis=2, keepdims=True)
+        gradients[name] = gradient.reshape(matrix.shape)
+    return {name: gradient.astype(arrays[name].dtype) for name, gradient in gradients.items()}

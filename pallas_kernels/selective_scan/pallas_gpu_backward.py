@@ -1,0 +1,373 @@
+"""The backward kernel of the selective scan on NVIDIA GPUs (Hopper and newer); docs/kernels.md explains it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.selective_scan.pallas_gpu_common import (
+    CHUNK,
+    GROUP,
+    LN_2,
+    MATRIX_PITCH,
+    PAIR_PITCH,
+    SLICE,
+    VALUE_PITCH,
+    Features,
+    Geometry,
+    Kernel,
+    Registers,
+    added,
+    loop,
+    plus,
+    sigmoid,
+)
+from pallas_kernels.warpgroup import LANES, WARPS, Warpgroup, widen
+
+# Values that the lanes at the edges compute before the recurrence and need again after it.
+_KEPT = ("dt", "slope", "gate")
+
+
+def scratch_types(geometry: Geometry) -> dict[str, Any]:
+    """Shared memory of a block, in float32."""
+    tiling = geometry.tiling
+    channels = tiling.channels_per_block
+
+    def floats(count):
+        return plgpu.SMEM((count,), jnp.float32)
+
+    scratch = {
+        "pairs": floats(channels * PAIR_PITCH),
+        "matrices": floats(CHUNK * MATRIX_PITCH),
+        "dy": floats(channels * VALUE_PITCH),
+        "history": floats(WARPS * (CHUNK + 1) * _history_pitch(geometry)),
+        "kept": floats(WARPS * len(_KEPT) * LANES * tiling.edge_channels),
+        "matrix_sums": floats(WARPS * CHUNK * 2 * SLICE),
+    }
+    if geometry.slices > 1:
+        scratch["sum_pairs"] = floats(channels * PAIR_PITCH)
+        scratch["sum_y"] = floats(channels * VALUE_PITCH)
+        scratch["dstates"] = floats(geometry.slices * channels * SLICE)
+        scratch["dA"] = floats(geometry.slices * channels * SLICE)
+    return scratch
+
+
+def _history_pitch(geometry: Geometry) -> int:
+    """Floats from one token's states to the next: the channels of a warp."""
+    return geometry.tiling.channels_per_warp * SLICE
+
+
+def kernel(
+    w: Warpgroup, geometry: Geometry, features: Features, inputs: dict[str, Any], outputs: dict[str, Any], shared
+) -> None:
+    """Runs a block: its channels of one batch row, back through one part of the sequence.
+
+    Args:
+        w: the warpgroup.
+        geometry: sizes.
+        features: what is done.
+        inputs: those of the forward kernel but for the initial state, and "checkpoints" (B chunks G F, N), "dy"
+            (B L, G F), "dfinal_state" (B G F, N).
+        outputs: "dx", "ddt", "dz" (B L, G F), "dmatrices" (blocks B L, G 2 N), the sums over the block's channels of the
+            gradients of B and C, "dA" (parts B G F, N), "dinitial_state" (B G F, N), "dD" and "ddt_bias" (parts B,
+            G F); the optional ones if their argument is present.
+        shared: see `scratch_types`.
+    """
+    _Backward(w, geometry, features, inputs, outputs, shared).run()
+
+
+class _Backward(Kernel):
+    def run(self) -> None:
+        geometry, tiling = self.geometry, self.tiling
+        part = jax.lax.axis_index("part")
+        first = part * geometry.chunks_per_part
+        stop = jnp.minimum(first + geometry.chunks_per_part, geometry.chunks)
+        self.D, self.dt_bias = self.edge_constant("D"), self.edge_constant("dt_bias")
+        self.history = (
+            self.lanes.warp * ((CHUNK + 1) * _history_pitch(geometry)) + self.lanes.lane_channel * SLICE + self.lanes.state
+        )
+        states = ()
+        if self.single:
+            self.rates = self.load_states("A", self.lanes.zero, 0)
+            states = self.initial_dstates(part, 0), self.zeros()
+        else:
+            self.over_slices(lambda slice_index: self.initialise(part, slice_index))
+
+        def walk(i, carry):
+            return self.walk_chunk(stop - 1 - i, *carry)
+
+        zeros = [self.w.full(0.0)] * tiling.edge_channels
+        carry = self.fetch(stop - 1), (zeros, zeros), states
+        _, totals, states = loop(0, stop - first, walk, carry)
+
+        self.over_slices(lambda slice_index: self.write_states(part, slice_index, states))
+        row = part * geometry.batch + self.lanes.batch
+        for name, values in zip(("dD", "ddt_bias"), totals, strict=True):
+            if name in self.outputs:
+                values = [self.sum_over_tokens(value) for value in values]
+                self.w.store(self.outputs[name], self.edge_columns(), values, row=row, pitch=geometry.width)
+
+    def initial_dstates(self, part, slice_index) -> list[Registers]:
+        """Gradient of the state that the part ends with."""
+        dstates = self.load_states("dfinal_state", self.lanes.batch, slice_index)
+        if self.tiling.parts > 1:
+            rates = self.load_states("A", self.lanes.zero, slice_index)
+            dstates = self.carried(dstates, self.tiling.parts - 1, part, rates, slice_index)
+        return dstates
+
+    def initialise(self, part, slice_index) -> None:
+        self.store_shared_states("dstates", slice_index, self.initial_dstates(part, slice_index))
+        self.store_shared_states("dA", slice_index, self.zeros())
+
+    def write_states(self, part, slice_index, states) -> None:
+        if self.single:
+            dstates, dA = states
+        else:
+            dstates, dA = (self.load_shared_states(name, slice_index) for name in ("dstates", "dA"))
+        self.store_states("dA", part * self.geometry.batch + self.lanes.batch, slice_index, dA)
+
+        @pl.when(part == 0)
+        def _():
+            self.store_states("dinitial_state", self.lanes.batch, slice_index, dstates)
+
+    def fetch(self, chunk: jax.Array) -> dict[str, Any]:
+        """Starts to read a chunk."""
+        words = self.load_edge(chunk, [name for name in ("x", "dt", "z", "dy", "starts") if name in self.inputs])
+        return words | self.fetch_slice(chunk, 0) if self.single else words
+
+    def fetch_slice(self, chunk: jax.Array, slice_index) -> dict[str, Any]:
+        """Starts to read a slice of B, C and the state at the start of a chunk."""
+        pitch = self.geometry.groups * self.geometry.states
+        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.thread & 7) * 2
+        row = self.lanes.batch * self.geometry.length + (chunk * CHUNK + (self.lanes.thread >> 3))
+        words = {name: self.w.load(self.inputs[name], column, 2, row=row, pitch=pitch) for name in ("B", "C")}
+        leading = self.lanes.batch * self.geometry.chunks + chunk
+        return words | {"states": self.load_states("checkpoints", leading, slice_index)}
+
+    def walk_chunk(self, chunk: jax.Array, words: dict[str, Any], totals, states):
+        """Takes a chunk's gradients back; the next one to come is read meanwhile."""
+        next_words = self.fetch(jnp.maximum(chunk - 1, 0))
+        self.enter(chunk, words)
+        if self.single:
+            states = self.walk_slice(chunk, 0, words, self.rates, *states)
+        else:
+            self.clear_sums()
+
+            def walk(slice_index):
+                dstates, dA = (self.load_shared_states(name, slice_index) for name in ("dstates", "dA"))
+                rates = self.load_states("A", self.lanes.zero, slice_index)
+                slice_words = self.fetch_slice(chunk, slice_index)
+                dstates, dA = self.walk_slice(chunk, slice_index, slice_words, rates, dstates, dA)
+                self.store_shared_states("dstates", slice_index, dstates)
+                self.store_shared_states("dA", slice_index, dA)
+
+            self.over_slices(walk)
+        return next_words, self.leave(chunk, words, totals), states
+
+    def kept_index(self, name: str) -> jax.Array:
+        lanes = self.lanes
+        return ((lanes.warp * len(_KEPT) + _KEPT.index(name)) * LANES + lanes.lane) * self.tiling.edge_channels
+
+    def enter(self, chunk: jax.Array, words: dict[str, Any]) -> None:
+        """Computes what the recurrence needs of the sequences."""
+        x, dt, dy = (widen(words[name], self.inputs[name].dtype) for name in ("x", "dt", "dy"))
+        dt = added(dt, self.dt_bias)
+        starts = words["starts"][0] if "starts" in words else None
+        steps, decay = self.step_sizes(chunk, dt, starts)
+        slopes = [sigmoid(self.w, value) if self.features.softplus else self.w.full(1.0) for value in dt]
+        valid = self.is_valid(chunk)
+        if valid is not None:
+            slopes = [jnp.where(valid, slope, self.w.full(0.0)) for slope in slopes]
+        self.w.store(self.shared["kept"], self.kept_index("dt"), steps)
+        self.w.store(self.shared["kept"], self.kept_index("slope"), slopes)
+        if "z" in words:
+            z = widen(words["z"], self.inputs["z"].dtype)
+            gates = [sigmoid(self.w, value) for value in z]
+            self.w.store(self.shared["kept"], self.kept_index("gate"), gates)
+            dy = [a * (b * c) for a, b, c in zip(dy, z, gates, strict=True)]
+        self.stage_pairs(decay, [a * b for a, b in zip(steps, x, strict=True)])
+        index = self.lanes.edge_channel * VALUE_PITCH + self.lanes.token
+        for i, value in enumerate(dy):
+            self.w.store(self.shared["dy"], index, (value,), offset=i * VALUE_PITCH)
+
+    def walk_slice(self, chunk: jax.Array, slice_index, words: dict[str, Any], rates, dstates, dA):
+        """Takes the gradient of a slice's states back through a chunk; returns it and the one of A."""
+        index = (self.lanes.thread >> 3) * MATRIX_PITCH + (self.lanes.thread & 7) * 2
+        for name, offset in (("B", 0), ("C", SLICE)):
+            values = widen(words[name], self.inputs[name].dtype)
+            self.w.store(self.shared["matrices"], index, values, offset=offset)
+        self.w.sync_block()
+        states = self.recompute(words["states"], rates)
+
+        def walk(i, carry):
+            return self.walk_group(CHUNK - GROUP - i * GROUP, rates, *carry)
+
+        dstates, dA, _ = loop(0, CHUNK // GROUP, walk, (dstates, dA, states))
+        self.w.sync_block()
+        self.write_matrix_sums(chunk, slice_index)
+        return dstates, dA
+
+    def history_offset(self, token: int, r: int) -> int:
+        return token * _history_pitch(self.geometry) + r * self.lanes.channel_stride * SLICE
+
+    def recompute(self, states: Sequence[Registers], rates) -> tuple:
+        """Runs the chunk forward and writes down the states before every token; returns the last."""
+
+        def walk(i, states):
+            start = i * GROUP
+            pairs = self.load_pairs(start)
+            B = self.load_rows(start, offset=0, copy=self.lanes.zero)
+            base = self.history + start * _history_pitch(self.geometry)
+            results = []
+            for r, (decay, dtx) in enumerate(pairs):
+                state = list(states[r])
+                for j in range(GROUP):
+                    self.w.store(self.shared["history"], base, state, offset=self.history_offset(j, r))
+                    for n in range(self.tiling.states_per_lane):
+                        state[n] = jnp.exp2(decay[j] * rates[r][n]) * state[n] + dtx[j] * B[j][n]
+                results.append(state)
+            return results
+
+        return loop(0, CHUNK // GROUP, walk, states)
+
+    def walk_group(self, start, rates, dstates, dA, states):
+        """Takes the gradient of the states back through GROUP tokens.
+
+        Args:
+            start: first token of the group in the chunk.
+            rates: A.
+            dstates: gradient of the states after the last token, for each channel of the lane.
+            dA: gradient of A so far.
+            states: the states after the last token.
+        """
+        tiling, count = self.tiling, self.tiling.states_per_lane
+        pairs = self.load_pairs(start)
+        index = self.lanes.channel * VALUE_PITCH + start
+        offsets = [r * self.lanes.channel_stride for r in range(tiling.rows)]
+        dy = [self.w.load(self.shared["dy"], index, GROUP, offset=offset * VALUE_PITCH) for offset in offsets]
+        B = self.load_rows(start, offset=0, copy=self.lanes.zero)
+        C = self.load_rows(start, offset=SLICE, copy=self.lanes.zero)
+        base = self.history + start * _history_pitch(self.geometry)
+        before = [
+            [self.w.load(self.shared["history"], base, count, offset=self.history_offset(j, r)) for j in range(GROUP)]
+            for r in range(tiling.rows)
+        ]
+        dstates, dA, states = ([list(values) for values in each] for each in (dstates, dA, states))
+        sums: list[list[list]] = [[[None] * GROUP for _ in range(3)] for _ in range(tiling.rows)]
+        for j in reversed(range(GROUP)):
+            dB: list = [None] * count
+            dC: list = [None] * count
+            for r, (decay, dtx) in enumerate(pairs):
+                y = ddtx = ddecay = None
+                for n in range(count):
+                    dC[n] = plus(dC[n], states[r][n] * dy[r][j])
+                    y = plus(y, states[r][n] * C[j][n])
+                    dstate = dstates[r][n] + dy[r][j] * C[j][n]
+                    dB[n] = plus(dB[n], dstate * dtx[j])
+                    ddtx = plus(ddtx, dstate * B[j][n])
+                    dstate = dstate * jnp.exp2(decay[j] * rates[r][n])
+                    # Gradient of the exponent dt A.
+                    dexponent = dstate * before[r][j][n]
+                    dA[r][n] = dA[r][n] + decay[j] * dexponent
+                    ddecay = plus(ddecay, dexponent * rates[r][n])
+                    dstates[r][n] = dstate
+                states[r] = list(before[r][j])
+                for values, value in zip(sums[r], (y, ddtx, ddecay), strict=True):
+                    values[j] = value
+            index = (self.lanes.warp * CHUNK + start) * (2 * SLICE) + self.matrix_sum_place()
+            self.w.store(
+                self.shared["matrix_sums"], index, (self.sum_over_channels(dB + dC),), offset=j * 2 * SLICE
+            )
+        self.add_sums(start, [[self.sums_over_shares(values) for values in each] for each in sums])
+        return dstates, dA, states
+
+    def matrix_sum_place(self) -> jax.Array:
+        """Place in a row of B next to C of the sum that `sum_over_channels` leaves in the lane."""
+        count = self.tiling.states_per_lane
+        kind = self.lanes.lane_channel >> (count.bit_length() - 1)
+        return kind * SLICE + self.lanes.state + (self.lanes.lane_channel & (count - 1))
+
+    def add_sums(self, start, sums) -> None:
+        """Writes the sums over states of a group: y, and for the gradients of dt x and of dt in the decay.
+
+        With a single slice they take the place of what the group has read, dy and the pairs.
+        """
+        self.w.sync_warp()
+        names = ("dy", "pairs") if self.single else ("sum_y", "sum_pairs")
+        y_ref, pair_ref = (self.shared[name] for name in names)
+        token = start + self.lanes.first_sum
+        for r, (y, ddtx, ddecay) in enumerate(sums):
+            offset = r * self.lanes.channel_stride
+            pairs = [value for pair in zip(ddtx, ddecay, strict=True) for value in pair]
+            y_index = self.lanes.channel * VALUE_PITCH + token
+            pair_index = self.lanes.channel * PAIR_PITCH + token * 2
+            if not self.single:
+                y = added(y, self.w.load(y_ref, y_index, len(y), offset=offset * VALUE_PITCH))
+                pairs = added(pairs, self.w.load(pair_ref, pair_index, len(pairs), offset=offset * PAIR_PITCH))
+            self.w.store(y_ref, y_index, y, offset=offset * VALUE_PITCH)
+            self.w.store(pair_ref, pair_index, pairs, offset=offset * PAIR_PITCH)
+
+    def clear_sums(self) -> None:
+        """Sets the sums over states of a chunk to zero."""
+        count = max(1, GROUP // self.tiling.lanes)
+        for start in range(0, CHUNK, GROUP):
+            for r in range(self.tiling.rows):
+                offset = r * self.lanes.channel_stride
+                index = self.lanes.channel * VALUE_PITCH + self.lanes.first_sum
+                zeros = [self.w.full(0.0)] * count
+                self.w.store(self.shared["sum_y"], index, zeros, offset=start + offset * VALUE_PITCH)
+                index = self.lanes.channel * PAIR_PITCH + self.lanes.first_sum * 2
+                self.w.store(self.shared["sum_pairs"], index, zeros * 2, offset=start * 2 + offset * PAIR_PITCH)
+
+    def write_matrix_sums(self, chunk: jax.Array, slice_index) -> None:
+        """Adds up the warps' parts of the gradients of B and C and writes the block's."""
+        geometry, thread = self.geometry, self.lanes.thread
+        token, place = thread >> 3, (thread & 7) * 4
+        total = None
+        for warp in range(WARPS):
+            index = token * (2 * SLICE) + place
+            values = self.w.load(self.shared["matrix_sums"], index, 4, offset=warp * CHUNK * 2 * SLICE)
+            total = added(values, total)
+        row = self.lanes.block * (geometry.batch * geometry.length) + self.lanes.batch * geometry.length
+        row = row + (chunk * CHUNK + token)
+        column = (self.lanes.group * 2 + (place >> 4)) * geometry.states + slice_index * SLICE + (place & (SLICE - 1))
+        pitch = geometry.groups * 2 * geometry.states
+        self.w.store(self.outputs["dmatrices"], column, total, row=row, pitch=pitch)
+
+    def leave(self, chunk: jax.Array, words: dict[str, Any], totals):
+        """Writes the gradients of the sequences; returns the sums over tokens for D and dt_bias."""
+        edge_count = self.tiling.edge_channels
+        x, dy = (widen(words[name], self.inputs[name].dtype) for name in ("x", "dy"))
+        dt = self.w.load(self.shared["kept"], self.kept_index("dt"), edge_count)
+        slope = self.w.load(self.shared["kept"], self.kept_index("slope"), edge_count)
+        if "z" in words:
+            z = widen(words["z"], self.inputs["z"].dtype)
+            gate = self.w.load(self.shared["kept"], self.kept_index("gate"), edge_count)
+        y_ref, pair_ref = (self.shared[name] for name in (("dy", "pairs") if self.single else ("sum_y", "sum_pairs")))
+        y_index = self.lanes.edge_channel * VALUE_PITCH + self.lanes.token
+        pair_index = self.lanes.edge_channel * PAIR_PITCH + self.lanes.token * 2
+        dx, ddt, dz = [], [], []
+        dD, ddt_bias = (list(values) for values in totals)
+        for i in range(edge_count):
+            (y,) = self.w.load(y_ref, y_index, 1, offset=i * VALUE_PITCH)
+            ddtx, ddecay = self.w.load(pair_ref, pair_index, 2, offset=i * PAIR_PITCH)
+            dgated = dy[i]
+            if "z" in words:
+                if self.D is not None:
+                    y = y + self.D[i] * x[i]
+                dz.append(dgated * y * gate[i] * (1.0 + z[i] * (1.0 - gate[i])))
+                dgated = dgated * (z[i] * gate[i])
+            ddt.append((ddecay * LN_2 + ddtx * x[i]) * slope[i])
+            ddt_bias[i] = ddt_bias[i] + ddt[i]
+            if self.D is None:
+                dx.append(ddtx * dt[i])
+            else:
+                dx.append(ddtx * dt[i] + dgated * self.D[i])
+                dD[i] = dD[i] + dgated * x[i]
+        for name, values in (("dx", dx), ("ddt", ddt), ("dz", dz)):
+            if values:
+                self.store_edge(name, chunk, values)
+        return dD, ddt_bias

@@ -1,0 +1,427 @@
+"""What the GPU kernels of the selective scan share: geometry, the roles of lanes, and staging through shared memory.
+
+A warp owns CW = 32 / S * R channels and walks its part of the sequence in chunks of CHUNK tokens. Its lanes have two
+roles:
+
+- In the recurrence, S lanes share R channels, and each keeps SLICE / S states of every one of them in registers. (More
+  than SLICE states are worked off slice by slice.)
+- At the edges of a chunk, where sequences are read and written and softplus and gates are computed, two lanes share a
+  token, and each has CW / 2 neighbouring channels of it, so that memory is accessed in wide pieces.
+
+The roles exchange values through shared memory.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.warpgroup import LANES, WARPS, Warpgroup
+
+CHUNK = 16
+SLICE = 16
+# Tokens whose sums over states are exchanged between lanes together.
+GROUP = 4
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+# exp2(RESET * A) is exactly zero for every decay rate below -5e-37.
+RESET = 3.0e38
+# Rows of shared memory are padded so that the lanes of a warp hit different banks.
+PAIR_PITCH = 2 * CHUNK + 4
+VALUE_PITCH = CHUNK + 4
+MATRIX_PITCH = 2 * SLICE + 4
+
+type Registers = Sequence[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a kernel's work is spread over the chip.
+
+    Attributes:
+        lanes: S, the lanes that share a channel: 2, 4 or 8.
+        rows: R, the channels of a lane: 1 or 2.
+        parts: pieces of the sequence that run at the same time.
+    """
+
+    lanes: int
+    rows: int
+    parts: int = 1
+
+    @property
+    def states_per_lane(self) -> int:
+        return SLICE // self.lanes
+
+    @property
+    def channels_per_warp(self) -> int:
+        return LANES // self.lanes * self.rows
+
+    @property
+    def channels_per_block(self) -> int:
+        return WARPS * self.channels_per_warp
+
+    @property
+    def edge_channels(self) -> int:
+        """Channels of one token that a lane reads and writes."""
+        return CHUNK * self.channels_per_warp // LANES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes of a scan as the kernels see it: everything is padded to whole blocks.
+
+    Sequences are (B L, G F), matrices (B L, G N), states (B G F, N), where F is the number of channels of a group.
+
+    Attributes:
+        batch, groups, channels, states: B, G, F and N.
+        length: L, a multiple of CHUNK.
+        valid_length: tokens that exist; the rest leave the state as it is.
+        tiling: of the work.
+    """
+
+    batch: int
+    groups: int
+    channels: int
+    states: int
+    length: int
+    valid_length: int
+    tiling: Tiling
+
+    @property
+    def blocks(self) -> int:
+        return self.channels // self.tiling.channels_per_block
+
+    @property
+    def chunks(self) -> int:
+        return self.length // CHUNK
+
+    @property
+    def chunks_per_part(self) -> int:
+        return -(-self.chunks // self.tiling.parts)
+
+    @property
+    def slices(self) -> int:
+        return self.states // SLICE
+
+    @property
+    def width(self) -> int:
+        """Channels of all groups."""
+        return self.groups * self.channels
+
+    def grid(self, parts: int) -> dict[str, Any]:
+        """The grid of a kernel over some parts of the sequence."""
+        return {
+            "grid": (parts, self.batch, self.groups, self.blocks),
+            "grid_names": ("part", "batch", "group", "block"),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+    """What is done besides the recurrence.
+
+    Attributes:
+        softplus: apply it to dt.
+        checkpoints: the forward kernel writes the state at the start of every chunk.
+    """
+
+    softplus: bool
+    checkpoints: bool = False
+
+
+class Lanes:
+    """Where each thread works, as int32 arrays of one value a thread.
+
+    Attributes:
+        thread, warp, lane: indices of the thread in the block, its warp, and the lane in the warp.
+        channel: first channel of the lane in the recurrence, counted in the block; the others are `channel_stride`
+            apart.
+        share: index among the lanes of that channel.
+        state: first state of the slice that the lane keeps.
+        token: in the chunk, at the edges.
+        edge_channel: first channel at the edges, counted in the block.
+        first_channel: first channel of the block among all channels.
+        group, batch, block: those of the block.
+    """
+
+    def __init__(self, w: Warpgroup, tiling: Tiling, geometry: Geometry):
+        self.thread = w.thread_index()
+        zero = self.thread & 0
+        self.zero = zero
+        self.warp = self.thread >> 5
+        self.lane = self.thread & (LANES - 1)
+        self.channel_stride = LANES // tiling.lanes
+        self.lane_channel = self.lane >> (tiling.lanes.bit_length() - 1)
+        self.share = self.lane & (tiling.lanes - 1)
+        self.state = self.share * tiling.states_per_lane
+        self.token = self.lane >> 1
+        warp_channel = self.warp * tiling.channels_per_warp
+        self.channel = warp_channel + self.lane_channel
+        self.edge_channel = warp_channel + (self.lane & 1) * tiling.edge_channels
+        self.group = zero + jax.lax.axis_index("group")
+        self.batch = zero + jax.lax.axis_index("batch")
+        self.block = zero + jax.lax.axis_index("block")
+        self.first_channel = self.group * geometry.channels + self.block * tiling.channels_per_block
+        # The lane's first sum among the GROUP that `sums_over_shares` spreads.
+        self.first_sum = (self.share * GROUP) >> (tiling.lanes.bit_length() - 1)
+
+
+class Kernel:
+    """Access to memory that is alike in all kernels of a scan.
+
+    Attributes:
+        w, geometry, features, inputs, outputs, shared: what the kernel was called with.
+        tiling: that of the geometry.
+        lanes: roles of the threads.
+        single: all states fit into one slice.
+    """
+
+    def __init__(
+        self,
+        w: Warpgroup,
+        geometry: Geometry,
+        features: Features,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+        shared: dict[str, Any],
+    ):
+        self.w, self.geometry, self.features = w, geometry, features
+        self.inputs, self.outputs, self.shared = inputs, outputs, shared
+        self.tiling = geometry.tiling
+        self.lanes = Lanes(w, self.tiling, geometry)
+        self.single = geometry.slices == 1
+
+    def over_slices(self, body: Callable[[Any], None]) -> None:
+        """Calls body(slice_index) for every slice."""
+        if self.single:
+            body(0)
+        else:
+            loop(0, self.geometry.slices, lambda i, _: body(i), None)
+
+    def token_row(self, chunk: jax.Array) -> jax.Array:
+        """Row of the lane's token in sequences and matrices."""
+        return self.lanes.batch * self.geometry.length + (chunk * CHUNK + self.lanes.token)
+
+    def edge_columns(self) -> jax.Array:
+        """First channel of the lane at the edges, among all channels."""
+        return self.lanes.first_channel + self.lanes.edge_channel
+
+    def edge_constant(self, name: str) -> Registers | None:
+        """A value for each channel of the lane at the edges; None if the argument is missing."""
+        if name not in self.inputs:
+            return None
+        count, pitch = self.tiling.edge_channels, self.geometry.width
+        return self.w.load(self.inputs[name], self.edge_columns(), count, row=self.lanes.zero, pitch=pitch)
+
+    def load_edge(self, chunk: jax.Array, names: Sequence[str]) -> dict[str, Registers]:
+        """Words of a chunk of sequences; "starts" has one value a token, the others a row of channels."""
+        row = self.token_row(chunk)
+        words = {}
+        for name in names:
+            if name == "starts":
+                words[name] = self.w.load(self.inputs[name], self.lanes.zero, 1, row=row, pitch=1)
+            elif name in self.inputs:
+                count, pitch = self.tiling.edge_channels, self.geometry.width
+                words[name] = self.w.load(self.inputs[name], self.edge_columns(), count, row=row, pitch=pitch)
+        return words
+
+    def store_edge(self, name: str, chunk: jax.Array, values: Registers) -> None:
+        """Writes the lane's channels of its token of an output."""
+        row = self.token_row(chunk)
+        self.w.store(self.outputs[name], self.edge_columns(), values, row=row, pitch=self.geometry.width)
+
+    def state_rows(self, leading: jax.Array) -> list[jax.Array]:
+        """Rows of the lane's channels in an array of states with an index before the channel."""
+        first = leading * self.geometry.width + (self.lanes.first_channel + self.lanes.channel)
+        return [first + r * self.lanes.channel_stride for r in range(self.tiling.rows)]
+
+    def load_states(self, name: str, leading: jax.Array, slice_index) -> list[Registers]:
+        """The lane's states of a slice from an input, for each of its channels."""
+        column = self.lanes.state + slice_index * SLICE
+        count, pitch = self.tiling.states_per_lane, self.geometry.states
+        rows = self.state_rows(leading)
+        return [self.w.load(self.inputs[name], column, count, row=row, pitch=pitch) for row in rows]
+
+    def store_states(self, name: str, leading: jax.Array, slice_index, states: Sequence[Registers]) -> None:
+        """Writes the lane's states of a slice to an output."""
+        column = self.lanes.state + slice_index * SLICE
+        for row, values in zip(self.state_rows(leading), states, strict=True):
+            self.w.store(self.outputs[name], column, values, row=row, pitch=self.geometry.states)
+
+    def zeros(self) -> list[Registers]:
+        """Zeros in the place of the lane's states."""
+        return [[self.w.full(0.0)] * self.tiling.states_per_lane for _ in range(self.tiling.rows)]
+
+    def shared_states_index(self, slice_index) -> jax.Array:
+        lanes = self.lanes
+        return slice_index * (self.tiling.channels_per_block * SLICE) + lanes.channel * SLICE + lanes.state
+
+    def load_shared_states(self, name: str, slice_index) -> list[Registers]:
+        """The lane's states of a slice from shared memory."""
+        index, count = self.shared_states_index(slice_index), self.tiling.states_per_lane
+        offsets = [r * self.lanes.channel_stride * SLICE for r in range(self.tiling.rows)]
+        return [self.w.load(self.shared[name], index, count, offset=offset) for offset in offsets]
+
+    def store_shared_states(self, name: str, slice_index, states: Sequence[Registers]) -> None:
+        """Writes the lane's states of a slice to shared memory."""
+        index = self.shared_states_index(slice_index)
+        for r, values in enumerate(states):
+            self.w.store(self.shared[name], index, values, offset=r * self.lanes.channel_stride * SLICE)
+
+    def load_matrix(self, name: str, chunk: jax.Array, slice_index) -> Registers:
+        """Words of half a slice of the row of the lane's token in B or C."""
+        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.lane & 1) * (SLICE // 2)
+        pitch = self.geometry.groups * self.geometry.states
+        return self.w.load(self.inputs[name], column, SLICE // 2, row=self.token_row(chunk), pitch=pitch)
+
+    def stage_matrix(self, values: Registers, *, offset: int) -> None:
+        """Writes the half that `load_matrix` brought, in float32, to the warp's copy of B (offset 0) or C (SLICE)."""
+        lanes = self.lanes
+        index = (lanes.warp * CHUNK + lanes.token) * MATRIX_PITCH + (lanes.lane & 1) * (SLICE // 2)
+        self.w.store(self.shared["matrices"], index, values, offset=offset)
+
+    def stage_pairs(self, decay: Registers, weights: Registers) -> None:
+        """Writes a pair (step size in the decay, weight) for each of the lane's channels."""
+        index = self.lanes.edge_channel * PAIR_PITCH + self.lanes.token * 2
+        for i, pair in enumerate(zip(decay, weights, strict=True)):
+            self.w.store(self.shared["pairs"], index, pair, offset=i * PAIR_PITCH)
+
+    def load_pairs(self, start) -> list[tuple[Registers, Registers]]:
+        """The pairs of GROUP tokens, as step sizes and weights for each of the lane's channels."""
+        index = self.lanes.channel * PAIR_PITCH + start * 2
+        pairs = []
+        for r in range(self.tiling.rows):
+            offset = r * self.lanes.channel_stride * PAIR_PITCH
+            values = self.w.load(self.shared["pairs"], index, 2 * GROUP, offset=offset)
+            pairs.append((values[0::2], values[1::2]))
+        return pairs
+
+    def load_rows(self, start, *, offset: int, copy: jax.Array) -> list[Registers]:
+        """The lane's states of B (offset 0) or C (SLICE) for GROUP tokens, from one of the copies."""
+        index = (copy * CHUNK + start) * MATRIX_PITCH + self.lanes.state
+        count = self.tiling.states_per_lane
+        matrices = self.shared["matrices"]
+        return [self.w.load(matrices, index, count, offset=offset + i * MATRIX_PITCH) for i in range(GROUP)]
+
+    def is_valid(self, chunk: jax.Array) -> jax.Array | None:
+        """Whether the lane's token exists; None if all do."""
+        if self.geometry.valid_length == self.geometry.length:
+            return None
+        return chunk * CHUNK + self.lanes.token < self.geometry.valid_length
+
+    def step_sizes(
+        self, chunk: jax.Array, dt: Registers, starts: jax.Array | None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """dt after softplus, zero for tokens that do not exist, and the same for decays, huge where a segment starts.
+
+        Args:
+            chunk: index of the chunk.
+            dt: with its bias, a value for each of the lane's channels.
+            starts: not zero where a segment starts; None if there are none.
+        """
+        steps = [softplus(self.w, value) if self.features.softplus else value for value in dt]
+        valid = self.is_valid(chunk)
+        if valid is not None:
+            steps = [jnp.where(valid, step, self.w.full(0.0)) for step in steps]
+        if starts is None:
+            return steps, steps
+        return steps, [jnp.where(starts != 0, self.w.full(RESET), step) for step in steps]
+
+    def carried(self, states: list[Registers], first, last, rates: Sequence[Registers], slice_index) -> list[Registers]:
+        """States after the parts first, first + 1, .., last - 1 of the sequence (or first, first - 1, .., last + 1).
+
+        A part of length T turns h into exp2(A sum_t dt_t) h + h', where h' is what it makes of a zero state; sums and
+        h' come from the kernel in `pallas_gpu_parts`.
+        """
+        count = jnp.abs(last - first)
+        direction = jnp.where(last > first, 1, -1)
+
+        def advance(i, states):
+            part = first + i * direction
+            leading = self.lanes.zero + part * self.geometry.batch + self.lanes.batch
+            local = self.load_states("part_states", leading, slice_index)
+            result = []
+            for r, row in enumerate(self.state_rows(leading)):
+                (total,) = self.w.load(self.inputs["part_steps"], self.lanes.zero, 1, row=row, pitch=1)
+                moved = zip(rates[r], states[r], local[r], strict=True)
+                result.append([jnp.exp2(total * rate) * state + more for rate, state, more in moved])
+            return result
+
+        return loop(0, count, advance, states)
+
+    def sums_over_shares(self, values: Registers) -> list[jax.Array]:
+        """Sums GROUP values, one a token, over the lanes of a channel, and spreads the sums over those lanes.
+
+        An exchange halves the values that a lane answers for, until one is left; further ones make copies of it.
+
+        Returns:
+            The sums of the tokens `lanes.first_sum` and following.
+        """
+        return self._exchange(values, self.lanes.share, self.tiling.lanes)
+
+    def sum_over_channels(self, values: Registers) -> jax.Array:
+        """Sums 32 / S values over the lanes of a warp that keep the same states; lane_channel i has the i-th sum."""
+        (total,) = self._exchange(values, self.lanes.lane_channel, LANES // self.tiling.lanes, scale=self.tiling.lanes)
+        return total
+
+    def _exchange(self, values: Registers, position: jax.Array, lanes: int, *, scale: int = 1) -> list[jax.Array]:
+        values = list(values)
+        mask = lanes // 2
+        while mask:
+            half = len(values) // 2
+            if half:
+                upper = (position & mask) != 0
+                kept = [jnp.where(upper, values[half + i], values[i]) for i in range(half)]
+                sent = [jnp.where(upper, values[i], values[half + i]) for i in range(half)]
+            else:
+                kept, sent = values, values
+            values = [k + self.w.shuffle_xor(s, mask * scale) for k, s in zip(kept, sent, strict=True)]
+            mask //= 2
+        return values
+
+    def sum_over_tokens(self, value: jax.Array) -> jax.Array:
+        """The sum over the lanes that have the same channels at the edges."""
+        for mask in (2, 4, 8, 16):
+            value = value + self.w.shuffle_xor(value, mask)
+        return value
+
+
+def loop(first, stop, body: Callable[[jax.Array, Any], Any], carry):
+    """`jax.lax.fori_loop` for a carry whose lists may come back as tuples and the other way round."""
+    leaves, tree = jax.tree.flatten(carry)
+
+    def advance(i, leaves):
+        return jax.tree.leaves(body(i, jax.tree.unflatten(tree, leaves)))
+
+    return jax.tree.unflatten(tree, jax.lax.fori_loop(first, stop, advance, leaves))
+
+
+def added(first: Registers, second: Registers | None) -> Registers:
+    """Sums term by term; a missing second is zero."""
+    return first if second is None else [a + b for a, b in zip(first, second, strict=True)]
+
+
+def plus(total: jax.Array | None, term: jax.Array) -> jax.Array:
+    """total + term, where no total is zero."""
+    return term if total is None else total + term
+
+
+def softplus(w: Warpgroup, value: jax.Array) -> jax.Array:
+    """log(1 + exp(value)) to a few units in the last place, for arguments of any size.
+
+    With e = exp(-|value|): max(value, 0) + log1p(e), and log1p(e) = 2 atanh(s) for s = e / (2 + e), at most 1/3.
+    """
+    e = jnp.exp2(jnp.maximum(value, -value) * -LOG2_E)
+    s = e * w.reciprocal(e + 2.0)
+    square = s * s
+    series = w.full(2.0 / 13)
+    for denominator in (11, 9, 7, 5, 3, 1):
+        series = series * square + 2.0 / denominator
+    return jnp.maximum(value, 0.0) + s * series
+
+
+def sigmoid(w: Warpgroup, value: jax.Array) -> jax.Array:
+    """1 / (1 + exp(-value))."""
+    return w.reciprocal(1.0 + jnp.exp2(value * -LOG2_E))
