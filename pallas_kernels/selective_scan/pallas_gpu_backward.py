@@ -13,9 +13,7 @@ from pallas_kernels.selective_scan.pallas_gpu_common import (
     GROUP,
     LN_2,
     MATRIX_PITCH,
-    PAIR_PITCH,
     SLICE,
-    VALUE_PITCH,
     Features,
     Geometry,
     Kernel,
@@ -25,7 +23,7 @@ from pallas_kernels.selective_scan.pallas_gpu_common import (
     plus,
     sigmoid,
 )
-from pallas_kernels.warpgroup import LANES, WARPS, Warpgroup, widen
+from pallas_kernels.warpgroup import THREADS, WARPS, Warpgroup, widen
 
 # Values that the lanes at the edges compute before the recurrence and need again after it.
 _KEPT = ("dt", "slope", "gate")
@@ -40,16 +38,16 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
         return plgpu.SMEM((count,), jnp.float32)
 
     scratch = {
-        "pairs": floats(channels * PAIR_PITCH),
+        "pairs": floats(2 * CHUNK * channels),
         "matrices": floats(CHUNK * MATRIX_PITCH),
-        "dy": floats(channels * VALUE_PITCH),
+        "dy": floats(CHUNK * channels),
         "history": floats(WARPS * (CHUNK + 1) * _history_pitch(geometry)),
-        "kept": floats(WARPS * len(_KEPT) * LANES * tiling.edge_channels),
+        "kept": floats(len(_KEPT) * CHUNK * channels),
         "matrix_sums": floats(WARPS * CHUNK * 2 * SLICE),
     }
     if geometry.slices > 1:
-        scratch["sum_pairs"] = floats(channels * PAIR_PITCH)
-        scratch["sum_y"] = floats(channels * VALUE_PITCH)
+        scratch["sum_pairs"] = floats(2 * CHUNK * channels)
+        scratch["sum_y"] = floats(CHUNK * channels)
         scratch["dstates"] = floats(geometry.slices * channels * SLICE)
         scratch["dA"] = floats(geometry.slices * channels * SLICE)
     return scratch
@@ -104,10 +102,11 @@ class _Backward(Kernel):
         _, totals, states = loop(0, stop - first, walk, carry)
 
         self.over_slices(lambda slice_index: self.write_states(part, slice_index, states))
+        self.w.sync_block()
         row = part * geometry.batch + self.lanes.batch
         for name, values in zip(("dD", "ddt_bias"), totals, strict=True):
             if name in self.outputs:
-                values = [self.sum_over_tokens(value) for value in values]
+                values = self.sums_over_tokens("matrix_sums", values)
                 self.w.store(self.outputs[name], self.edge_columns(), values, row=row, pitch=geometry.width)
 
     def initial_dstates(self, part, slice_index) -> list[Registers]:
@@ -140,10 +139,7 @@ class _Backward(Kernel):
 
     def fetch_slice(self, chunk: jax.Array, slice_index) -> dict[str, Any]:
         """Starts to read a slice of B, C and the state at the start of a chunk."""
-        pitch = self.geometry.groups * self.geometry.states
-        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.thread & 7) * 2
-        row = self.lanes.batch * self.geometry.length + (chunk * CHUNK + (self.lanes.thread >> 3))
-        words = {name: self.w.load(self.inputs[name], column, 2, row=row, pitch=pitch) for name in ("B", "C")}
+        words = {name: self.load_matrix(name, chunk, slice_index) for name in ("B", "C")}
         leading = self.lanes.batch * self.geometry.chunks + chunk
         return words | {"states": self.load_states("checkpoints", leading, slice_index)}
 
@@ -154,7 +150,9 @@ class _Backward(Kernel):
         if self.single:
             states = self.walk_slice(chunk, 0, words, self.rates, *states)
         else:
-            self.clear_sums()
+            zeros = [self.w.full(0.0)] * self.tiling.edge_channels
+            self.store_edge_values("sum_y", zeros)
+            self.store_edge_pairs("sum_pairs", zeros, zeros)
 
             def walk(slice_index):
                 dstates, dA = (self.load_shared_states(name, slice_index) for name in ("dstates", "dA"))
@@ -168,8 +166,7 @@ class _Backward(Kernel):
         return next_words, self.leave(chunk, words, totals), states
 
     def kept_index(self, name: str) -> jax.Array:
-        lanes = self.lanes
-        return ((lanes.warp * len(_KEPT) + _KEPT.index(name)) * LANES + lanes.lane) * self.tiling.edge_channels
+        return (_KEPT.index(name) * THREADS + self.lanes.thread) * self.tiling.edge_channels
 
     def enter(self, chunk: jax.Array, words: dict[str, Any]) -> None:
         """Computes what the recurrence needs of the sequences."""
@@ -188,22 +185,18 @@ class _Backward(Kernel):
             gates = [sigmoid(self.w, value) for value in z]
             self.w.store(self.shared["kept"], self.kept_index("gate"), gates)
             dy = [a * (b * c) for a, b, c in zip(dy, z, gates, strict=True)]
-        self.stage_pairs(decay, [a * b for a, b in zip(steps, x, strict=True)])
-        index = self.lanes.edge_channel * VALUE_PITCH + self.lanes.token
-        for i, value in enumerate(dy):
-            self.w.store(self.shared["dy"], index, (value,), offset=i * VALUE_PITCH)
+        self.store_edge_pairs("pairs", decay, [a * b for a, b in zip(steps, x, strict=True)])
+        self.store_edge_values("dy", dy)
 
     def walk_slice(self, chunk: jax.Array, slice_index, words: dict[str, Any], rates, dstates, dA):
         """Takes the gradient of a slice's states back through a chunk; returns it and the one of A."""
-        index = (self.lanes.thread >> 3) * MATRIX_PITCH + (self.lanes.thread & 7) * 2
-        for name, offset in (("B", 0), ("C", SLICE)):
-            values = widen(words[name], self.inputs[name].dtype)
-            self.w.store(self.shared["matrices"], index, values, offset=offset)
+        self.stage_matrix("B", words["B"], offset=0)
+        self.stage_matrix("C", words["C"], offset=SLICE)
         self.w.sync_block()
         states = self.recompute(words["states"], rates)
 
         def walk(i, carry):
-            return self.walk_group(CHUNK - GROUP - i * GROUP, rates, *carry)
+            return self.walk_group(CHUNK // GROUP - 1 - i, rates, *carry)
 
         dstates, dA, _ = loop(0, CHUNK // GROUP, walk, (dstates, dA, states))
         self.w.sync_block()
@@ -216,11 +209,10 @@ class _Backward(Kernel):
     def recompute(self, states: Sequence[Registers], rates) -> tuple:
         """Runs the chunk forward and writes down the states before every token; returns the last."""
 
-        def walk(i, states):
-            start = i * GROUP
-            pairs = self.load_pairs(start)
-            B = self.load_rows(start, offset=0, copy=self.lanes.zero)
-            base = self.history + start * _history_pitch(self.geometry)
+        def walk(group, states):
+            pairs = self.load_pairs(group)
+            B = self.load_rows(group, offset=0)
+            base = self.history + group * (GROUP * _history_pitch(self.geometry))
             results = []
             for r, (decay, dtx) in enumerate(pairs):
                 state = list(states[r])
@@ -233,24 +225,21 @@ class _Backward(Kernel):
 
         return loop(0, CHUNK // GROUP, walk, states)
 
-    def walk_group(self, start, rates, dstates, dA, states):
+    def walk_group(self, group, rates, dstates, dA, states):
         """Takes the gradient of the states back through GROUP tokens.
 
         Args:
-            start: first token of the group in the chunk.
+            group: its index in the chunk.
             rates: A.
             dstates: gradient of the states after the last token, for each channel of the lane.
             dA: gradient of A so far.
             states: the states after the last token.
         """
         tiling, count = self.tiling, self.tiling.states_per_lane
-        pairs = self.load_pairs(start)
-        index = self.lanes.channel * VALUE_PITCH + start
-        offsets = [r * self.lanes.channel_stride for r in range(tiling.rows)]
-        dy = [self.w.load(self.shared["dy"], index, GROUP, offset=offset * VALUE_PITCH) for offset in offsets]
-        B = self.load_rows(start, offset=0, copy=self.lanes.zero)
-        C = self.load_rows(start, offset=SLICE, copy=self.lanes.zero)
-        base = self.history + start * _history_pitch(self.geometry)
+        pairs = self.load_pairs(group)
+        dy = self.load_values("dy", group)
+        B, C = (self.load_rows(group, offset=offset) for offset in (0, SLICE))
+        base = self.history + group * (GROUP * _history_pitch(self.geometry))
         before = [
             [self.w.load(self.shared["history"], base, count, offset=self.history_offset(j, r)) for j in range(GROUP)]
             for r in range(tiling.rows)
@@ -277,11 +266,11 @@ class _Backward(Kernel):
                 states[r] = list(before[r][j])
                 for values, value in zip(sums[r], (y, ddtx, ddecay), strict=True):
                     values[j] = value
-            index = (self.lanes.warp * CHUNK + start) * (2 * SLICE) + self.matrix_sum_place()
+            index = (self.lanes.warp * CHUNK + group * GROUP) * (2 * SLICE) + self.matrix_sum_place()
             self.w.store(
                 self.shared["matrix_sums"], index, (self.sum_over_channels(dB + dC),), offset=j * 2 * SLICE
             )
-        self.add_sums(start, [[self.sums_over_shares(values) for values in each] for each in sums])
+        self.add_sums(group, [[self.sums_over_shares(values) for values in each] for each in sums])
         return dstates, dA, states
 
     def matrix_sum_place(self) -> jax.Array:
@@ -290,37 +279,28 @@ class _Backward(Kernel):
         kind = self.lanes.lane_channel >> (count.bit_length() - 1)
         return kind * SLICE + self.lanes.state + (self.lanes.lane_channel & (count - 1))
 
-    def add_sums(self, start, sums) -> None:
+    def add_sums(self, group, sums) -> None:
         """Writes the sums over states of a group: y, and for the gradients of dt x and of dt in the decay.
 
         With a single slice they take the place of what the group has read, dy and the pairs.
         """
         self.w.sync_warp()
-        names = ("dy", "pairs") if self.single else ("sum_y", "sum_pairs")
-        y_ref, pair_ref = (self.shared[name] for name in names)
-        token = start + self.lanes.first_sum
-        for r, (y, ddtx, ddecay) in enumerate(sums):
-            offset = r * self.lanes.channel_stride
+        y_ref, pair_ref = (self.shared[name] for name in self.sum_names)
+        first = self.lanes.first_sum
+        for slot, (y, ddtx, ddecay) in zip(self.own_slots(), sums, strict=True):
             pairs = [value for pair in zip(ddtx, ddecay, strict=True) for value in pair]
-            y_index = self.lanes.channel * VALUE_PITCH + token
-            pair_index = self.lanes.channel * PAIR_PITCH + token * 2
+            y_index = self.sum_index(group, slot)
+            pair_index = (group * 2 + (first >> 1)) * self.slots + slot + (first & 1) * 2
             if not self.single:
-                y = added(y, self.w.load(y_ref, y_index, len(y), offset=offset * VALUE_PITCH))
-                pairs = added(pairs, self.w.load(pair_ref, pair_index, len(pairs), offset=offset * PAIR_PITCH))
-            self.w.store(y_ref, y_index, y, offset=offset * VALUE_PITCH)
-            self.w.store(pair_ref, pair_index, pairs, offset=offset * PAIR_PITCH)
+                y = added(y, self.w.load(y_ref, y_index, len(y)))
+                pairs = added(pairs, self.w.load(pair_ref, pair_index, len(pairs)))
+            self.w.store(y_ref, y_index, y)
+            self.w.store(pair_ref, pair_index, pairs)
 
-    def clear_sums(self) -> None:
-        """Sets the sums over states of a chunk to zero."""
-        count = max(1, GROUP // self.tiling.lanes)
-        for start in range(0, CHUNK, GROUP):
-            for r in range(self.tiling.rows):
-                offset = r * self.lanes.channel_stride
-                index = self.lanes.channel * VALUE_PITCH + self.lanes.first_sum
-                zeros = [self.w.full(0.0)] * count
-                self.w.store(self.shared["sum_y"], index, zeros, offset=start + offset * VALUE_PITCH)
-                index = self.lanes.channel * PAIR_PITCH + self.lanes.first_sum * 2
-                self.w.store(self.shared["sum_pairs"], index, zeros * 2, offset=start * 2 + offset * PAIR_PITCH)
+    @property
+    def sum_names(self) -> tuple[str, str]:
+        """Shared memory of the sums over states."""
+        return ("dy", "pairs") if self.single else ("sum_y", "sum_pairs")
 
     def write_matrix_sums(self, chunk: jax.Array, slice_index) -> None:
         """Adds up the warps' parts of the gradients of B and C and writes the block's."""
@@ -346,14 +326,12 @@ class _Backward(Kernel):
         if "z" in words:
             z = widen(words["z"], self.inputs["z"].dtype)
             gate = self.w.load(self.shared["kept"], self.kept_index("gate"), edge_count)
-        y_ref, pair_ref = (self.shared[name] for name in (("dy", "pairs") if self.single else ("sum_y", "sum_pairs")))
-        y_index = self.lanes.edge_channel * VALUE_PITCH + self.lanes.token
-        pair_index = self.lanes.edge_channel * PAIR_PITCH + self.lanes.token * 2
+        y_name, pair_name = self.sum_names
+        sums_y, sum_pairs = self.load_edge_values(y_name), self.load_edge_pairs(pair_name)
         dx, ddt, dz = [], [], []
         dD, ddt_bias = (list(values) for values in totals)
         for i in range(edge_count):
-            (y,) = self.w.load(y_ref, y_index, 1, offset=i * VALUE_PITCH)
-            ddtx, ddecay = self.w.load(pair_ref, pair_index, 2, offset=i * PAIR_PITCH)
+            y, (ddtx, ddecay) = sums_y[i], sum_pairs[i]
             dgated = dy[i]
             if "z" in words:
                 if self.D is not None:

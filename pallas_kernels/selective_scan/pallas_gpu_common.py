@@ -1,12 +1,12 @@
-"""What the GPU kernels of the selective scan share: geometry, the roles of lanes, and staging through shared memory.
+"""What the GPU kernels of the selective scan share: geometry, the roles of threads, and staging through shared memory.
 
-A warp owns CW = 32 / S * R channels and walks its part of the sequence in chunks of CHUNK tokens. Its lanes have two
-roles:
+A block owns some channels and walks its part of the sequence in chunks of CHUNK tokens. Its threads have two roles:
 
-- In the recurrence, S lanes share R channels, and each keeps SLICE / S states of every one of them in registers. (More
-  than SLICE states are worked off slice by slice.)
-- At the edges of a chunk, where sequences are read and written and softplus and gates are computed, two lanes share a
-  token, and each has CW / 2 neighbouring channels of it, so that memory is accessed in wide pieces.
+- In the recurrence, a warp has CW = 32 / S * R channels. S lanes share R of them, and each lane keeps SLICE / S states
+  of every one of its channels in registers. (More than SLICE states are worked off slice by slice.)
+- At the edges of a chunk, where sequences are read and written and softplus and gates are computed, EDGE_LANES
+  neighbouring threads share a token, and each has an equal share of the block's channels, so that memory is accessed
+  in whole lines.
 
 The roles exchange values through shared memory.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.warpgroup import LANES, WARPS, Warpgroup
+from pallas_kernels.warpgroup import LANES, THREADS, WARPS, Warpgroup, widen
 
 CHUNK = 16
 SLICE = 16
@@ -28,10 +28,12 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 # exp2(RESET * A) is exactly zero for every decay rate below -5e-37.
 RESET = 3.0e38
-# Rows of shared memory are padded so that the lanes of a warp hit different banks.
-PAIR_PITCH = 2 * CHUNK + 4
-VALUE_PITCH = CHUNK + 4
+# Threads that share a token at the edges of a chunk.
+EDGE_LANES = THREADS // CHUNK
+# A row of B next to C in shared memory, padded so that rows start in different banks.
 MATRIX_PITCH = 2 * SLICE + 4
+# A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
+SLOT = 4
 
 type Registers = Sequence[jax.Array]
 
@@ -64,8 +66,8 @@ class Tiling:
 
     @property
     def edge_channels(self) -> int:
-        """Channels of one token that a lane reads and writes."""
-        return CHUNK * self.channels_per_warp // LANES
+        """Channels of one token that a thread reads and writes."""
+        return self.channels_per_block // EDGE_LANES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,10 +158,10 @@ class Lanes:
         self.lane_channel = self.lane >> (tiling.lanes.bit_length() - 1)
         self.share = self.lane & (tiling.lanes - 1)
         self.state = self.share * tiling.states_per_lane
-        self.token = self.lane >> 1
+        self.token = self.thread >> 3
         warp_channel = self.warp * tiling.channels_per_warp
         self.channel = warp_channel + self.lane_channel
-        self.edge_channel = warp_channel + (self.lane & 1) * tiling.edge_channels
+        self.edge_channel = (self.thread & (EDGE_LANES - 1)) * tiling.edge_channels
         self.group = zero + jax.lax.axis_index("group")
         self.batch = zero + jax.lax.axis_index("batch")
         self.block = zero + jax.lax.axis_index("block")
@@ -270,37 +272,83 @@ class Kernel:
         for r, values in enumerate(states):
             self.w.store(self.shared[name], index, values, offset=r * self.lanes.channel_stride * SLICE)
 
-    def load_matrix(self, name: str, chunk: jax.Array, slice_index) -> Registers:
-        """Words of half a slice of the row of the lane's token in B or C."""
-        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.lane & 1) * (SLICE // 2)
-        pitch = self.geometry.groups * self.geometry.states
-        return self.w.load(self.inputs[name], column, SLICE // 2, row=self.token_row(chunk), pitch=pitch)
+    def slot(self, channel: jax.Array) -> jax.Array:
+        """Position of a channel's slot in shared memory.
 
-    def stage_matrix(self, values: Registers, *, offset: int) -> None:
-        """Writes the half that `load_matrix` brought, in float32, to the warp's copy of B (offset 0) or C (SLICE)."""
-        lanes = self.lanes
-        index = (lanes.warp * CHUNK + lanes.token) * MATRIX_PITCH + (lanes.lane & 1) * (SLICE // 2)
-        self.w.store(self.shared["matrices"], index, values, offset=offset)
+        Slots are rotated within every eight, so that both roles of threads hit different banks: the recurrence reads
+        neighbouring channels, the edges write channels that are eight or so apart.
+        """
+        return ((channel & ~7) | ((channel + (channel >> 3)) & 7)) * SLOT
 
-    def stage_pairs(self, decay: Registers, weights: Registers) -> None:
-        """Writes a pair (step size in the decay, weight) for each of the lane's channels."""
-        index = self.lanes.edge_channel * PAIR_PITCH + self.lanes.token * 2
-        for i, pair in enumerate(zip(decay, weights, strict=True)):
-            self.w.store(self.shared["pairs"], index, pair, offset=i * PAIR_PITCH)
+    @property
+    def slots(self) -> int:
+        """Size of a slot for every channel of the block."""
+        return self.tiling.channels_per_block * SLOT
 
-    def load_pairs(self, start) -> list[tuple[Registers, Registers]]:
-        """The pairs of GROUP tokens, as step sizes and weights for each of the lane's channels."""
-        index = self.lanes.channel * PAIR_PITCH + start * 2
+    def own_slots(self) -> list[jax.Array]:
+        """Positions of the lane's channels in the recurrence."""
+        stride = self.lanes.channel_stride
+        return [self.slot(self.lanes.channel + r * stride) for r in range(self.tiling.rows)]
+
+    def edge_slots(self) -> list[jax.Array]:
+        """Positions of the thread's channels at the edges."""
+        return [self.slot(self.lanes.edge_channel + i) for i in range(self.tiling.edge_channels)]
+
+    def store_edge_values(self, name: str, values: Registers) -> None:
+        """Writes a value for each of the thread's channels to shared memory, for `load_values`."""
+        token = self.lanes.token
+        for slot, value in zip(self.edge_slots(), values, strict=True):
+            self.w.store(self.shared[name], (token >> 2) * self.slots + slot + (token & 3), (value,))
+
+    def load_edge_values(self, name: str) -> list[jax.Array]:
+        """Reads what `store_values` wrote, for each of the thread's channels."""
+        token = self.lanes.token
+        first = (token >> 2) * self.slots + (token & 3)
+        return [self.w.load(self.shared[name], first + slot, 1)[0] for slot in self.edge_slots()]
+
+    def load_values(self, name: str, group) -> list[Registers]:
+        """Values of the tokens of a group, for each of the lane's channels."""
+        return [self.w.load(self.shared[name], group * self.slots + slot, GROUP) for slot in self.own_slots()]
+
+    def sum_index(self, group, slot: jax.Array) -> jax.Array:
+        """Where the lane's sums over the states go that `sums_over_shares` left, for one of its channels."""
+        return group * self.slots + slot + self.lanes.first_sum
+
+    def store_edge_pairs(self, name: str, first: Registers, second: Registers) -> None:
+        """Writes a pair for each of the thread's channels to shared memory, for `load_pairs`."""
+        token = self.lanes.token
+        for slot, pair in zip(self.edge_slots(), zip(first, second, strict=True), strict=True):
+            self.w.store(self.shared[name], (token >> 1) * self.slots + slot + (token & 1) * 2, pair)
+
+    def load_edge_pairs(self, name: str) -> list[Registers]:
+        """Reads what `store_pairs` wrote, for each of the thread's channels."""
+        token = self.lanes.token
+        first = (token >> 1) * self.slots + (token & 1) * 2
+        return [self.w.load(self.shared[name], first + slot, 2) for slot in self.edge_slots()]
+
+    def load_pairs(self, group) -> list[tuple[Registers, Registers]]:
+        """The pairs of the tokens of a group, as first and second values for each of the lane's channels."""
         pairs = []
-        for r in range(self.tiling.rows):
-            offset = r * self.lanes.channel_stride * PAIR_PITCH
-            values = self.w.load(self.shared["pairs"], index, 2 * GROUP, offset=offset)
-            pairs.append((values[0::2], values[1::2]))
+        for slot in self.own_slots():
+            index = group * (2 * self.slots) + slot
+            early, late = (self.w.load(self.shared["pairs"], index, SLOT, offset=i * self.slots) for i in range(2))
+            pairs.append(((*early[0::2], *late[0::2]), (*early[1::2], *late[1::2])))
         return pairs
 
-    def load_rows(self, start, *, offset: int, copy: jax.Array) -> list[Registers]:
-        """The lane's states of B (offset 0) or C (SLICE) for GROUP tokens, from one of the copies."""
-        index = (copy * CHUNK + start) * MATRIX_PITCH + self.lanes.state
+    def load_matrix(self, name: str, chunk: jax.Array, slice_index) -> Registers:
+        """Words of the thread's two states of the row of its token in B or C."""
+        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.thread & 7) * 2
+        pitch = self.geometry.groups * self.geometry.states
+        return self.w.load(self.inputs[name], column, 2, row=self.token_row(chunk), pitch=pitch)
+
+    def stage_matrix(self, name: str, words: Registers, *, offset: int) -> None:
+        """Writes what `load_matrix` brought, in float32, to the block's copy of B (offset 0) or C (SLICE)."""
+        index = self.lanes.token * MATRIX_PITCH + (self.lanes.thread & 7) * 2
+        self.w.store(self.shared["matrices"], index, widen(words, self.inputs[name].dtype), offset=offset)
+
+    def load_rows(self, group, *, offset: int) -> list[Registers]:
+        """The lane's states of B (offset 0) or C (SLICE) for the tokens of a group."""
+        index = group * (GROUP * MATRIX_PITCH) + self.lanes.state
         count = self.tiling.states_per_lane
         matrices = self.shared["matrices"]
         return [self.w.load(matrices, index, count, offset=offset + i * MATRIX_PITCH) for i in range(GROUP)]
@@ -381,11 +429,22 @@ class Kernel:
             mask //= 2
         return values
 
-    def sum_over_tokens(self, value: jax.Array) -> jax.Array:
-        """The sum over the lanes that have the same channels at the edges."""
-        for mask in (2, 4, 8, 16):
-            value = value + self.w.shuffle_xor(value, mask)
-        return value
+    def sums_over_tokens(self, name: str, values: Registers) -> Registers:
+        """Sums over the threads that have the same channels at the edges; `name` is shared memory for THREADS values.
+
+        All threads must have passed a barrier since the memory was used last.
+        """
+        totals = []
+        for value in values:
+            for mask in (8, 16):
+                value = value + self.w.shuffle_xor(value, mask)
+            self.w.store(self.shared[name], self.lanes.thread, (value,))
+            self.w.sync_block()
+            index = self.lanes.thread & (EDGE_LANES - 1)
+            parts = [self.w.load(self.shared[name], index, 1, offset=warp * LANES)[0] for warp in range(WARPS)]
+            totals.append((parts[0] + parts[1]) + (parts[2] + parts[3]))
+            self.w.sync_block()
+        return totals
 
 
 def loop(first, stop, body: Callable[[jax.Array, Any], Any], carry):

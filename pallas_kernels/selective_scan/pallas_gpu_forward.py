@@ -1,6 +1,5 @@
 """The forward kernel of the selective scan on NVIDIA GPUs (Hopper and newer); docs/kernels.md explains it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +11,7 @@ from pallas_kernels.selective_scan.pallas_gpu_common import (
     CHUNK,
     GROUP,
     MATRIX_PITCH,
-    PAIR_PITCH,
     SLICE,
-    VALUE_PITCH,
     Features,
     Geometry,
     Kernel,
@@ -24,16 +21,16 @@ from pallas_kernels.selective_scan.pallas_gpu_common import (
     plus,
     sigmoid,
 )
-from pallas_kernels.warpgroup import WARPS, Warpgroup, widen
+from pallas_kernels.warpgroup import Warpgroup, widen
 
 
 def scratch_types(geometry: Geometry) -> dict[str, Any]:
-    """Shared memory of a block, in float32; every warp has its own part."""
+    """Shared memory of a block, in float32."""
     channels = geometry.tiling.channels_per_block
     return {
-        "pairs": plgpu.SMEM((channels * PAIR_PITCH,), jnp.float32),
-        "matrices": plgpu.SMEM((WARPS * CHUNK * MATRIX_PITCH,), jnp.float32),
-        "sums": plgpu.SMEM((channels * VALUE_PITCH,), jnp.float32),
+        "pairs": plgpu.SMEM((2 * CHUNK * channels,), jnp.float32),
+        "matrices": plgpu.SMEM((CHUNK * MATRIX_PITCH,), jnp.float32),
+        "sums": plgpu.SMEM((CHUNK * channels,), jnp.float32),
         "states": plgpu.SMEM((geometry.slices * channels * SLICE,), jnp.float32),
     }
 
@@ -68,17 +65,8 @@ class _Forward(Kernel):
             self.rates = self.load_states("A", self.lanes.zero, 0)
 
         words = self.fetch(first)
-        self.stage(self.enter(first, words))
-        self.w.sync_warp()
-        words = self.kept(words)
-        # What is finished in the first round is written again, right, in the second.
-        nothing = [self.w.full(0.0)] * self.tiling.edge_channels
-
-        def walk(chunk, carry):
-            return self.walk_chunk(chunk, jnp.maximum(chunk - 1, first), *carry)
-
-        before, _, sums = loop(first, stop, walk, (words, words, nothing))
-        self.finish(stop - 1, before, sums)
+        self.enter(first, words)
+        loop(first, stop, self.walk_chunk, self.kept(words))
 
         @pl.when(part == self.tiling.parts - 1)
         def _():
@@ -104,55 +92,38 @@ class _Forward(Kernel):
             words |= {name: self.load_matrix(name, chunk, 0) for name in ("B", "C")}
         return words
 
-    def enter(self, chunk: jax.Array, words: dict[str, Any]) -> dict[str, Any]:
-        """What the recurrence needs of a chunk."""
+    def enter(self, chunk: jax.Array, words: dict[str, Any]) -> None:
+        """Hands the lanes of the recurrence what they need of a chunk."""
         x, dt = (widen(words[name], self.inputs[name].dtype) for name in ("x", "dt"))
         starts = words["starts"][0] if "starts" in words else None
         steps, decay = self.step_sizes(chunk, added(dt, self.dt_bias), starts)
-        values = {"decay": decay, "dtx": [a * b for a, b in zip(steps, x, strict=True)]}
+        self.store_edge_pairs("pairs", decay, [a * b for a, b in zip(steps, x, strict=True)])
         if self.single:
-            values |= {name: widen(words[name], self.inputs[name].dtype) for name in ("B", "C")}
-        return values
+            self.stage_matrices(words)
+        self.w.sync_block()
 
-    def stage(self, values: dict[str, Any]) -> None:
-        """Hands it to the lanes of the recurrence."""
-        self.stage_pairs(values["decay"], values["dtx"])
-        if self.single:
-            self.stage_matrix(values["B"], offset=0)
-            self.stage_matrix(values["C"], offset=SLICE)
+    def stage_matrices(self, words: dict[str, Any]) -> None:
+        """Writes the block's copy of B and C."""
+        for name, offset in (("B", 0), ("C", SLICE)):
+            self.stage_matrix(name, words[name], offset=offset)
 
     def kept(self, words: dict[str, Any]) -> dict[str, Any]:
         """The words that the end of a chunk needs."""
         return {name: words[name] for name in ("x", "z") if name in words}
 
-    def walk_chunk(self, chunk: jax.Array, previous: jax.Array, words_before, words, sums):
-        """Recurrence of a staged chunk. The edges of its neighbours stand around it, so that it hides their latency.
-
-        Args:
-            chunk, previous: indices of this chunk and of the one to be finished.
-            words_before, words: what `finish` needs of either.
-            sums: over states, of the previous chunk, at the edges.
-        """
-        self.finish(previous, words_before, sums)
+    def walk_chunk(self, chunk: jax.Array, words: dict[str, Any]) -> dict[str, Any]:
+        """Recurrence of a chunk that has been entered; the next one is read meanwhile and entered."""
         following = jnp.minimum(chunk + 1, self.last_chunk)
         next_words = self.fetch(following)
         if self.single:
-            results, values = self.recur(chunk, 0, self.rates, lambda: self.enter(following, next_words))
+            self.recur(chunk, 0, self.rates)
         else:
-            values = self.enter(following, next_words)
-            results = self.recur_slices(chunk)
-        index = self.lanes.channel * VALUE_PITCH + self.lanes.first_sum
-        for group, sums_of_channels in enumerate(results):
-            for r, values_of_channel in enumerate(sums_of_channels):
-                offset = r * self.lanes.channel_stride * VALUE_PITCH + group * GROUP
-                self.w.store(self.shared["sums"], index, values_of_channel, offset=offset)
-        self.w.sync_warp()
-        self.stage(values)
-        index = self.lanes.edge_channel * VALUE_PITCH + self.lanes.token
-        offsets = [i * VALUE_PITCH for i in range(self.tiling.edge_channels)]
-        sums = [self.w.load(self.shared["sums"], index, 1, offset=offset)[0] for offset in offsets]
-        self.w.sync_warp()
-        return words, self.kept(next_words), sums
+            self.recur_slices(chunk)
+        self.w.sync_block()
+        sums = self.load_edge_values("sums")
+        self.finish(chunk, words, sums)
+        self.enter(following, next_words)
+        return self.kept(next_words)
 
     def finish(self, chunk: jax.Array, words: dict[str, Any], sums: Registers) -> None:
         """Adds the skip, applies the gate and writes y."""
@@ -165,52 +136,44 @@ class _Forward(Kernel):
             y = [value * (z * sigmoid(self.w, z)) for value, z in zip(y, gates, strict=True)]
         self.store_edge("y", chunk, y)
 
-    def recur_slices(self, chunk: jax.Array):
-        """Runs the recurrence slice by slice; returns the sums over all."""
+    def recur_slices(self, chunk: jax.Array) -> None:
+        """Runs the recurrence slice by slice, and adds up their sums over states."""
 
-        def walk(slice_index, totals):
-            for name, offset in (("B", 0), ("C", SLICE)):
-                words = self.load_matrix(name, chunk, slice_index)
-                self.stage_matrix(widen(words, self.inputs[name].dtype), offset=offset)
-            self.w.sync_warp()
-            rates = self.load_states("A", self.lanes.zero, slice_index)
-            results, _ = self.recur(chunk, slice_index, rates, lambda: None)
-            self.w.sync_warp()
-            return jax.tree.map(jnp.add, totals, results)
+        def walk(slice_index):
+            self.stage_matrices({name: self.load_matrix(name, chunk, slice_index) for name in ("B", "C")})
+            self.w.sync_block()
+            self.recur(chunk, slice_index, self.load_states("A", self.lanes.zero, slice_index))
+            self.w.sync_block()
 
-        count = max(1, GROUP // self.tiling.lanes)
-        totals = [[[self.w.full(0.0)] * count for _ in range(self.tiling.rows)] for _ in range(CHUNK // GROUP)]
-        return loop(0, self.geometry.slices, walk, totals)
+        self.store_edge_values("sums", [self.w.full(0.0)] * self.tiling.edge_channels)
+        self.over_slices(walk)
 
-    def recur(self, chunk: jax.Array, slice_index, rates, aside: Callable[[], Any]):
-        """Runs the recurrence through a chunk.
-
-        Returns:
-            The sums over states, by group and channel, and the result of `aside`, which is called on the way.
-        """
-        states = [list(values) for values in self.load_shared_states("states", slice_index)]
+    def recur(self, chunk: jax.Array, slice_index, rates) -> None:
+        """Runs the recurrence through a chunk and writes the sums over states."""
+        states = self.load_shared_states("states", slice_index)
         if self.features.checkpoints:
             leading = self.lanes.batch * self.geometry.chunks + chunk
             self.store_states("checkpoints", leading, slice_index, states)
-        results = []
-        result_aside = None
-        for start in range(0, CHUNK, GROUP):
-            if start == CHUNK - GROUP:
-                result_aside = aside()
-            pairs = self.load_pairs(start)
-            B = self.load_rows(start, offset=0, copy=self.lanes.warp)
-            C = self.load_rows(start, offset=SLICE, copy=self.lanes.warp)
-            sums = []
-            for r, (decay, dtx) in enumerate(pairs):
-                partial = []
+
+        def walk(group, states):
+            states = [list(values) for values in states]
+            pairs = self.load_pairs(group)
+            B, C = (self.load_rows(group, offset=offset) for offset in (0, SLICE))
+            for r, (slot, (decay, dtx)) in enumerate(zip(self.own_slots(), pairs, strict=True)):
+                terms = []
                 for i in range(GROUP):
                     y = None
                     for n in range(self.tiling.states_per_lane):
                         a = jnp.exp2(decay[i] * rates[r][n])
                         states[r][n] = a * states[r][n] + dtx[i] * B[i][n]
                         y = plus(y, states[r][n] * C[i][n])
-                    partial.append(y)
-                sums.append(self.sums_over_shares(partial))
-            results.append(sums)
+                    terms.append(y)
+                sums = self.sums_over_shares(terms)
+                index = self.sum_index(group, slot)
+                if not self.single:
+                    sums = added(sums, self.w.load(self.shared["sums"], index, len(sums)))
+                self.w.store(self.shared["sums"], index, sums)
+            return states
+
+        states = loop(0, CHUNK // GROUP, walk, states)
         self.store_shared_states("states", slice_index, states)
-        return results, result_aside

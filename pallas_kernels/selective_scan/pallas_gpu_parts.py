@@ -10,7 +10,6 @@ from pallas_kernels.selective_scan.pallas_gpu_common import (
     CHUNK,
     GROUP,
     MATRIX_PITCH,
-    PAIR_PITCH,
     RESET,
     SLICE,
     Features,
@@ -20,16 +19,17 @@ from pallas_kernels.selective_scan.pallas_gpu_common import (
     loop,
     sigmoid,
 )
-from pallas_kernels.warpgroup import WARPS, Warpgroup, widen
+from pallas_kernels.warpgroup import THREADS, Warpgroup, widen
 
 
 def scratch_types(geometry: Geometry) -> dict[str, Any]:
-    """Shared memory of a block, in float32; every warp has its own part."""
+    """Shared memory of a block, in float32."""
     channels = geometry.tiling.channels_per_block
     return {
-        "pairs": plgpu.SMEM((channels * PAIR_PITCH,), jnp.float32),
-        "matrices": plgpu.SMEM((WARPS * CHUNK * MATRIX_PITCH,), jnp.float32),
+        "pairs": plgpu.SMEM((2 * CHUNK * channels,), jnp.float32),
+        "matrices": plgpu.SMEM((CHUNK * MATRIX_PITCH,), jnp.float32),
         "states": plgpu.SMEM((geometry.slices * channels * SLICE,), jnp.float32),
+        "steps": plgpu.SMEM((THREADS,), jnp.float32),
     }
 
 
@@ -80,8 +80,8 @@ class _Parts(Kernel):
                 "part_states", leading, slice_index, self.load_shared_states("states", slice_index)
             )
         )
-        for i, total in enumerate(totals):
-            total = jnp.minimum(self.sum_over_tokens(total), RESET)
+        for i, total in enumerate(self.sums_over_tokens("steps", totals)):
+            total = jnp.minimum(total, RESET)
             row = leading * self.geometry.width + (self.edge_columns() + i)
             self.w.store(self.outputs["part_steps"], self.lanes.zero, (total,), row=row, pitch=1)
 
@@ -109,33 +109,34 @@ class _Parts(Kernel):
                 weights = [dy * (z * sigmoid(self.w, z)) for dy, z in zip(weights, gates, strict=True)]
         else:
             weights = [a * b for a, b in zip(steps, widen(words["x"], self.inputs["x"].dtype), strict=True)]
-        self.stage_pairs(decay, weights)
+        self.store_edge_pairs("pairs", decay, weights)
 
         def walk_slice(slice_index):
             matrix = words["matrix"] if self.single else self.load_matrix(self.matrix_name, chunk, slice_index)
             rates = self.rates if self.single else self.load_states("A", self.lanes.zero, slice_index)
-            self.stage_matrix(widen(matrix, self.inputs[self.matrix_name].dtype), offset=0)
-            self.w.sync_warp()
+            self.stage_matrix(self.matrix_name, matrix, offset=0)
+            self.w.sync_block()
             self.recur(slice_index, rates)
-            self.w.sync_warp()
+            self.w.sync_block()
 
         self.over_slices(walk_slice)
         return decay
 
     def recur(self, slice_index, rates) -> None:
         """Takes the states of a slice through a chunk."""
-        states = [list(values) for values in self.load_shared_states("states", slice_index)]
-        starts = range(0, CHUNK, GROUP)
-        for start in reversed(starts) if self.is_reverse else starts:
-            pairs = self.load_pairs(start)
-            rows = self.load_rows(start, offset=0, copy=self.lanes.warp)
-            for r, (decay, weights) in enumerate(pairs):
+        groups = CHUNK // GROUP
+
+        def walk(i, states):
+            states = [list(values) for values in states]
+            group = groups - 1 - i if self.is_reverse else i
+            rows = self.load_rows(group, offset=0)
+            for r, (decay, weights) in enumerate(self.load_pairs(group)):
                 for i in reversed(range(GROUP)) if self.is_reverse else range(GROUP):
                     for n in range(self.tiling.states_per_lane):
                         a = jnp.exp2(decay[i] * rates[r][n])
                         more = weights[i] * rows[i][n]
-                        if self.is_reverse:
-                            states[r][n] = a * (states[r][n] + more)
-                        else:
-                            states[r][n] = a * states[r][n] + more
+                        states[r][n] = a * (states[r][n] + more) if self.is_reverse else a * states[r][n] + more
+            return states
+
+        states = loop(0, groups, walk, self.load_shared_states("states", slice_index))
         self.store_shared_states("states", slice_index, states)
