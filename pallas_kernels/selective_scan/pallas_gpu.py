@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
-from pallas_kernels.selective_scan.pallas_gpu_common import CHUNK, LOG2_E, SLICE, Features, Geometry, Tiling
+from pallas_kernels.selective_scan.pallas_gpu_common import CHUNK, SLICE, Features, Geometry, Tiling
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 from pallas_kernels.warpgroup import Device, Interpreted
 
@@ -244,7 +244,7 @@ def _prepare(
     )
     padded = {name: _padded_sequence(geometry, arrays[name]) for name in _SEQUENCES if name in arrays}
     padded |= {name: _padded_matrix(geometry, arrays[name]) for name in ("B", "C")}
-    padded["A"] = _padded_state(geometry, LOG2_E * arrays["A"][None].astype(jnp.float32))
+    padded["A"] = _padded_state(geometry, arrays["A"][None].astype(jnp.float32))
     for name in ("D", "dt_bias"):
         if name in arrays:
             padded[name] = _padded_channels(geometry, arrays[name][None].astype(jnp.float32))

@@ -12,16 +12,17 @@ from pallas_kernels.selective_scan.pallas_gpu_common import (
     CHUNK,
     GROUP,
     LN_2,
-    MATRIX_PITCH,
     SLICE,
     Features,
     Geometry,
     Kernel,
     Registers,
     added,
+    common_scratch,
     loop,
     plus,
     sigmoid,
+    value_slots,
 )
 from pallas_kernels.warpgroup import THREADS, WARPS, Warpgroup, widen
 
@@ -37,17 +38,15 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
     def floats(count):
         return plgpu.SMEM((count,), jnp.float32)
 
-    scratch = {
-        "pairs": floats(2 * CHUNK * channels),
-        "matrices": floats(CHUNK * MATRIX_PITCH),
-        "dy": floats(CHUNK * channels),
+    scratch = common_scratch(tiling) | {
+        "dy": floats(value_slots(tiling)),
         "history": floats(WARPS * (CHUNK + 1) * _history_pitch(geometry)),
         "kept": floats(len(_KEPT) * CHUNK * channels),
         "matrix_sums": floats(WARPS * CHUNK * 2 * SLICE),
     }
     if geometry.slices > 1:
-        scratch["sum_pairs"] = floats(2 * CHUNK * channels)
-        scratch["sum_y"] = floats(CHUNK * channels)
+        scratch["sum_pairs"] = floats(2 * value_slots(tiling))
+        scratch["sum_y"] = floats(value_slots(tiling))
         scratch["dstates"] = floats(geometry.slices * channels * SLICE)
         scratch["dA"] = floats(geometry.slices * channels * SLICE)
     return scratch
@@ -83,13 +82,13 @@ class _Backward(Kernel):
         part = jax.lax.axis_index("part")
         first = part * geometry.chunks_per_part
         stop = jnp.minimum(first + geometry.chunks_per_part, geometry.chunks)
-        self.D, self.dt_bias = self.edge_constant("D"), self.edge_constant("dt_bias")
+        self.keep_constants()
         self.history = (
             self.lanes.warp * ((CHUNK + 1) * _history_pitch(geometry)) + self.lanes.lane_channel * SLICE + self.lanes.state
         )
         states = ()
         if self.single:
-            self.rates = self.load_states("A", self.lanes.zero, 0)
+            self.rates = self.load_rates(0)
             states = self.initial_dstates(part, 0), self.zeros()
         else:
             self.over_slices(lambda slice_index: self.initialise(part, slice_index))
@@ -113,7 +112,7 @@ class _Backward(Kernel):
         """Gradient of the state that the part ends with."""
         dstates = self.load_states("dfinal_state", self.lanes.batch, slice_index)
         if self.tiling.parts > 1:
-            rates = self.load_states("A", self.lanes.zero, slice_index)
+            rates = self.load_rates(slice_index)
             dstates = self.carried(dstates, self.tiling.parts - 1, part, rates, slice_index)
         return dstates
 
@@ -156,7 +155,7 @@ class _Backward(Kernel):
 
             def walk(slice_index):
                 dstates, dA = (self.load_shared_states(name, slice_index) for name in ("dstates", "dA"))
-                rates = self.load_states("A", self.lanes.zero, slice_index)
+                rates = self.load_rates(slice_index)
                 slice_words = self.fetch_slice(chunk, slice_index)
                 dstates, dA = self.walk_slice(chunk, slice_index, slice_words, rates, dstates, dA)
                 self.store_shared_states("dstates", slice_index, dstates)
@@ -171,7 +170,7 @@ class _Backward(Kernel):
     def enter(self, chunk: jax.Array, words: dict[str, Any]) -> None:
         """Computes what the recurrence needs of the sequences."""
         x, dt, dy = (widen(words[name], self.inputs[name].dtype) for name in ("x", "dt", "dy"))
-        dt = added(dt, self.dt_bias)
+        dt = added(dt, self.edge_constant("dt_bias"))
         starts = words["starts"][0] if "starts" in words else None
         steps, decay = self.step_sizes(chunk, dt, starts)
         slopes = [sigmoid(self.w, value) if self.features.softplus else self.w.full(1.0) for value in dt]
@@ -270,7 +269,13 @@ class _Backward(Kernel):
             self.w.store(
                 self.shared["matrix_sums"], index, (self.sum_over_channels(dB + dC),), offset=j * 2 * SLICE
             )
-        self.add_sums(group, [[self.sums_over_shares(values) for values in each] for each in sums])
+        # With a single slice the sums take the place of what the group has read, dy and the pairs.
+        self.w.sync_warp()
+        y_name, pair_name = self.sum_names
+        for slot, each in zip(self.own_slots(), sums, strict=True):
+            y, ddtx, ddecay = (self.sums_over_shares(values) for values in each)
+            self.add_sums(y_name, group, y, slot)
+            self.add_sum_pairs(pair_name, group, ddtx, ddecay, slot)
         return dstates, dA, states
 
     def matrix_sum_place(self) -> jax.Array:
@@ -279,27 +284,9 @@ class _Backward(Kernel):
         kind = self.lanes.lane_channel >> (count.bit_length() - 1)
         return kind * SLICE + self.lanes.state + (self.lanes.lane_channel & (count - 1))
 
-    def add_sums(self, group, sums) -> None:
-        """Writes the sums over states of a group: y, and for the gradients of dt x and of dt in the decay.
-
-        With a single slice they take the place of what the group has read, dy and the pairs.
-        """
-        self.w.sync_warp()
-        y_ref, pair_ref = (self.shared[name] for name in self.sum_names)
-        first = self.lanes.first_sum
-        for slot, (y, ddtx, ddecay) in zip(self.own_slots(), sums, strict=True):
-            pairs = [value for pair in zip(ddtx, ddecay, strict=True) for value in pair]
-            y_index = self.sum_index(group, slot)
-            pair_index = (group * 2 + (first >> 1)) * self.slots + slot + (first & 1) * 2
-            if not self.single:
-                y = added(y, self.w.load(y_ref, y_index, len(y)))
-                pairs = added(pairs, self.w.load(pair_ref, pair_index, len(pairs)))
-            self.w.store(y_ref, y_index, y)
-            self.w.store(pair_ref, pair_index, pairs)
-
     @property
     def sum_names(self) -> tuple[str, str]:
-        """Shared memory of the sums over states."""
+        """Shared memory of the sums over states: y, and the gradients of dt x and of the exponent's dt."""
         return ("dy", "pairs") if self.single else ("sum_y", "sum_pairs")
 
     def write_matrix_sums(self, chunk: jax.Array, slice_index) -> None:
@@ -328,22 +315,23 @@ class _Backward(Kernel):
             gate = self.w.load(self.shared["kept"], self.kept_index("gate"), edge_count)
         y_name, pair_name = self.sum_names
         sums_y, sum_pairs = self.load_edge_values(y_name), self.load_edge_pairs(pair_name)
+        D = self.edge_constant("D")
         dx, ddt, dz = [], [], []
         dD, ddt_bias = (list(values) for values in totals)
         for i in range(edge_count):
             y, (ddtx, ddecay) = sums_y[i], sum_pairs[i]
             dgated = dy[i]
             if "z" in words:
-                if self.D is not None:
-                    y = y + self.D[i] * x[i]
+                if D is not None:
+                    y = y + D[i] * x[i]
                 dz.append(dgated * y * gate[i] * (1.0 + z[i] * (1.0 - gate[i])))
                 dgated = dgated * (z[i] * gate[i])
             ddt.append((ddecay * LN_2 + ddtx * x[i]) * slope[i])
             ddt_bias[i] = ddt_bias[i] + ddt[i]
-            if self.D is None:
+            if D is None:
                 dx.append(ddtx * dt[i])
             else:
-                dx.append(ddtx * dt[i] + dgated * self.D[i])
+                dx.append(ddtx * dt[i] + dgated * D[i])
                 dD[i] = dD[i] + dgated * x[i]
         for name, values in (("dx", dx), ("ddt", ddt), ("dz", dz)):
             if values:

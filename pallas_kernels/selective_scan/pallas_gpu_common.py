@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.warpgroup import LANES, THREADS, WARPS, Warpgroup, widen
 
@@ -34,6 +35,10 @@ EDGE_LANES = THREADS // CHUNK
 MATRIX_PITCH = 2 * SLICE + 4
 # A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
 SLOT = 4
+
+_CONSTANTS = ("D", "dt_bias")
+# Keeps 16-byte accesses of neighbouring threads in different banks, and aligned.
+_CONSTANT_PADDING = 4
 
 type Registers = Sequence[jax.Array]
 
@@ -133,6 +138,21 @@ class Features:
     checkpoints: bool = False
 
 
+def common_scratch(tiling: Tiling) -> dict[str, Any]:
+    """Shared memory that every kernel has, in float32."""
+    floats = {
+        "constants": len(_CONSTANTS) * EDGE_LANES * (tiling.edge_channels + _CONSTANT_PADDING),
+        "pairs": CHUNK // 2 * _slot(tiling.channels_per_block),
+        "matrices": CHUNK * MATRIX_PITCH,
+    }
+    return {name: plgpu.SMEM((count,), jnp.float32) for name, count in floats.items()}
+
+
+def value_slots(tiling: Tiling) -> int:
+    """Floats of shared memory for a value for every token of a chunk and channel of a block."""
+    return CHUNK // GROUP * _slot(tiling.channels_per_block)
+
+
 class Lanes:
     """Where each thread works, as int32 arrays of one value a thread.
 
@@ -210,12 +230,27 @@ class Kernel:
         """First channel of the lane at the edges, among all channels."""
         return self.lanes.first_channel + self.lanes.edge_channel
 
+    def keep_constants(self) -> None:
+        """Copies D and dt_bias to shared memory, every thread its own channels, whichever are given."""
+        count, pitch = self.tiling.edge_channels, self.geometry.width
+        for i, name in enumerate(_CONSTANTS):
+            if name in self.inputs:
+                values = self.w.load(self.inputs[name], self.edge_columns(), count, row=self.lanes.zero, pitch=pitch)
+                self.w.store(self.shared["constants"], self._constants_index(), values, offset=i * self._constants)
+
     def edge_constant(self, name: str) -> Registers | None:
-        """A value for each channel of the lane at the edges; None if the argument is missing."""
+        """A value for each channel of the thread at the edges; None if the argument is missing."""
         if name not in self.inputs:
             return None
-        count, pitch = self.tiling.edge_channels, self.geometry.width
-        return self.w.load(self.inputs[name], self.edge_columns(), count, row=self.lanes.zero, pitch=pitch)
+        offset = _CONSTANTS.index(name) * self._constants
+        return self.w.load(self.shared["constants"], self._constants_index(), self.tiling.edge_channels, offset=offset)
+
+    @property
+    def _constants(self) -> int:
+        return EDGE_LANES * (self.tiling.edge_channels + _CONSTANT_PADDING)
+
+    def _constants_index(self) -> jax.Array:
+        return (self.lanes.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + _CONSTANT_PADDING)
 
     def load_edge(self, chunk: jax.Array, names: Sequence[str]) -> dict[str, Registers]:
         """Words of a chunk of sequences; "starts" has one value a token, the others a row of channels."""
@@ -246,6 +281,11 @@ class Kernel:
         rows = self.state_rows(leading)
         return [self.w.load(self.inputs[name], column, count, row=row, pitch=pitch) for row in rows]
 
+    def load_rates(self, slice_index) -> list[Registers]:
+        """A of the lane's states of a slice, in units of log2, for each of its channels."""
+        rates = self.load_states("A", self.lanes.zero, slice_index)
+        return [[rate * LOG2_E for rate in values] for values in rates]
+
     def store_states(self, name: str, leading: jax.Array, slice_index, states: Sequence[Registers]) -> None:
         """Writes the lane's states of a slice to an output."""
         column = self.lanes.state + slice_index * SLICE
@@ -272,66 +312,76 @@ class Kernel:
         for r, values in enumerate(states):
             self.w.store(self.shared[name], index, values, offset=r * self.lanes.channel_stride * SLICE)
 
-    def slot(self, channel: jax.Array) -> jax.Array:
-        """Position of a channel's slot in shared memory.
-
-        Slots are rotated within every eight, so that both roles of threads hit different banks: the recurrence reads
-        neighbouring channels, the edges write channels that are eight or so apart.
-        """
-        return ((channel & ~7) | ((channel + (channel >> 3)) & 7)) * SLOT
-
     @property
     def slots(self) -> int:
-        """Size of a slot for every channel of the block."""
-        return self.tiling.channels_per_block * SLOT
+        """Size of a slot for every channel of the block, see `_slot`."""
+        return _slot(self.tiling.channels_per_block)
 
-    def own_slots(self) -> list[jax.Array]:
-        """Positions of the lane's channels in the recurrence."""
-        stride = self.lanes.channel_stride
-        return [self.slot(self.lanes.channel + r * stride) for r in range(self.tiling.rows)]
+    def own_slots(self) -> list[tuple[jax.Array, int]]:
+        """Slots of the lane's channels in the recurrence, as a position and an offset known in advance."""
+        first = _slot(self.lanes.channel)
+        return [(first, _slot(r * self.lanes.channel_stride)) for r in range(self.tiling.rows)]
 
-    def edge_slots(self) -> list[jax.Array]:
-        """Positions of the thread's channels at the edges."""
-        return [self.slot(self.lanes.edge_channel + i) for i in range(self.tiling.edge_channels)]
+    def edge_slots(self) -> list[tuple[jax.Array, int]]:
+        """The same for the thread's channels at the edges."""
+        first = _slot(self.lanes.edge_channel)
+        return [(first, _slot(i)) for i in range(self.tiling.edge_channels)]
 
     def store_edge_values(self, name: str, values: Registers) -> None:
         """Writes a value for each of the thread's channels to shared memory, for `load_values`."""
         token = self.lanes.token
-        for slot, value in zip(self.edge_slots(), values, strict=True):
-            self.w.store(self.shared[name], (token >> 2) * self.slots + slot + (token & 3), (value,))
+        row = (token >> 2) * self.slots + (token & 3)
+        for (slot, offset), value in zip(self.edge_slots(), values, strict=True):
+            self.w.store(self.shared[name], row + slot, (value,), offset=offset)
 
     def load_edge_values(self, name: str) -> list[jax.Array]:
-        """Reads what `store_values` wrote, for each of the thread's channels."""
+        """Reads what the recurrence wrote, for each of the thread's channels."""
         token = self.lanes.token
-        first = (token >> 2) * self.slots + (token & 3)
-        return [self.w.load(self.shared[name], first + slot, 1)[0] for slot in self.edge_slots()]
+        row = (token >> 2) * self.slots + (token & 3)
+        return [self.w.load(self.shared[name], row + slot, 1, offset=offset)[0] for slot, offset in self.edge_slots()]
 
     def load_values(self, name: str, group) -> list[Registers]:
         """Values of the tokens of a group, for each of the lane's channels."""
-        return [self.w.load(self.shared[name], group * self.slots + slot, GROUP) for slot in self.own_slots()]
+        row = group * self.slots
+        return [self.w.load(self.shared[name], row + slot, GROUP, offset=offset) for slot, offset in self.own_slots()]
 
-    def sum_index(self, group, slot: jax.Array) -> jax.Array:
-        """Where the lane's sums over the states go that `sums_over_shares` left, for one of its channels."""
-        return group * self.slots + slot + self.lanes.first_sum
+    def add_sums(self, name: str, group, sums: Registers, slot: tuple[jax.Array, int]) -> None:
+        """Writes the lane's sums over the states for one of its channels, or adds them to those of other slices."""
+        index = group * self.slots + slot[0] + self.lanes.first_sum
+        self._write_sums(name, index, sums, slot[1])
+
+    def add_sum_pairs(self, name: str, group, first: Registers, second: Registers, slot: tuple[jax.Array, int]) -> None:
+        """The same for pairs of sums."""
+        token = self.lanes.first_sum
+        index = (group * 2 + (token >> 1)) * self.slots + slot[0] + (token & 1) * 2
+        self._write_sums(name, index, [value for pair in zip(first, second, strict=True) for value in pair], slot[1])
+
+    def _write_sums(self, name: str, index: jax.Array, sums: Registers, offset: int) -> None:
+        if not self.single:
+            sums = added(sums, self.w.load(self.shared[name], index, len(sums), offset=offset))
+        self.w.store(self.shared[name], index, sums, offset=offset)
 
     def store_edge_pairs(self, name: str, first: Registers, second: Registers) -> None:
         """Writes a pair for each of the thread's channels to shared memory, for `load_pairs`."""
         token = self.lanes.token
-        for slot, pair in zip(self.edge_slots(), zip(first, second, strict=True), strict=True):
-            self.w.store(self.shared[name], (token >> 1) * self.slots + slot + (token & 1) * 2, pair)
+        row = (token >> 1) * self.slots + (token & 1) * 2
+        for (slot, offset), pair in zip(self.edge_slots(), zip(first, second, strict=True), strict=True):
+            self.w.store(self.shared[name], row + slot, pair, offset=offset)
 
     def load_edge_pairs(self, name: str) -> list[Registers]:
-        """Reads what `store_pairs` wrote, for each of the thread's channels."""
+        """Reads what the recurrence wrote, for each of the thread's channels."""
         token = self.lanes.token
-        first = (token >> 1) * self.slots + (token & 1) * 2
-        return [self.w.load(self.shared[name], first + slot, 2) for slot in self.edge_slots()]
+        row = (token >> 1) * self.slots + (token & 1) * 2
+        return [self.w.load(self.shared[name], row + slot, 2, offset=offset) for slot, offset in self.edge_slots()]
 
     def load_pairs(self, group) -> list[tuple[Registers, Registers]]:
         """The pairs of the tokens of a group, as first and second values for each of the lane's channels."""
         pairs = []
-        for slot in self.own_slots():
+        for slot, offset in self.own_slots():
             index = group * (2 * self.slots) + slot
-            early, late = (self.w.load(self.shared["pairs"], index, SLOT, offset=i * self.slots) for i in range(2))
+            early, late = (
+                self.w.load(self.shared["pairs"], index, SLOT, offset=offset + i * self.slots) for i in range(2)
+            )
             pairs.append(((*early[0::2], *late[0::2]), (*early[1::2], *late[1::2])))
         return pairs
 
@@ -445,6 +495,15 @@ class Kernel:
             totals.append((parts[0] + parts[1]) + (parts[2] + parts[3]))
             self.w.sync_block()
         return totals
+
+
+def _slot(channel):
+    """Position of a channel's slot in shared memory.
+
+    After every eight slots one is left free, so that both roles of threads hit different banks: the recurrence reads
+    neighbouring channels, the edges write channels that are EDGE_LANES or so apart.
+    """
+    return channel * SLOT + (channel >> 3) * SLOT
 
 
 def loop(first, stop, body: Callable[[jax.Array, Any], Any], carry):

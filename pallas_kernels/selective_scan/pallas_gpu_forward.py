@@ -10,16 +10,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.selective_scan.pallas_gpu_common import (
     CHUNK,
     GROUP,
-    MATRIX_PITCH,
     SLICE,
     Features,
     Geometry,
     Kernel,
     Registers,
     added,
+    common_scratch,
     loop,
     plus,
     sigmoid,
+    value_slots,
 )
 from pallas_kernels.warpgroup import Warpgroup, widen
 
@@ -27,10 +28,8 @@ from pallas_kernels.warpgroup import Warpgroup, widen
 def scratch_types(geometry: Geometry) -> dict[str, Any]:
     """Shared memory of a block, in float32."""
     channels = geometry.tiling.channels_per_block
-    return {
-        "pairs": plgpu.SMEM((2 * CHUNK * channels,), jnp.float32),
-        "matrices": plgpu.SMEM((CHUNK * MATRIX_PITCH,), jnp.float32),
-        "sums": plgpu.SMEM((CHUNK * channels,), jnp.float32),
+    return common_scratch(geometry.tiling) | {
+        "sums": plgpu.SMEM((value_slots(geometry.tiling),), jnp.float32),
         "states": plgpu.SMEM((geometry.slices * channels * SLICE,), jnp.float32),
     }
 
@@ -44,7 +43,7 @@ def kernel(
         w: the warpgroup.
         geometry: sizes.
         features: what is done.
-        inputs: references "x", "dt", "z" (B L, G F), "B", "C" (B L, G N), "A" (G F, N) in units of log2, "D", "dt_bias"
+        inputs: references "x", "dt", "z" (B L, G F), "B", "C" (B L, G N), "A" (G F, N), "D", "dt_bias"
             (1, G F), "starts" (B L, 1), "initial_state" (B G F, N); the optional ones if present. If the sequence is in
             parts, "part_states" (parts B G F, N) and "part_steps" (parts B G F, 1) of `pallas_gpu_parts`.
         outputs: "y" (B L, G F), "final_state" (B G F, N) and, if wanted, "checkpoints" (B chunks G F, N).
@@ -59,10 +58,10 @@ class _Forward(Kernel):
         first = part * self.geometry.chunks_per_part
         stop = jnp.minimum(first + self.geometry.chunks_per_part, self.geometry.chunks)
         self.last_chunk = self.geometry.chunks - 1
-        self.D, self.dt_bias = self.edge_constant("D"), self.edge_constant("dt_bias")
+        self.keep_constants()
         self.over_slices(lambda slice_index: self.initialise(part, slice_index))
         if self.single:
-            self.rates = self.load_states("A", self.lanes.zero, 0)
+            self.rates = self.load_rates(0)
 
         words = self.fetch(first)
         self.enter(first, words)
@@ -77,7 +76,7 @@ class _Forward(Kernel):
         if "initial_state" in self.inputs:
             states = self.load_states("initial_state", self.lanes.batch, slice_index)
         if self.tiling.parts > 1:
-            rates = self.load_states("A", self.lanes.zero, slice_index)
+            rates = self.load_rates(slice_index)
             states = self.carried(states, 0, part, rates, slice_index)
         self.store_shared_states("states", slice_index, states)
 
@@ -96,7 +95,7 @@ class _Forward(Kernel):
         """Hands the lanes of the recurrence what they need of a chunk."""
         x, dt = (widen(words[name], self.inputs[name].dtype) for name in ("x", "dt"))
         starts = words["starts"][0] if "starts" in words else None
-        steps, decay = self.step_sizes(chunk, added(dt, self.dt_bias), starts)
+        steps, decay = self.step_sizes(chunk, added(dt, self.edge_constant("dt_bias")), starts)
         self.store_edge_pairs("pairs", decay, [a * b for a, b in zip(steps, x, strict=True)])
         if self.single:
             self.stage_matrices(words)
@@ -129,8 +128,9 @@ class _Forward(Kernel):
         """Adds the skip, applies the gate and writes y."""
         x = widen(words["x"], self.inputs["x"].dtype)
         y = list(sums)
-        if self.D is not None:
-            y = [value + D * x for value, D, x in zip(y, self.D, x, strict=True)]
+        D = self.edge_constant("D")
+        if D is not None:
+            y = [value + skip * x for value, skip, x in zip(y, D, x, strict=True)]
         if "z" in words:
             gates = widen(words["z"], self.inputs["z"].dtype)
             y = [value * (z * sigmoid(self.w, z)) for value, z in zip(y, gates, strict=True)]
@@ -142,7 +142,7 @@ class _Forward(Kernel):
         def walk(slice_index):
             self.stage_matrices({name: self.load_matrix(name, chunk, slice_index) for name in ("B", "C")})
             self.w.sync_block()
-            self.recur(chunk, slice_index, self.load_states("A", self.lanes.zero, slice_index))
+            self.recur(chunk, slice_index, self.load_rates(slice_index))
             self.w.sync_block()
 
         self.store_edge_values("sums", [self.w.full(0.0)] * self.tiling.edge_channels)
@@ -168,11 +168,7 @@ class _Forward(Kernel):
                         states[r][n] = a * states[r][n] + dtx[i] * B[i][n]
                         y = plus(y, states[r][n] * C[i][n])
                     terms.append(y)
-                sums = self.sums_over_shares(terms)
-                index = self.sum_index(group, slot)
-                if not self.single:
-                    sums = added(sums, self.w.load(self.shared["sums"], index, len(sums)))
-                self.w.store(self.shared["sums"], index, sums)
+                self.add_sums("sums", group, self.sums_over_shares(terms), slot)
             return states
 
         states = loop(0, CHUNK // GROUP, walk, states)

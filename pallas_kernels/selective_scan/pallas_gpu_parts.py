@@ -9,13 +9,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.selective_scan.pallas_gpu_common import (
     CHUNK,
     GROUP,
-    MATRIX_PITCH,
     RESET,
     SLICE,
     Features,
     Geometry,
     Kernel,
     added,
+    common_scratch,
     loop,
     sigmoid,
 )
@@ -25,9 +25,7 @@ from pallas_kernels.warpgroup import THREADS, Warpgroup, widen
 def scratch_types(geometry: Geometry) -> dict[str, Any]:
     """Shared memory of a block, in float32."""
     channels = geometry.tiling.channels_per_block
-    return {
-        "pairs": plgpu.SMEM((2 * CHUNK * channels,), jnp.float32),
-        "matrices": plgpu.SMEM((CHUNK * MATRIX_PITCH,), jnp.float32),
+    return common_scratch(geometry.tiling) | {
         "states": plgpu.SMEM((geometry.slices * channels * SLICE,), jnp.float32),
         "steps": plgpu.SMEM((THREADS,), jnp.float32),
     }
@@ -59,10 +57,10 @@ class _Parts(Kernel):
         part = jax.lax.axis_index("part") + (1 if self.is_reverse else 0)
         first = part * self.geometry.chunks_per_part
         stop = jnp.minimum(first + self.geometry.chunks_per_part, self.geometry.chunks)
-        self.dt_bias = self.edge_constant("dt_bias")
+        self.keep_constants()
         self.over_slices(lambda slice_index: self.store_shared_states("states", slice_index, self.zeros()))
         if self.single:
-            self.rates = self.load_states("A", self.lanes.zero, 0)
+            self.rates = self.load_rates(0)
 
         def walk(i, carry):
             words, totals = carry
@@ -101,7 +99,7 @@ class _Parts(Kernel):
         """Takes the states through a chunk; returns its step sizes, by channel at the edges."""
         dt = widen(words["dt"], self.inputs["dt"].dtype)
         starts = words["starts"][0] if "starts" in words else None
-        steps, decay = self.step_sizes(chunk, added(dt, self.dt_bias), starts)
+        steps, decay = self.step_sizes(chunk, added(dt, self.edge_constant("dt_bias")), starts)
         if self.is_reverse:
             weights = widen(words["dy"], self.inputs["dy"].dtype)
             if "z" in words:
@@ -113,7 +111,7 @@ class _Parts(Kernel):
 
         def walk_slice(slice_index):
             matrix = words["matrix"] if self.single else self.load_matrix(self.matrix_name, chunk, slice_index)
-            rates = self.rates if self.single else self.load_states("A", self.lanes.zero, slice_index)
+            rates = self.rates if self.single else self.load_rates(slice_index)
             self.stage_matrix(self.matrix_name, matrix, offset=0)
             self.w.sync_block()
             self.recur(slice_index, rates)

@@ -168,7 +168,7 @@ def load_starts(segment_ids, row, first, LENGTH: tl.constexpr, T: tl.constexpr, 
 @triton.jit
 @no_type_check
 def step_size(dt_TE, bias_E, valid_T, SOFTPLUS: tl.constexpr):
-    """The step, zero where there is no token, and its derivative by dt."""
+    """The step and its derivative by dt, both zero where there is no token."""
     step_TE = dt_TE.to(tl.float32) + bias_E[None]
     slope_TE = tl.full(step_TE.shape, 1.0, tl.float32)
     if SOFTPLUS:
@@ -182,7 +182,7 @@ def step_size(dt_TE, bias_E, valid_T, SOFTPLUS: tl.constexpr):
         for k in tl.static_range(7):
             series_TE = series_TE * square_TE + 1.0 / (13 - 2 * k)
         step_TE = tl.maximum(step_TE, 0.0, propagate_nan=tl.PropagateNan.ALL) + 2 * ratio_TE * series_TE
-    return tl.where(valid_T[:, None], step_TE, 0.0), slope_TE
+    return tl.where(valid_T[:, None], step_TE, 0.0), tl.where(valid_T[:, None], slope_TE, 0.0)
 
 
 @triton.jit

@@ -31,6 +31,14 @@ interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the process
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="needs Triton's compiler")
 REAL_SPECS = tuple(spec for spec in SPECS if not spec.is_complex)
 UNSEGMENTED = dataclasses.replace(FULL, length=67, has_segments=False)
+# Few and large tiles, because the interpreter takes as long for a small operation as for a large one.
+LARGE = Tiling(
+    lanes=1,
+    states=4,
+    chunk=32,
+    forward=Tile(tokens=16, channels=8, warps=1),
+    backward=Tile(tokens=16, channels=8, warps=1),
+)
 # Blocks that do not divide a group, and more than one state of a channel in a lane and more than one lane for it.
 NARROW = Tiling(
     lanes=2,
@@ -140,7 +148,8 @@ def test_arithmetic_in_the_interpreter() -> None:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("spec", REAL_SPECS, ids=lambda spec: spec.name)
 def test_interpreted_values_and_gradients(spec: ScanSpec) -> None:
-    op_contract.check_values_and_gradients(op(), "triton", make_call(spec))
+    tiling = dataclasses.replace(LARGE, states=spec.states)
+    op_contract.check_values_and_gradients(op(tiling), "triton", make_call(spec))
 
 
 @interpreted
@@ -169,7 +178,7 @@ def test_interpreted_extreme_decays(discretization: str) -> None:
     shape = call.arrays["dt"].shape
     dt = 10.0 ** rng.integers(-9, 3, shape) * (rng.random(shape) < 0.9)
     call = with_arrays(call, dt=dt, x=np.asarray(call.arrays["x"]) / np.maximum(dt, 1))
-    op_contract.check_values_and_gradients(op(), "triton", call)
+    op_contract.check_values_and_gradients(op(LARGE), "triton", call)
 
 
 @interpreted
@@ -178,16 +187,16 @@ def test_interpreted_tiny_softplus() -> None:
     spec = dataclasses.replace(UNSEGMENTED, has_bias=False, has_skip=False, has_initial_state=False)
     call = make_call(spec)
     call = with_arrays(call, dt=np.asarray(call.arrays["dt"]) - 30)
-    op_contract.check_values_and_gradients(op(), "triton", call)
+    op_contract.check_values_and_gradients(op(LARGE), "triton", call)
 
 
 @interpreted
 @pytest.mark.usefixtures("interpreter")
 def test_interpreted_segments_causality_and_split() -> None:
     call = make_call(UNSEGMENTED)
-    op_contract.check_segments(op(), "triton", call, starts=(43, 64))
-    op_contract.check_causality(op(), "triton", call, at=33)
-    op_contract.check_split(op(), "triton", call, at=21)
+    op_contract.check_segments(op(LARGE), "triton", call, starts=(43, 64))
+    op_contract.check_causality(op(LARGE), "triton", call, at=33)
+    op_contract.check_split(op(LARGE), "triton", call, at=21)
 
 
 @interpreted
@@ -196,7 +205,7 @@ def test_interpreted_nan_is_not_lost() -> None:
     call = make_call(UNSEGMENTED)
     dt = np.array(call.arrays["dt"])
     dt[0, 5, 1] = np.nan
-    outputs = run(**call.arrays | {"dt": jnp.asarray(dt)}, **call.static, implementation="triton")
+    outputs = run(**call.arrays | {"dt": jnp.asarray(dt)}, **call.static, tiling=LARGE, implementation="triton")
     is_nan = np.isnan(np.asarray(outputs.y))
     assert is_nan[0, 5:, 1].all()
     assert is_nan.sum() == is_nan.shape[1] - 5
