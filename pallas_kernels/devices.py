@@ -1,5 +1,7 @@
 """The platform that the function being traced is meant for."""
 
+import re
+
 import jax
 
 
@@ -12,3 +14,34 @@ def target_platform() -> str:
     abstract_device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if abstract_device is None else abstract_device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+# By a word of the name, for GPUs that programs are compiled for where there is none to ask.
+_COMPUTE_CAPABILITIES = {
+    "A100": 80,
+    "A30": 80,
+    "A10": 86,
+    "A10G": 86,
+    "A40": 86,
+    "L4": 89,
+    "L40": 89,
+    "L40S": 89,
+    "H100": 90,
+    "H200": 90,
+    "H800": 90,
+    "GH200": 90,
+    "B200": 100,
+    "GB200": 100,
+}
+
+
+def cuda_compute_capability() -> int | None:
+    """Ten times the compute capability of the target GPU, such as 90; None if it is no CUDA GPU or not known."""
+    if target_platform() != "gpu":
+        return None
+    abstract_device = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract_device is not None:
+        words = re.split(r"[^A-Z0-9]+", str(abstract_device.device_kind).upper())
+        return next((_COMPUTE_CAPABILITIES[word] for word in words if word in _COMPUTE_CAPABILITIES), None)
+    version = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return int(version.replace(".", "")) if re.fullmatch(r"\d+\.\d", version) else None

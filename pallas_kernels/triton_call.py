@@ -1,7 +1,6 @@
 """Triton kernels as JAX operations, by way of jax-triton. Both packages are optional and imported when first needed."""
 
 import importlib
-import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -9,25 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import target_platform
+from pallas_kernels.devices import cuda_compute_capability
 
 MINIMUM_COMPUTE_CAPABILITY = 80
-# Of GPUs that programs are compiled for where there is none to ask, by a word of their name.
-_COMPUTE_CAPABILITIES = {
-    "A100": 80,
-    "A30": 80,
-    "A10": 86,
-    "A10G": 86,
-    "A40": 86,
-    "L4": 89,
-    "L40": 89,
-    "L40S": 89,
-    "H100": 90,
-    "H200": 90,
-    "GH200": 90,
-    "B200": 100,
-    "GB200": 100,
-}
 
 
 def import_kernels(op: str, module: str) -> ModuleType:
@@ -41,35 +24,15 @@ def import_kernels(op: str, module: str) -> ModuleType:
         NotImplementedError: the target is no CUDA GPU of compute capability 8.0 or more, or jax-triton or triton is not
             installed.
     """
-    if target_platform() != "gpu":
-        raise NotImplementedError(f"{op}: 'triton' is for CUDA GPUs, the target is {target_platform()!r}")
+    capability = cuda_compute_capability()
+    if capability is None or capability < MINIMUM_COMPUTE_CAPABILITY:
+        raise NotImplementedError(f"{op}: 'triton' needs a CUDA GPU of compute capability 8.0 or more")
     try:
         importlib.import_module("jax_triton")
         kernels = importlib.import_module(module)
     except ImportError as error:
         raise NotImplementedError(f"{op}: 'triton' needs jax-triton and triton; install the cuda extra") from error
-    if compute_capability() < MINIMUM_COMPUTE_CAPABILITY:
-        raise NotImplementedError(f"{op}: 'triton' needs compute capability 8.0, the GPU has {compute_capability()}")
     return kernels
-
-
-def compute_capability() -> int:
-    """Ten times the compute capability of the target GPU, such as 90.
-
-    Raises:
-        NotImplementedError: it is no CUDA GPU, or it is only compiled for and unknown here.
-    """
-    if jax.default_backend() == "gpu":
-        version = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-        if re.fullmatch(r"\d+\.\d", version):
-            return int(version.replace(".", ""))
-        raise NotImplementedError(f"triton: the GPU has no CUDA compute capability, but {version!r}")
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = "" if device is None else str(device.device_kind)
-    for word in re.split(r"[^A-Z0-9]+", kind.upper()):
-        if word in _COMPUTE_CAPABILITIES:
-            return _COMPUTE_CAPABILITIES[word]
-    raise NotImplementedError(f"triton: the compute capability of {kind!r} is not known")
 
 
 def call(
@@ -106,7 +69,7 @@ def call(
         grid=(programs,),
         num_warps=warps,
         num_stages=1,
-        compute_capability=compute_capability(),
+        compute_capability=cuda_compute_capability(),
         name=name,
         **constants,
     )

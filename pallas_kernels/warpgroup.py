@@ -7,10 +7,10 @@ Only memory access by computed address, exchange between the lanes of a warp and
 runs on a CPU.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,21 +30,22 @@ _MAX_ACCESS_BYTES = 16
 _DYNAMIC = -(2**31)
 
 
-class Warpgroup(Protocol):
+class Warpgroup(abc.ABC):
     """The operations of a warpgroup's threads on memory and on each other.
 
     A reference is seen as flat, and an address counts elements: `row * pitch + index + offset`, where `row` and `index`
     are int32 arrays of one value a thread, and the product is taken in 64 bits.
     """
 
+    @abc.abstractmethod
     def thread_index(self) -> jax.Array:
         """Index of each thread, 0 .. THREADS - 1, int32."""
-        ...
 
+    @abc.abstractmethod
     def full(self, value: float) -> jax.Array:
         """The same float32 in every thread."""
-        ...
 
+    @abc.abstractmethod
     def load(
         self, ref, index: jax.Array, count: int, *, offset: int = 0, row: jax.Array | None = None, pitch: int = 0
     ) -> tuple[jax.Array, ...]:
@@ -53,8 +54,8 @@ class Warpgroup(Protocol):
         The address must be a multiple of the access size (4, 8 or 16 bytes). `row` marks memory that the kernel only
         reads.
         """
-        ...
 
+    @abc.abstractmethod
     def store(
         self,
         ref,
@@ -66,23 +67,22 @@ class Warpgroup(Protocol):
         pitch: int = 0,
     ) -> None:
         """Stores neighbours per thread, rounded to the reference's dtype."""
-        ...
 
+    @abc.abstractmethod
     def shuffle_xor(self, value: jax.Array, mask: int) -> jax.Array:
         """The value of the lane whose number differs in the bits of `mask`."""
-        ...
 
+    @abc.abstractmethod
     def reciprocal(self, value: jax.Array) -> jax.Array:
         """1 / value to within one unit in the last place; 0 for infinity."""
-        ...
 
+    @abc.abstractmethod
     def sync_warp(self) -> None:
         """Waits until memory accesses of the warp's lanes are visible to each other."""
-        ...
 
+    @abc.abstractmethod
     def sync_block(self) -> None:
         """The same for the whole warpgroup."""
-        ...
 
 
 def widen(words: Sequence[jax.Array], dtype: jnp.dtype) -> tuple[jax.Array, ...]:
@@ -154,9 +154,7 @@ def _load_function(address: _Address, count: int, dtype: jnp.dtype, constant: bo
     coordinates = (_REGISTER,) * (1 if address.pitch is None else 2)
     num_words = count * itemsize // 4
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), *coordinates), return_type=_registers(word_dtype, num_words)
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *coordinates), return_type=_registers(word_dtype, num_words))
     def load(ctx, ref, *coordinates):
         del ctx
         word = utils.dtype_to_ir_type(word_dtype)
@@ -185,9 +183,7 @@ def _store_function(address: _Address, count: int, dtype: jnp.dtype):
         element = utils.dtype_to_ir_type(dtype)
         values = [_scalar(array) for array in arrays[len(coordinates) :]]
         for start, length in _pieces(count, dtype.itemsize):
-            wide = vector.from_elements(
-                ir.VectorType.get((length,), values[0].type), values[start : start + length]
-            )
+            wide = vector.from_elements(ir.VectorType.get((length,), values[0].type), values[start : start + length])
             if element != values[0].type:
                 wide = arith.truncf(ir.VectorType.get((length,), element), wide)
             pointer = address.later(start).pointer(ref, arrays[: len(coordinates)])
@@ -231,7 +227,7 @@ def _sync_block(ctx):
     utils.warpgroup_barrier()
 
 
-class Device:
+class Device(Warpgroup):
     """The operations as machine code."""
 
     def thread_index(self):
@@ -264,7 +260,7 @@ class Device:
         _sync_block()
 
 
-class Interpreted:
+class Interpreted(Warpgroup):
     """The operations in terms of whole arrays; threads run in step, so barriers are empty."""
 
     def thread_index(self):

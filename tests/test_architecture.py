@@ -28,7 +28,7 @@ LAYERS = {
     "configs": 7,
     "benchmarks": 7,
 }
-KERNEL_DEPENDENCIES = {"jax", "jaxtyping", "jax_triton", "numpy", "pallas_kernels"}
+KERNEL_DEPENDENCIES = {"jax", "jaxtyping", "jax_triton", "numpy", "pallas_kernels", "triton"}
 
 
 def _source_files() -> list[Path]:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.devices import target_platform
+from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
-from pallas_kernels.selective_scan.pallas_gpu_common import CHUNK, SLICE, Features, Geometry, Tiling
+from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Features, Geometry, Tiling
+from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 from pallas_kernels.warpgroup import Device, Interpreted
 
@@ -59,8 +60,7 @@ def selective_scan(
 ) -> ScanOutput:
     """See `pallas_kernels.selective_scan.api.selective_scan`; on a CPU the kernels are interpreted, which is slow.
 
-    Args:
-        tilings: for the forward and the backward pass, instead of the measured choice.
+    `tilings`, for the forward and the backward pass, replaces the choice of `choose_tilings`.
 
     Raises:
         NotImplementedError: the target is no GPU of compute capability 9.0 or more, A is complex, B or C is constant
@@ -82,8 +82,8 @@ def selective_scan(
 
 def _decline(x, dt, A, B, C, *, z, discretization: str) -> None:
     """Raises NotImplementedError, with the reason, for what the kernels do not do."""
-    if target_platform() not in ("gpu", "cpu"):
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' is for GPUs, the target is {target_platform()!r}")
+    if target_platform() != "cpu" and (cuda_compute_capability() or 0) < 90:
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' needs an NVIDIA GPU of compute capability 9.0 or more")
     if jnp.issubdtype(A.dtype, jnp.complexfloating):
         raise NotImplementedError(f"{OP}: 'pallas_gpu' takes a real A only, got {A.dtype}")
     if B.ndim == 2 or C.ndim == 2:
@@ -97,12 +97,6 @@ def _decline(x, dt, A, B, C, *, z, discretization: str) -> None:
             raise NotImplementedError(f"{OP}: 'pallas_gpu' takes float32 and bfloat16, {name} has {array.dtype}")
     if A.dtype == jnp.float64:
         raise NotImplementedError(f"{OP}: 'pallas_gpu' computes in float32 and would round A in float64")
-
-
-def choose_tilings(batch: int, length: int, channels: int, states: int) -> tuple[Tiling, Tiling]:
-    """Tilings for the forward and the backward pass."""
-    rows = 1
-    return Tiling(lanes=4, rows=rows), Tiling(lanes=4, rows=2 if states <= 64 else 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -8,20 +8,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.pallas_gpu_common import (
+from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, plus, sigmoid
+from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
+from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     GROUP,
     LN_2,
     SLICE,
     Features,
     Geometry,
-    Kernel,
-    Registers,
-    added,
     common_scratch,
-    loop,
-    plus,
-    sigmoid,
     value_slots,
 )
 from pallas_kernels.warpgroup import THREADS, WARPS, Warpgroup, widen
@@ -68,7 +64,7 @@ def kernel(
         features: what is done.
         inputs: those of the forward kernel but for the initial state, and "checkpoints" (B chunks G F, N), "dy"
             (B L, G F), "dfinal_state" (B G F, N).
-        outputs: "dx", "ddt", "dz" (B L, G F), "dmatrices" (blocks B L, G 2 N), the sums over the block's channels of the
+        outputs: "dx", "ddt", "dz" (B L, G F), "dmatrices" (blocks B L, G 2 N), the sums over a block's channels of the
             gradients of B and C, "dA" (parts B G F, N), "dinitial_state" (B G F, N), "dD" and "ddt_bias" (parts B,
             G F); the optional ones if their argument is present.
         shared: see `scratch_types`.
@@ -84,7 +80,9 @@ class _Backward(Kernel):
         stop = jnp.minimum(first + geometry.chunks_per_part, geometry.chunks)
         self.keep_constants()
         self.history = (
-            self.lanes.warp * ((CHUNK + 1) * _history_pitch(geometry)) + self.lanes.lane_channel * SLICE + self.lanes.state
+            self.lanes.warp * ((CHUNK + 1) * _history_pitch(geometry))
+            + self.lanes.lane_channel * SLICE
+            + self.lanes.state
         )
         states = ()
         if self.single:
@@ -205,7 +203,7 @@ class _Backward(Kernel):
     def history_offset(self, token: int, r: int) -> int:
         return token * _history_pitch(self.geometry) + r * self.lanes.channel_stride * SLICE
 
-    def recompute(self, states: Sequence[Registers], rates) -> tuple:
+    def recompute(self, states: Sequence[Registers], rates) -> Sequence[Registers]:
         """Runs the chunk forward and writes down the states before every token; returns the last."""
 
         def walk(group, states):
@@ -266,9 +264,7 @@ class _Backward(Kernel):
                 for values, value in zip(sums[r], (y, ddtx, ddecay), strict=True):
                     values[j] = value
             index = (self.lanes.warp * CHUNK + group * GROUP) * (2 * SLICE) + self.matrix_sum_place()
-            self.w.store(
-                self.shared["matrix_sums"], index, (self.sum_over_channels(dB + dC),), offset=j * 2 * SLICE
-            )
+            self.w.store(self.shared["matrix_sums"], index, (self.sum_over_channels(dB + dC),), offset=j * 2 * SLICE)
         # With a single slice the sums take the place of what the group has read, dy and the pairs.
         self.w.sync_warp()
         y_name, pair_name = self.sum_names

@@ -11,146 +11,30 @@ A block owns some channels and walks its part of the sequence in chunks of CHUNK
 The roles exchange values through shared memory.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.warpgroup import LANES, THREADS, WARPS, Warpgroup, widen
-
-CHUNK = 16
-SLICE = 16
-# Tokens whose sums over states are exchanged between lanes together.
-GROUP = 4
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
-# exp2(RESET * A) is exactly zero for every decay rate below -5e-37.
-RESET = 3.0e38
-# Threads that share a token at the edges of a chunk.
-EDGE_LANES = THREADS // CHUNK
-# A row of B next to C in shared memory, padded so that rows start in different banks.
-MATRIX_PITCH = 2 * SLICE + 4
-# A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
-SLOT = 4
-
-_CONSTANTS = ("D", "dt_bias")
-# Keeps 16-byte accesses of neighbouring threads in different banks, and aligned.
-_CONSTANT_PADDING = 4
-
-type Registers = Sequence[jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """How a kernel's work is spread over the chip.
-
-    Attributes:
-        lanes: S, the lanes that share a channel: 2, 4 or 8.
-        rows: R, the channels of a lane: 1 or 2.
-        parts: pieces of the sequence that run at the same time.
-    """
-
-    lanes: int
-    rows: int
-    parts: int = 1
-
-    @property
-    def states_per_lane(self) -> int:
-        return SLICE // self.lanes
-
-    @property
-    def channels_per_warp(self) -> int:
-        return LANES // self.lanes * self.rows
-
-    @property
-    def channels_per_block(self) -> int:
-        return WARPS * self.channels_per_warp
-
-    @property
-    def edge_channels(self) -> int:
-        """Channels of one token that a thread reads and writes."""
-        return self.channels_per_block // EDGE_LANES
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Sizes of a scan as the kernels see it: everything is padded to whole blocks.
-
-    Sequences are (B L, G F), matrices (B L, G N), states (B G F, N), where F is the number of channels of a group.
-
-    Attributes:
-        batch, groups, channels, states: B, G, F and N.
-        length: L, a multiple of CHUNK.
-        valid_length: tokens that exist; the rest leave the state as it is.
-        tiling: of the work.
-    """
-
-    batch: int
-    groups: int
-    channels: int
-    states: int
-    length: int
-    valid_length: int
-    tiling: Tiling
-
-    @property
-    def blocks(self) -> int:
-        return self.channels // self.tiling.channels_per_block
-
-    @property
-    def chunks(self) -> int:
-        return self.length // CHUNK
-
-    @property
-    def chunks_per_part(self) -> int:
-        return -(-self.chunks // self.tiling.parts)
-
-    @property
-    def slices(self) -> int:
-        return self.states // SLICE
-
-    @property
-    def width(self) -> int:
-        """Channels of all groups."""
-        return self.groups * self.channels
-
-    def grid(self, parts: int) -> dict[str, Any]:
-        """The grid of a kernel over some parts of the sequence."""
-        return {
-            "grid": (parts, self.batch, self.groups, self.blocks),
-            "grid_names": ("part", "batch", "group", "block"),
-        }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Features:
-    """What is done besides the recurrence.
-
-    Attributes:
-        softplus: apply it to dt.
-        checkpoints: the forward kernel writes the state at the start of every chunk.
-    """
-
-    softplus: bool
-    checkpoints: bool = False
-
-
-def common_scratch(tiling: Tiling) -> dict[str, Any]:
-    """Shared memory that every kernel has, in float32."""
-    floats = {
-        "constants": len(_CONSTANTS) * EDGE_LANES * (tiling.edge_channels + _CONSTANT_PADDING),
-        "pairs": CHUNK // 2 * _slot(tiling.channels_per_block),
-        "matrices": CHUNK * MATRIX_PITCH,
-    }
-    return {name: plgpu.SMEM((count,), jnp.float32) for name, count in floats.items()}
-
-
-def value_slots(tiling: Tiling) -> int:
-    """Floats of shared memory for a value for every token of a chunk and channel of a block."""
-    return CHUNK // GROUP * _slot(tiling.channels_per_block)
+from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, softplus
+from pallas_kernels.selective_scan.pallas_gpu_geometry import (
+    CHUNK,
+    CONSTANT_PADDING,
+    CONSTANTS,
+    EDGE_LANES,
+    GROUP,
+    LOG2_E,
+    MATRIX_PITCH,
+    RESET,
+    SLICE,
+    SLOT,
+    Features,
+    Geometry,
+    Tiling,
+    slot_position,
+)
+from pallas_kernels.warpgroup import LANES, WARPS, Warpgroup, widen
 
 
 class Lanes:
@@ -233,7 +117,7 @@ class Kernel:
     def keep_constants(self) -> None:
         """Copies D and dt_bias to shared memory, every thread its own channels, whichever are given."""
         count, pitch = self.tiling.edge_channels, self.geometry.width
-        for i, name in enumerate(_CONSTANTS):
+        for i, name in enumerate(CONSTANTS):
             if name in self.inputs:
                 values = self.w.load(self.inputs[name], self.edge_columns(), count, row=self.lanes.zero, pitch=pitch)
                 self.w.store(self.shared["constants"], self._constants_index(), values, offset=i * self._constants)
@@ -242,15 +126,15 @@ class Kernel:
         """A value for each channel of the thread at the edges; None if the argument is missing."""
         if name not in self.inputs:
             return None
-        offset = _CONSTANTS.index(name) * self._constants
+        offset = CONSTANTS.index(name) * self._constants
         return self.w.load(self.shared["constants"], self._constants_index(), self.tiling.edge_channels, offset=offset)
 
     @property
     def _constants(self) -> int:
-        return EDGE_LANES * (self.tiling.edge_channels + _CONSTANT_PADDING)
+        return EDGE_LANES * (self.tiling.edge_channels + CONSTANT_PADDING)
 
     def _constants_index(self) -> jax.Array:
-        return (self.lanes.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + _CONSTANT_PADDING)
+        return (self.lanes.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + CONSTANT_PADDING)
 
     def load_edge(self, chunk: jax.Array, names: Sequence[str]) -> dict[str, Registers]:
         """Words of a chunk of sequences; "starts" has one value a token, the others a row of channels."""
@@ -314,18 +198,18 @@ class Kernel:
 
     @property
     def slots(self) -> int:
-        """Size of a slot for every channel of the block, see `_slot`."""
-        return _slot(self.tiling.channels_per_block)
+        """Size of a slot for every channel of the block, see `slot_position`."""
+        return slot_position(self.tiling.channels_per_block)
 
     def own_slots(self) -> list[tuple[jax.Array, int]]:
         """Slots of the lane's channels in the recurrence, as a position and an offset known in advance."""
-        first = _slot(self.lanes.channel)
-        return [(first, _slot(r * self.lanes.channel_stride)) for r in range(self.tiling.rows)]
+        first = slot_position(self.lanes.channel)
+        return [(first, slot_position(r * self.lanes.channel_stride)) for r in range(self.tiling.rows)]
 
     def edge_slots(self) -> list[tuple[jax.Array, int]]:
         """The same for the thread's channels at the edges."""
-        first = _slot(self.lanes.edge_channel)
-        return [(first, _slot(i)) for i in range(self.tiling.edge_channels)]
+        first = slot_position(self.lanes.edge_channel)
+        return [(first, slot_position(i)) for i in range(self.tiling.edge_channels)]
 
     def store_edge_values(self, name: str, values: Registers) -> None:
         """Writes a value for each of the thread's channels to shared memory, for `load_values`."""
@@ -412,7 +296,7 @@ class Kernel:
     def step_sizes(
         self, chunk: jax.Array, dt: Registers, starts: jax.Array | None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """dt after softplus, zero for tokens that do not exist, and the same for decays, huge where a segment starts.
+        """Step sizes after softplus, zero for tokens that do not exist; and the same, huge where a segment starts.
 
         Args:
             chunk: index of the chunk.
@@ -495,51 +379,3 @@ class Kernel:
             totals.append((parts[0] + parts[1]) + (parts[2] + parts[3]))
             self.w.sync_block()
         return totals
-
-
-def _slot(channel):
-    """Position of a channel's slot in shared memory.
-
-    After every eight slots one is left free, so that both roles of threads hit different banks: the recurrence reads
-    neighbouring channels, the edges write channels that are EDGE_LANES or so apart.
-    """
-    return channel * SLOT + (channel >> 3) * SLOT
-
-
-def loop(first, stop, body: Callable[[jax.Array, Any], Any], carry):
-    """`jax.lax.fori_loop` for a carry whose lists may come back as tuples and the other way round."""
-    leaves, tree = jax.tree.flatten(carry)
-
-    def advance(i, leaves):
-        return jax.tree.leaves(body(i, jax.tree.unflatten(tree, leaves)))
-
-    return jax.tree.unflatten(tree, jax.lax.fori_loop(first, stop, advance, leaves))
-
-
-def added(first: Registers, second: Registers | None) -> Registers:
-    """Sums term by term; a missing second is zero."""
-    return first if second is None else [a + b for a, b in zip(first, second, strict=True)]
-
-
-def plus(total: jax.Array | None, term: jax.Array) -> jax.Array:
-    """total + term, where no total is zero."""
-    return term if total is None else total + term
-
-
-def softplus(w: Warpgroup, value: jax.Array) -> jax.Array:
-    """log(1 + exp(value)) to a few units in the last place, for arguments of any size.
-
-    With e = exp(-|value|): max(value, 0) + log1p(e), and log1p(e) = 2 atanh(s) for s = e / (2 + e), at most 1/3.
-    """
-    e = jnp.exp2(jnp.maximum(value, -value) * -LOG2_E)
-    s = e * w.reciprocal(e + 2.0)
-    square = s * s
-    series = w.full(2.0 / 13)
-    for denominator in (11, 9, 7, 5, 3, 1):
-        series = series * square + 2.0 / denominator
-    return jnp.maximum(value, 0.0) + s * series
-
-
-def sigmoid(w: Warpgroup, value: jax.Array) -> jax.Array:
-    """1 / (1 + exp(-value))."""
-    return w.reciprocal(1.0 + jnp.exp2(value * -LOG2_E))

@@ -7,19 +7,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.pallas_gpu_common import (
+from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, plus, sigmoid
+from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
+from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     GROUP,
     SLICE,
     Features,
     Geometry,
-    Kernel,
-    Registers,
-    added,
     common_scratch,
-    loop,
-    plus,
-    sigmoid,
     value_slots,
 )
 from pallas_kernels.warpgroup import Warpgroup, widen

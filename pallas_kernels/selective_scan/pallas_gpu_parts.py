@@ -6,18 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.pallas_gpu_common import (
+from pallas_kernels.selective_scan.pallas_gpu_arithmetic import added, loop, sigmoid
+from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
+from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     GROUP,
     RESET,
     SLICE,
     Features,
     Geometry,
-    Kernel,
-    added,
     common_scratch,
-    loop,
-    sigmoid,
 )
 from pallas_kernels.warpgroup import THREADS, Warpgroup, widen
 
@@ -65,7 +63,9 @@ class _Parts(Kernel):
         def walk(i, carry):
             words, totals = carry
             chunk = stop - 1 - i if self.is_reverse else first + i
-            following = jnp.maximum(chunk - 1, 0) if self.is_reverse else jnp.minimum(chunk + 1, self.geometry.chunks - 1)
+            following = (
+                jnp.maximum(chunk - 1, 0) if self.is_reverse else jnp.minimum(chunk + 1, self.geometry.chunks - 1)
+            )
             next_words = self.fetch(following)
             return next_words, added(totals, self.walk_chunk(chunk, words))
 

@@ -35,6 +35,20 @@ class Tile:
     warps: int
 
 
+# By the number of states: what compiles without spilling registers, or (128 and 256 states) hardly.
+_BACKWARD_TILES = {
+    1: Tile(tokens=8, channels=64, warps=2),
+    2: Tile(tokens=8, channels=64, warps=2),
+    4: Tile(tokens=4, channels=64, warps=2),
+    8: Tile(tokens=4, channels=64, warps=4),
+    16: Tile(tokens=4, channels=32, warps=2),
+    32: Tile(tokens=2, channels=64, warps=4),
+    64: Tile(tokens=2, channels=64, warps=8),
+    128: Tile(tokens=1, channels=64, warps=8),
+    256: Tile(tokens=1, channels=32, warps=8),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
     """How the kernels cut the arguments up; sizes are powers of two.
@@ -105,23 +119,24 @@ def selective_scan(
 def default_tiling(states: int, *, batch_channels: int) -> Tiling:
     """The tiling for N states.
 
-    A thread holds about 32 states, times T tokens, of which the backward pass keeps several copies in its 255
-    registers. More channels in a program of the backward pass mean fewer partial sums of the gradients of B and C,
-    which take 8 N / channels bytes a token and channel; fewer mean more programs to fill the chip with.
+    The backward pass keeps several copies of a tile in the registers of a thread, of which there are 255. More channels
+    in its programs mean fewer partial sums of the gradients of B and C, which take 8 N / channels bytes a token and
+    channel; fewer mean more programs to fill the chip with.
     """
     states = _power_of_two(states)
     lanes = min(max(states // 4, 1), 16)
-    per_lane = states // lanes
     channels = max(_LANES // lanes, 8)
-    forward = Tile(tokens=max(min(32 // per_lane, 8), 1), channels=channels, warps=channels * lanes // _LANES)
-    if states <= 16:
-        channels, warps = (32, lanes // 2) if states == 16 and batch_channels < 2**15 else (64, lanes)
-    else:
-        channels, warps = 64, lanes // 2
-    per_thread = per_lane * (channels * lanes // (_LANES * warps))
-    backward = Tile(tokens=max(min(32 // per_thread, 8), 1), channels=channels, warps=warps)
-    chunk = 64 if backward.tokens >= 4 else 32
-    return Tiling(lanes=lanes, states=per_lane, chunk=chunk, forward=forward, backward=backward)
+    tokens = max(min(32 * lanes // states, 8), 1)
+    backward = _BACKWARD_TILES[states]
+    if states == 16 and batch_channels >= 2**15:
+        backward = Tile(tokens=4, channels=64, warps=4)
+    return Tiling(
+        lanes=lanes,
+        states=states // lanes,
+        chunk=64 if backward.tokens >= 4 else 32,
+        forward=Tile(tokens=tokens, channels=channels, warps=channels * lanes // _LANES),
+        backward=backward,
+    )
 
 
 def _power_of_two(size: int) -> int:

@@ -9,6 +9,8 @@ Suffixes spell shapes: T tokens of a tile, E channels of a block, N = P R states
 everything computed from them are float32. README.md derives the equations; names beginning with d are gradients.
 """
 
+# Triton compiles what only looks like Python, and need not be installed.
+# pyrefly: ignore-errors
 from typing import no_type_check
 
 import triton
@@ -83,7 +85,7 @@ def forward(
     """
     row, group, _block, channel_E, exists_E = block_of_program(CHANNELS, GROUPS, E)
     state_REP, is_state_REP = state_tile(channel_E, exists_E, STATES, R, P)
-    A_REP = LOG2_E * load_state(A + state_REP, is_state_REP)
+    A_REP = load_state(A + state_REP, is_state_REP) * LOG2_E
     D_E = load_channels(D, channel_E, exists_E, HAS_D)
     bias_E = load_channels(dt_bias, channel_E, exists_E, HAS_BIAS)
     h_REP = tl.zeros_like(A_REP)
@@ -191,7 +193,7 @@ def backward(
     """
     row, group, block, channel_E, exists_E = block_of_program(CHANNELS, GROUPS, E)
     state_REP, is_state_REP = state_tile(channel_E, exists_E, STATES, R, P)
-    A_REP = LOG2_E * load_state(A + state_REP, is_state_REP)
+    A_REP = load_state(A + state_REP, is_state_REP) * LOG2_E
     D_E = load_channels(D, channel_E, exists_E, HAS_D)
     bias_E = load_channels(dt_bias, channel_E, exists_E, HAS_BIAS)
     of_row = row * CHANNELS * STATES
@@ -298,7 +300,7 @@ def backward(
             dA_TREP = dlog_a_TREP * step_T1E1
             dB_TREP = du_TREP * inflow_T1E1
             dC_TREP = dout_T1E1 * after_TREP
-            dstep_TE = LN_2 * sum_states(dlog_a_TREP * A_REP[None])
+            dstep_TE = sum_states(dlog_a_TREP * A_REP[None]) * LN_2
             if ZOH:
                 dgain_TREP = du_TREP * B_TREP
                 dx_TE = sum_states(dgain_TREP * gain_TREP)

@@ -1,0 +1,51 @@
+"""Arithmetic on registers in the GPU kernels of the selective scan."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.selective_scan.pallas_gpu_geometry import LOG2_E
+from pallas_kernels.warpgroup import Warpgroup
+
+type Registers = Sequence[jax.Array]
+
+
+def loop(first, stop, body: Callable[[jax.Array, Any], Any], carry):
+    """`jax.lax.fori_loop` for a carry whose lists may come back as tuples and the other way round."""
+    leaves, tree = jax.tree.flatten(carry)
+
+    def advance(i, leaves):
+        return jax.tree.leaves(body(i, jax.tree.unflatten(tree, leaves)))
+
+    return jax.tree.unflatten(tree, jax.lax.fori_loop(first, stop, advance, leaves))
+
+
+def added(first: Registers, second: Registers | None) -> Registers:
+    """Sums term by term; a missing second is zero."""
+    return first if second is None else [a + b for a, b in zip(first, second, strict=True)]
+
+
+def plus(total: jax.Array | None, term: jax.Array) -> jax.Array:
+    """The sum of both; a missing total is zero."""
+    return term if total is None else total + term
+
+
+def softplus(w: Warpgroup, value: jax.Array) -> jax.Array:
+    """log(1 + exp(value)) to a few units in the last place, for arguments of any size.
+
+    With e = exp(-|value|): max(value, 0) + log1p(e), and log1p(e) = 2 atanh(s) for s = e / (2 + e), at most 1/3.
+    """
+    e = jnp.exp2(jnp.maximum(value, -value) * -LOG2_E)
+    s = e * w.reciprocal(e + 2.0)
+    square = s * s
+    series = w.full(2.0 / 13)
+    for denominator in (11, 9, 7, 5, 3, 1):
+        series = series * square + 2.0 / denominator
+    return jnp.maximum(value, 0.0) + s * series
+
+
+def sigmoid(w: Warpgroup, value: jax.Array) -> jax.Array:
+    """1 / (1 + exp(-value))."""
+    return w.reciprocal(1.0 + jnp.exp2(value * -LOG2_E))

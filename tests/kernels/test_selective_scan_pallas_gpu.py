@@ -1,0 +1,222 @@
+"""The Mosaic GPU kernels of the selective scan: on a GPU if there is one, else interpreted; and lowered for a GPU.
+
+Interpreting is slow, so without a GPU only small calls run, and the long ones are marked slow.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import selective_scan
+from pallas_kernels.selective_scan import pallas_gpu, pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
+from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
+from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Geometry, Tiling
+from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
+from tests.kernels import op_contract, test_selective_scan
+from tests.kernels.op_contract import make_call
+from tests.kernels.test_selective_scan import OP
+
+ON_GPU = jax.default_backend() == "gpu"
+slow_interpreted = pytest.mark.slow if not ON_GPU else pytest.mark.filterwarnings("default")
+# Shared memory that a block can have on a GPU of compute capability 9.0.
+SHARED_MEMORY_BYTES = 227 * 1024
+
+SMALL = dataclasses.replace(FULL, name="small", batch=1, length=21)
+SMALL_SPECS = (
+    SMALL,
+    dataclasses.replace(SMALL, name="bfloat16_groups", dtype="bfloat16", B="grouped", C="grouped"),
+    ScanSpec(
+        name="small_bare",
+        batch=2,
+        length=16,
+        has_skip=False,
+        has_gate=False,
+        has_bias=False,
+        has_softplus=False,
+        has_initial_state=False,
+    ),
+    dataclasses.replace(SMALL, name="two_slices", states=SLICE + 1, C="grouped"),
+)
+LARGE_SPECS = (
+    *(spec for spec in SPECS if spec.discretization == "euler" and not spec.is_complex and spec.B != "constant"),
+    dataclasses.replace(FULL, name="blocks", batch=3, length=150, channels=200, states=16),
+    dataclasses.replace(FULL, name="blocks_bfloat16", length=150, channels=200, states=16, dtype="bfloat16"),
+    dataclasses.replace(FULL, name="many_states", length=33, states=256, C="grouped"),
+    dataclasses.replace(FULL, name="one_state", length=33, states=1, B="grouped"),
+    dataclasses.replace(FULL, name="one_token", length=1, states=16),
+)
+TILINGS = tuple(
+    (Tiling(lanes=lanes, rows=rows, parts=parts), Tiling(lanes=lanes, rows=rows, parts=parts))
+    for lanes, rows in ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2))
+    for parts in (1, 3)
+)
+
+
+def _name(value: object) -> str:
+    if isinstance(value, tuple):
+        return "-".join(f"{tiling.lanes}x{tiling.rows}x{tiling.parts}" for tiling in value)
+    return getattr(value, "name", str(value))
+
+
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=_name)
+def test_values_and_gradients(spec: ScanSpec) -> None:
+    op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
+
+
+@slow_interpreted
+@pytest.mark.parametrize("spec", LARGE_SPECS, ids=_name)
+def test_values_and_gradients_of_larger_calls(spec: ScanSpec) -> None:
+    op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
+
+
+@slow_interpreted
+@pytest.mark.parametrize("tilings", TILINGS, ids=_name)
+def test_every_tiling(tilings: tuple[Tiling, Tiling], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *shape: tilings)
+    spec = dataclasses.replace(FULL, batch=2, length=70, channels=10, states=20, B="grouped")
+    op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
+
+
+def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three parts, one of them only half used, with different tilings in the two directions."""
+    tilings = Tiling(lanes=8, rows=1, parts=3), Tiling(lanes=4, rows=2, parts=2)
+    monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *shape: tilings)
+    op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(dataclasses.replace(SMALL, length=69)))
+
+
+@slow_interpreted
+def test_split_equals_one_pass() -> None:
+    op_contract.check_split(OP, "pallas_gpu", make_call(test_selective_scan.UNSEGMENTED), at=21)
+
+
+@slow_interpreted
+def test_causality() -> None:
+    op_contract.check_causality(OP, "pallas_gpu", make_call(test_selective_scan.UNSEGMENTED), at=33)
+
+
+@slow_interpreted
+def test_segments() -> None:
+    op_contract.check_segments(OP, "pallas_gpu", make_call(test_selective_scan.UNSEGMENTED), starts=(43, 64))
+
+
+@slow_interpreted
+@pytest.mark.parametrize("call", ["extreme_decays", "hundreds_of_nats_per_chunk", "tiny_softplus"])
+def test_extremes(call: str) -> None:
+    op_contract.check_values_and_gradients(OP, "pallas_gpu", test_selective_scan.EXTREMES[call]())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="takes hours to interpret")
+def test_beyond_61k_tokens() -> None:
+    test_selective_scan.check_beyond_61k_tokens("pallas_gpu")
+
+
+@slow_interpreted
+def test_zero_step_keeps_the_state() -> None:
+    test_selective_scan.check_zero_step_keeps_the_state("pallas_gpu")
+
+
+def _mesh_of(device_kind: str) -> AbstractMesh:
+    device = AbstractDevice(platform="gpu", device_kind=device_kind, num_cores=132)
+    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+def _shapes(spec: ScanSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), make_call(spec).arrays)
+
+
+def _lowered(spec: ScanSpec, device_kind: str, implementation: str | None = None) -> str:
+    """The gradient of a call, lowered for a GPU that need not be there."""
+    call = make_call(spec)
+    run = functools.partial(selective_scan, **call.integers, **call.static, implementation=implementation)
+    gradient = jax.jit(jax.grad(lambda arrays: run(**arrays).y.astype(jnp.float32).sum()))
+    with jax.sharding.use_abstract_mesh(_mesh_of(device_kind)):
+        return gradient.trace(_shapes(spec)).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers_for_hopper(dtype: str) -> None:
+    spec = dataclasses.replace(SMALL, dtype=dtype, length=2048, channels=64, states=16)
+    text = _lowered(spec, "NVIDIA H100 80GB HBM3")
+    kernels = [name for name in ("forward", "backward", "parts") if f"pallas_gpu_{name}" in text]
+    assert kernels == ["forward", "backward", "parts"], "one batch row of 64 channels needs parts of the sequence"
+    elements = spec.length * spec.channels * spec.states
+    shapes = {line.split("tensor<")[-1].split(">")[0] for line in text.split("\n") if "tensor<" in line}
+    for shape in shapes:
+        sizes = [int(size) for size in shape.split("x")[:-1] if size.isdigit()]
+        assert math.prod(sizes) < elements, f"tensor<{shape}> is as large as all states"
+
+
+def test_chosen_on_hopper_and_not_before() -> None:
+    assert "selective_scan.pallas_gpu" in _lowered(SMALL, "NVIDIA H200")
+    assert "selective_scan.pallas_gpu" not in _lowered(SMALL, "NVIDIA A100-SXM4-80GB")
+    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU of compute capability 9\.0 or more"):
+        _lowered(SMALL, "NVIDIA A100-SXM4-80GB", implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"is_complex": True}, "takes a real A only, got complex64"),
+        ({"B": "constant"}, "takes B and C with a time axis only"),
+        ({"discretization": "zoh"}, "discretizes with 'euler' only, got 'zoh'"),
+        ({"states": 257}, "takes at most 256 states, got 257"),
+    ],
+    ids=str,
+)
+def test_declines(change: dict, reason: str) -> None:
+    call = make_call(dataclasses.replace(SMALL, **change))
+    with pytest.raises(NotImplementedError, match=reason):
+        selective_scan(**call.arrays, **call.integers, **call.static, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("states", [1, 16, 17, 64, 65, 256])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 2**20, 64), (1, 2048, 2048), (8, 2048, 1536), (64, 512, 5120)], ids=str
+)
+def test_tilings_fit(shape: tuple[int, int, int], states: int) -> None:
+    """Every chosen tiling fits into shared memory, and its parts are not empty."""
+    batch, length, channels = shape
+    for tiling in choose_tilings(*shape, states):
+        geometry = Geometry(
+            batch=batch,
+            groups=1,
+            channels=-(-channels // tiling.channels_per_block) * tiling.channels_per_block,
+            states=-(-states // SLICE) * SLICE,
+            length=-(-length // CHUNK) * CHUNK,
+            valid_length=length,
+            tiling=tiling,
+        )
+        assert (tiling.parts - 1) * geometry.chunks_per_part < geometry.chunks
+        for module in (pallas_gpu_forward, pallas_gpu_backward, pallas_gpu_parts):
+            scratch = module.scratch_types(geometry).values()
+            assert sum(4 * math.prod(memory.shape) for memory in scratch) <= SHARED_MEMORY_BYTES
+
+
+def test_declines_half_precision() -> None:
+    call = make_call(SMALL)
+    arrays = call.arrays | {"x": call.arrays["x"].astype(jnp.float16)}
+    with pytest.raises(NotImplementedError, match="takes float32 and bfloat16, x has float16"):
+        selective_scan(**arrays, **call.integers, **call.static, implementation="pallas_gpu")
+
+
+def test_gradients_of_padding_are_dropped() -> None:
+    """Channels, states and tokens that pad the kernel's blocks leave no trace, even with a bias that opens softplus."""
+    call = make_call(dataclasses.replace(SMALL, length=CHUNK + 1, has_segments=False))
+    arrays = call.arrays | {"dt_bias": jnp.full_like(call.arrays["dt_bias"], 3.0)}
+
+    def loss(arrays):
+        outputs = selective_scan(**arrays, **call.static, implementation="pallas_gpu")
+        return jnp.sum(outputs.final_state) + jnp.sum(outputs.y)
+
+    def expected(arrays):
+        outputs = selective_scan(**arrays, **call.static, implementation="reference")
+        return jnp.sum(outputs.final_state) + jnp.sum(outputs.y)
+
+    for name, gradient in jax.jit(jax.grad(loss))(arrays).items():
+        np.testing.assert_allclose(gradient, jax.grad(expected)(arrays)[name], rtol=2e-5, atol=2e-4, err_msg=name)
