@@ -10,9 +10,13 @@ The last form compiles for a GPU that need not be there, and reports memory only
 import contextlib
 import dataclasses
 import datetime
+import functools
+import importlib.util
+import math
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -43,12 +47,38 @@ DEFAULT_SHAPES: dict[str, dict[OpName, tuple[str, ...]]] = {
         "selective_state_update": ("16x512x16",),
     },
     "gpu": {
-        "selective_scan": ("8x2048x1536x16", "1x2048x2048x16", "1x16384x2048x16"),
+        "selective_scan": (
+            "8x2048x1536x16",
+            "8x2048x5120x16",
+            "1x2048x2048x16",
+            "1x131072x2048x16",
+            "64x512x1536x16",
+        ),
         "causal_conv1d": ("8x2048x1536x4", "8x2048x5120x4"),
         "selective_state_update": ("128x1536x16",),
     },
 }
 MIB = 2**20
+# Milliseconds of the authors' CUDA kernels (mamba-ssm 2.3.2.post1 and causal-conv1d, PyTorch) on an H100 80GB HBM3 with
+# the same arguments: forward, and forward + backward. They are not measured here.
+OFFICIAL_CUDA: dict[tuple[OpName, DType, tuple[int, ...]], tuple[float, float]] = {
+    ("selective_scan", "bfloat16", (8, 2048, 1536, 16)): (0.485, 2.341),
+    ("selective_scan", "bfloat16", (8, 2048, 2048, 16)): (0.641, 3.103),
+    ("selective_scan", "bfloat16", (8, 2048, 5120, 16)): (1.504, 7.573),
+    ("selective_scan", "float32", (8, 2048, 2048, 16)): (1.222, 4.003),
+    ("selective_scan", "bfloat16", (1, 2048, 2048, 16)): (0.123, 0.736),
+    ("selective_scan", "bfloat16", (1, 16384, 2048, 16)): (0.848, 3.707),
+    ("selective_scan", "bfloat16", (1, 131072, 2048, 16)): (5.992, 28.79),
+    ("selective_scan", "bfloat16", (4, 8192, 1536, 16)): (1.071, 4.843),
+    ("selective_scan", "bfloat16", (64, 512, 1536, 16)): (0.872, 4.152),
+    ("causal_conv1d", "bfloat16", (8, 2048, 1536, 4)): (0.126, 0.650),
+    ("causal_conv1d", "bfloat16", (8, 2048, 5120, 4)): (0.210, 0.772),
+}
+# Above so many states over all tokens the unchunked form does not fit into a GPU's memory.
+UNCHUNKED_ELEMENTS = 2**29
+# Implementations to compare on a GPU.
+CONVOLUTIONS = ("xla",)
+STATE_UPDATES = ("xla",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +107,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Cost of one compiled function; times are the best of all runs, and None if it was only compiled."""
+    """Cost of one compiled function; times are None if it was only compiled."""
 
     milliseconds: float | None
     cpu_milliseconds: float | None
@@ -114,23 +144,38 @@ def library_convolution(x, weight, bias):
     return jax.nn.silu(y + bias.astype(x.dtype)[None, None])
 
 
-def candidates(op: OpName) -> dict[str, Callable]:
-    """The functions to compare; each takes the op's arguments by name and returns y."""
+def peer_scan(x, dt, A, B, C, *, D, z, dt_bias):
+    """The scan of the package jax-linear-attention, which calls x v, B k and C q."""
+    mamba1 = importlib.import_module("jla.ops.mosaic_gpu.mamba1").mamba1
+    return mamba1(C, B, x, dt, A, d=D, z=z, dt_bias=dt_bias, dt_softplus=True)[0]
 
-    def through_api(function, name, **options):
-        return lambda **arguments: function(**arguments, **options, implementation=name).y
 
+def candidates(op: OpName, shape: tuple[int, ...], kind: str) -> dict[str, Callable]:
+    """The functions to compare on a kind of device; each takes the op's arguments by name and returns y."""
+
+    def through_api(function, names, **options) -> dict[str, Callable]:
+        return {
+            name: lambda name=name, **arguments: function(**arguments, **options, implementation=name).y
+            for name in names
+        }
+
+    on_gpu = kind == "gpu"
     match op:
         case "selective_scan":
-            names = ("reference", "xla", "xla_sequential", "xla_associative")
-            functions = {name: through_api(selective_scan, name, dt_softplus=True) for name in names}
-            return functions | {"unchunked associative_scan": unchunked_associative_scan}
+            names = ("pallas_gpu", "triton", "xla") if on_gpu else ("reference", "xla_sequential", "xla_associative")
+            functions = through_api(selective_scan, names, dt_softplus=True)
+            if not on_gpu or math.prod(shape) <= UNCHUNKED_ELEMENTS:
+                functions["unchunked associative_scan"] = unchunked_associative_scan
+            if on_gpu and importlib.util.find_spec("jla"):
+                functions["jax-linear-attention"] = peer_scan
+            return functions
         case "causal_conv1d":
-            functions = {name: through_api(causal_conv1d, name, activation="silu") for name in ("reference", "xla")}
+            names = CONVOLUTIONS if on_gpu else ("reference", "xla")
+            functions = through_api(causal_conv1d, names, activation="silu")
             return functions | {"lax.conv_general_dilated": library_convolution}
         case "selective_state_update":
-            names = ("reference", "xla")
-            return {name: through_api(selective_state_update, name, dt_softplus=True) for name in names}
+            names = STATE_UPDATES if on_gpu else ("reference", "xla")
+            return through_api(selective_state_update, names, dt_softplus=True)
 
 
 def arguments(op: OpName, shape: tuple[int, ...], dtype: DType) -> dict[str, np.ndarray]:
@@ -168,47 +213,78 @@ def programs(function: Callable, arrays: dict) -> dict[str, tuple[Callable, tupl
     return {"forward": (forward, (arrays,)), "forward + backward": (both, (arrays, arrays["x"]))}
 
 
-def measure(function: Callable, args: tuple, *, seconds: float) -> Measurement:
-    """Compiles a function, for the device that its arguments are on or described by, and runs it if they are arrays."""
-    compiled = jax.jit(function).lower(*args).compile()
-    memory = compiled.memory_analysis()
+def measure(function: Callable, args: tuple, *, seconds: float, in_a_row: bool) -> Measurement:
+    """Compiles a function, for the device that its arguments are on or described by, and runs it if they are arrays.
+
+    Args:
+        function: to be jitted.
+        args: arrays, or their description.
+        seconds: to spend on running.
+        in_a_row: start calls without waiting for the last one, as a training step does, and report the median of their
+            mean times; otherwise wait for every call and report the best.
+    """
+    jitted = jax.jit(function)
+    memory = jitted.lower(*args).compile().memory_analysis()
     assert memory is not None, "XLA reports the memory of every backend in use here"
     walls, cpus = [], []
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(args)):
-        jax.block_until_ready(compiled(*args))
-        while len(walls) < 3 or sum(walls) < seconds:
+        jax.block_until_ready(jitted(*args))
+        wall = time.perf_counter()
+        jax.block_until_ready(jitted(*args))
+        calls = max(1, min(20, int(0.02 / (time.perf_counter() - wall)))) if in_a_row else 1
+        spent = 0.0
+        while len(walls) < 3 or spent < seconds:
             wall, cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready(compiled(*args))
-            walls.append(time.perf_counter() - wall)
-            cpus.append(time.process_time() - cpu)
+            jax.block_until_ready([jitted(*args) for _ in range(calls)][-1])
+            spent += time.perf_counter() - wall
+            walls.append((time.perf_counter() - wall) / calls)
+            cpus.append((time.process_time() - cpu) / calls)
+    summary = statistics.median if in_a_row else min
     return Measurement(
-        milliseconds=min(walls) * 1e3 if walls else None,
-        cpu_milliseconds=min(cpus) * 1e3 if cpus else None,
+        milliseconds=summary(walls) * 1e3 if walls else None,
+        cpu_milliseconds=summary(cpus) * 1e3 if cpus else None,
         temporaries=memory.temp_size_in_bytes,
         arguments_and_results=memory.argument_size_in_bytes + memory.output_size_in_bytes,
     )
 
 
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy on the default device."""
+    source = jnp.ones(2**28, jnp.float32)
+    cost = measure(lambda array: array + 1, (source,), seconds=0.3, in_a_row=True)
+    assert cost.milliseconds is not None
+    return 2 * source.nbytes / (cost.milliseconds * 1e-3)
+
+
 def table(op: OpName, shape: tuple[int, ...], dtype: DType, options: Options) -> list[str]:
     """Markdown lines for one op at one shape and dtype."""
-    with_cpu = options.device == "cpu" and options.compile_for is None
+    kind = "cpu" if options.device == "cpu" and options.compile_for is None else "gpu"
     with_time = options.compile_for is None
+    on_gpu = kind == "gpu" and with_time
+    official = OFFICIAL_CUDA.get((op, dtype, shape)) if on_gpu else None
     columns = ["implementation", "pass"]
-    columns += ["best ms"] if with_time else []
-    columns += ["CPU ms"] if with_cpu else []
+    columns += ["ms"] if with_time else []
+    columns += ["CPU ms"] if kind == "cpu" else []
+    columns += ["floor ms", "of bandwidth"] if on_gpu else []
+    columns += ["of official CUDA"] if official else []
     columns += ["temporaries MiB", "arguments + results MiB"]
     sizes = "x".join(map(str, shape))
     lines = [f"## {op} {sizes} ({SHAPE_MEANING[op]}), {dtype}", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * len(columns))
     device = described_device(options.compile_for) if options.compile_for else None
     arrays = placed(arguments(op, shape, dtype), device)
-    for name, function in candidates(op).items():
-        for direction, (program, args) in programs(function, arrays).items():
+    for name, function in candidates(op, shape, kind).items():
+        for i, (direction, (program, args)) in enumerate(programs(function, arrays).items()):
             with tracing_for(device):
-                cost = measure(program, args, seconds=options.seconds)
+                cost = measure(program, args, seconds=options.seconds, in_a_row=kind == "gpu")
             cells = [name, direction]
-            cells += [f"{cost.milliseconds:.2f}"] if with_time else []
-            cells += [f"{cost.cpu_milliseconds:.2f}"] if with_cpu else []
+            cells += [f"{cost.milliseconds:.3f}"] if with_time else []
+            cells += [f"{cost.cpu_milliseconds:.2f}"] if kind == "cpu" else []
+            if on_gpu and cost.milliseconds is not None:
+                floor = 1e3 * cost.arguments_and_results / copy_bandwidth()
+                cells += [f"{floor:.3f}", f"{floor / cost.milliseconds:.0%}"]
+                cells += [f"{cost.milliseconds / official[i]:.3f}"] if official else []
             cells += [f"{cost.temporaries / MIB:.1f}", f"{cost.arguments_and_results / MIB:.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
@@ -247,7 +323,7 @@ def header(options: Options, day: str) -> list[str]:
         names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
         hardware = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
     else:
-        hardware = jax.devices()[0].device_kind
+        hardware = f"{jax.devices()[0].device_kind}, a large copy moves {copy_bandwidth() / 1e12:.2f} TB/s"
     return [
         f"# Cost of the ops, {day}",
         "",
@@ -255,8 +331,10 @@ def header(options: Options, day: str) -> list[str]:
         f"Software: Python {platform.python_version()}, jax {jax.__version__}.",
         f"Command: `python {shlex.join(['benchmarks/run_ops.py', *sys.argv[1:]])}`",
         "",
-        "Times are the best of repeated runs; CPU ms is processor time over all threads. Temporaries are what the "
-        "compiled program allocates beyond arguments and results, whose size bounds memory traffic from below.",
+        "Times are the best of repeated runs on a CPU; on a GPU the median of runs that follow each other without a "
+        "pause, launches included. CPU ms is processor time over all threads. Temporaries are what the compiled "
+        "program allocates beyond arguments and results, whose size bounds memory traffic from below: the floor is "
+        "that size at the bandwidth of a large copy.",
         "",
     ]
 
@@ -287,15 +365,16 @@ def main() -> None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.device, options.device))
 
         day = datetime.date.today().isoformat()
+        label = options.compile_for.stem if options.compile_for else options.device
+        path = options.output / f"ops_{label}_{day}.md"
+        options.output.mkdir(parents=True, exist_ok=True)
         lines = header(options, day)
         for op in ops:
             for shape in shapes[op]:
                 for dtype in options.dtypes:
                     lines += table(op, shape, dtype, options)
-        label = options.compile_for.stem if options.compile_for else options.device
-        path = options.output / f"ops_{label}_{day}.md"
-        options.output.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines))
+                    # After every table, so that a run that is cut short leaves what it has.
+                    path.write_text("\n".join(lines))
         print(f"wrote {path}")
 
 

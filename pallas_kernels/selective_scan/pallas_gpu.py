@@ -67,7 +67,8 @@ def selective_scan(
             over time, N is over 256, the discretization is not "euler", or a dtype is neither float32 nor bfloat16.
     """
     _decline(x, dt, A, B, C, z=z, discretization=discretization)
-    forward, backward = tilings or choose_tilings(*x.shape, A.shape[1])
+    batch, length, channels = x.shape
+    forward, backward = tilings or choose_tilings(batch, length, channels, A.shape[1])
     options = _Options(
         dt_softplus=dt_softplus,
         interpreted=target_platform() == "cpu",

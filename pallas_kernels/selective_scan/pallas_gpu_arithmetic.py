@@ -1,6 +1,8 @@
 """Arithmetic on registers in the GPU kernels of the selective scan."""
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +24,14 @@ def loop(first, stop, body: Callable[[jax.Array, Any], Any], carry):
     return jax.tree.unflatten(tree, jax.lax.fori_loop(first, stop, advance, leaves))
 
 
-def added(first: Registers, second: Registers | None) -> Registers:
+def added(first: Registers, second: Registers | None) -> list[jax.Array]:
     """Sums term by term; a missing second is zero."""
-    return first if second is None else [a + b for a, b in zip(first, second, strict=True)]
+    return list(first) if second is None else [a + b for a, b in zip(first, second, strict=True)]
 
 
-def plus(total: jax.Array | None, term: jax.Array) -> jax.Array:
-    """The sum of both; a missing total is zero."""
-    return term if total is None else total + term
+def total(terms: Iterable[jax.Array]) -> jax.Array:
+    """The sum of one term or more, from left to right."""
+    return functools.reduce(operator.add, terms)
 
 
 def softplus(w: Warpgroup, value: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, plus, sigmoid
+from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, sigmoid, total
 from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
@@ -242,34 +242,34 @@ class _Backward(Kernel):
             for r in range(tiling.rows)
         ]
         dstates, dA, states = ([list(values) for values in each] for each in (dstates, dA, states))
-        sums: list[list[list]] = [[[None] * GROUP for _ in range(3)] for _ in range(tiling.rows)]
+        sums: list[list[tuple]] = [[] for _ in range(tiling.rows)]
         for j in reversed(range(GROUP)):
-            dB: list = [None] * count
-            dC: list = [None] * count
+            dB: list[list] = [[] for _ in range(count)]
+            dC: list[list] = [[] for _ in range(count)]
             for r, (decay, dtx) in enumerate(pairs):
-                y = ddtx = ddecay = None
+                y, ddtx, ddecay = [], [], []
                 for n in range(count):
-                    dC[n] = plus(dC[n], states[r][n] * dy[r][j])
-                    y = plus(y, states[r][n] * C[j][n])
+                    dC[n].append(states[r][n] * dy[r][j])
+                    y.append(states[r][n] * C[j][n])
                     dstate = dstates[r][n] + dy[r][j] * C[j][n]
-                    dB[n] = plus(dB[n], dstate * dtx[j])
-                    ddtx = plus(ddtx, dstate * B[j][n])
+                    dB[n].append(dstate * dtx[j])
+                    ddtx.append(dstate * B[j][n])
                     dstate = dstate * jnp.exp2(decay[j] * rates[r][n])
                     # Gradient of the exponent dt A.
                     dexponent = dstate * before[r][j][n]
                     dA[r][n] = dA[r][n] + decay[j] * dexponent
-                    ddecay = plus(ddecay, dexponent * rates[r][n])
+                    ddecay.append(dexponent * rates[r][n])
                     dstates[r][n] = dstate
                 states[r] = list(before[r][j])
-                for values, value in zip(sums[r], (y, ddtx, ddecay), strict=True):
-                    values[j] = value
+                sums[r].insert(0, (total(y), total(ddtx), total(ddecay)))
             index = (self.lanes.warp * CHUNK + group * GROUP) * (2 * SLICE) + self.matrix_sum_place()
-            self.w.store(self.shared["matrix_sums"], index, (self.sum_over_channels(dB + dC),), offset=j * 2 * SLICE)
+            sum_over_channels = self.sum_over_channels([total(terms) for terms in dB + dC])
+            self.w.store(self.shared["matrix_sums"], index, (sum_over_channels,), offset=j * 2 * SLICE)
         # With a single slice the sums take the place of what the group has read, dy and the pairs.
         self.w.sync_warp()
         y_name, pair_name = self.sum_names
         for slot, each in zip(self.own_slots(), sums, strict=True):
-            y, ddtx, ddecay = (self.sums_over_shares(values) for values in each)
+            y, ddtx, ddecay = (self.sums_over_shares(values) for values in zip(*each, strict=True))
             self.add_sums(y_name, group, y, slot)
             self.add_sum_pairs(pair_name, group, ddtx, ddecay, slot)
         return dstates, dA, states
@@ -289,26 +289,23 @@ class _Backward(Kernel):
         """Adds up the warps' parts of the gradients of B and C and writes the block's."""
         geometry, thread = self.geometry, self.lanes.thread
         token, place = thread >> 3, (thread & 7) * 4
-        total = None
-        for warp in range(WARPS):
-            index = token * (2 * SLICE) + place
-            values = self.w.load(self.shared["matrix_sums"], index, 4, offset=warp * CHUNK * 2 * SLICE)
-            total = added(values, total)
+        index = token * (2 * SLICE) + place
+        parts = [
+            self.w.load(self.shared["matrix_sums"], index, 4, offset=warp * CHUNK * 2 * SLICE) for warp in range(WARPS)
+        ]
+        sums = [total(terms) for terms in zip(*parts, strict=True)]
         row = self.lanes.block * (geometry.batch * geometry.length) + self.lanes.batch * geometry.length
         row = row + (chunk * CHUNK + token)
         column = (self.lanes.group * 2 + (place >> 4)) * geometry.states + slice_index * SLICE + (place & (SLICE - 1))
         pitch = geometry.groups * 2 * geometry.states
-        self.w.store(self.outputs["dmatrices"], column, total, row=row, pitch=pitch)
+        self.w.store(self.outputs["dmatrices"], column, sums, row=row, pitch=pitch)
 
     def leave(self, chunk: jax.Array, words: dict[str, Any], totals):
         """Writes the gradients of the sequences; returns the sums over tokens for D and dt_bias."""
         edge_count = self.tiling.edge_channels
         x, dy = (widen(words[name], self.inputs[name].dtype) for name in ("x", "dy"))
-        dt = self.w.load(self.shared["kept"], self.kept_index("dt"), edge_count)
-        slope = self.w.load(self.shared["kept"], self.kept_index("slope"), edge_count)
-        if "z" in words:
-            z = widen(words["z"], self.inputs["z"].dtype)
-            gate = self.w.load(self.shared["kept"], self.kept_index("gate"), edge_count)
+        z = widen(words["z"], self.inputs["z"].dtype) if "z" in words else None
+        dt, slope, gate = (self.w.load(self.shared["kept"], self.kept_index(name), edge_count) for name in _KEPT)
         y_name, pair_name = self.sum_names
         sums_y, sum_pairs = self.load_edge_values(y_name), self.load_edge_pairs(pair_name)
         D = self.edge_constant("D")
@@ -317,7 +314,7 @@ class _Backward(Kernel):
         for i in range(edge_count):
             y, (ddtx, ddecay) = sums_y[i], sum_pairs[i]
             dgated = dy[i]
-            if "z" in words:
+            if z is not None:
                 if D is not None:
                     y = y + D[i] * x[i]
                 dz.append(dgated * y * gate[i] * (1.0 + z[i] * (1.0 - gate[i])))

@@ -139,7 +139,7 @@ class Kernel:
     def load_edge(self, chunk: jax.Array, names: Sequence[str]) -> dict[str, Registers]:
         """Words of a chunk of sequences; "starts" has one value a token, the others a row of channels."""
         row = self.token_row(chunk)
-        words = {}
+        words: dict[str, Registers] = {}
         for name in names:
             if name == "starts":
                 words[name] = self.w.load(self.inputs[name], self.lanes.zero, 1, row=row, pitch=1)
@@ -260,7 +260,7 @@ class Kernel:
 
     def load_pairs(self, group) -> list[tuple[Registers, Registers]]:
         """The pairs of the tokens of a group, as first and second values for each of the lane's channels."""
-        pairs = []
+        pairs: list[tuple[Registers, Registers]] = []
         for slot, offset in self.own_slots():
             index = group * (2 * self.slots) + slot
             early, late = (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, plus, sigmoid
+from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, sigmoid, total
 from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
@@ -156,15 +156,15 @@ class _Forward(Kernel):
             pairs = self.load_pairs(group)
             B, C = (self.load_rows(group, offset=offset) for offset in (0, SLICE))
             for r, (slot, (decay, dtx)) in enumerate(zip(self.own_slots(), pairs, strict=True)):
-                terms = []
+                sums = []
                 for i in range(GROUP):
-                    y = None
+                    terms = []
                     for n in range(self.tiling.states_per_lane):
                         a = jnp.exp2(decay[i] * rates[r][n])
                         states[r][n] = a * states[r][n] + dtx[i] * B[i][n]
-                        y = plus(y, states[r][n] * C[i][n])
-                    terms.append(y)
-                self.add_sums("sums", group, self.sums_over_shares(terms), slot)
+                        terms.append(states[r][n] * C[i][n])
+                    sums.append(total(terms))
+                self.add_sums("sums", group, self.sums_over_shares(sums), slot)
             return states
 
         states = loop(0, CHUNK // GROUP, walk, states)

@@ -5,6 +5,8 @@ state. But time within a part of the sequence is sequential: small problems fill
 once, which costs one more pass over the sequence, and those in between do best with smaller shares.
 """
 
+import dataclasses
+
 from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Tiling
 
 # Blocks that an H100 runs at once: 132 multiprocessors times those that registers and shared memory leave room for.
@@ -32,18 +34,19 @@ def choose_tilings(batch: int, length: int, channels: int, states: int) -> tuple
         tiling = _MANY_STATES if many_states else _LARGE_SHARES if large else _SMALL_SHARES
         return tiling, tiling
     candidates = (_MANY_STATES,) if many_states else (_LARGE_SHARES, _SMALL_SHARES)
-    return tuple(_in_parts(candidates, walks, length, blocks) for blocks in (_FORWARD_BLOCKS, _BACKWARD_BLOCKS))
+    forward = _in_parts(candidates, walks, length, _FORWARD_BLOCKS)
+    return forward, _in_parts(candidates, walks, length, _BACKWARD_BLOCKS)
 
 
 def _in_parts(candidates: tuple[Tiling, ...], walks: int, length: int, blocks: int) -> Tiling:
     """The first candidate that fills two fifths of the chip or more, in as many parts as fill it."""
     most_parts = max(1, length // _LEAST_TOKENS_OF_A_PART)
+    chosen = []
     for tiling in candidates:
         parts = max(1, min(blocks * tiling.channels_per_block // walks, most_parts))
-        tiling = Tiling(lanes=tiling.lanes, rows=tiling.rows, parts=_without_empty_parts(length, parts))
-        if 5 * parts * walks >= 2 * blocks * tiling.channels_per_block:
-            break
-    return tiling
+        chosen.append(dataclasses.replace(tiling, parts=_without_empty_parts(length, parts)))
+    filled = [tiling for tiling in chosen if 5 * tiling.parts * walks >= 2 * blocks * tiling.channels_per_block]
+    return (filled or chosen[-1:])[0]
 
 
 def _without_empty_parts(length: int, parts: int) -> int:

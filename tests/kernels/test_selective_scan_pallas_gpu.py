@@ -79,7 +79,9 @@ def test_values_and_gradients_of_larger_calls(spec: ScanSpec) -> None:
 @pytest.mark.parametrize("tilings", TILINGS, ids=_name)
 def test_every_tiling(tilings: tuple[Tiling, Tiling], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *shape: tilings)
-    spec = dataclasses.replace(FULL, batch=2, length=70, channels=10, states=20, B="grouped")
+    # Two slices of states; but the largest shares leave no shared memory for them.
+    states = 20 if tilings[0].channels_per_block < 128 else 16
+    spec = dataclasses.replace(FULL, batch=2, length=70, channels=10, states=states, B="grouped")
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
 
 
