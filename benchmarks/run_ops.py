@@ -235,7 +235,10 @@ def measure(function: Callable, args: tuple, *, seconds: float, in_a_row: bool) 
         spent = 0.0
         while len(walls) < 3 or spent < seconds:
             wall, cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready([jitted(*args) for _ in range(calls)][-1])
+            result = None
+            for _ in range(calls):
+                result = jitted(*args)
+            jax.block_until_ready(result)
             spent += time.perf_counter() - wall
             walls.append((time.perf_counter() - wall) / calls)
             cpus.append((time.process_time() - cpu) / calls)
