@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from mamba_jax.models.parameters import define
 from mamba_jax.sharding import batch_sharding, make_mesh
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.step import make_train_step
-from mamba_jax.training.train_state import abstract_state
+from mamba_jax.training.train_state import TrainState, abstract_state
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 
@@ -67,12 +68,8 @@ class CompiledStep:
     scan_collectives: list[str]
 
 
-def compile_step(target: Target) -> CompiledStep:
-    """Compiles the step that `train` would run there, from shapes and shardings alone."""
-    jax.config.update("jax_platforms", "cpu")
-    # The compiler needs no TPU, so it does not matter whether another process has it loaded as well.
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
+def lower_step(target: Target, devices: Sequence[jax.Device], platform: str) -> tuple[jax.stages.Lowered, TrainState]:
+    """The step that `train` would run on the devices, from shapes and shardings alone; and the state's."""
     shape = (target.sequences_per_device * len(devices), target.length)
     config = ExperimentConfig(
         name="pod",
@@ -91,7 +88,17 @@ def compile_step(target: Target) -> CompiledStep:
     batch = LMBatch(tokens=tokens, targets=tokens, loss_mask=mask, segment_ids=tokens)
     with jax.set_mesh(mesh):
         step = make_train_step(config, definition, optimizer, state)
-        program = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
+        return step.trace(state, batch).lower(lowering_platforms=(platform,)), state
+
+
+def compile_step(target: Target) -> CompiledStep:
+    """Compiles the step for the target's pod."""
+    jax.config.update("jax_platforms", "cpu")
+    # The compiler needs no TPU, so it does not matter whether another process has it loaded as well.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
+    lowered, state = lower_step(target, devices, "tpu")
+    program = lowered.compile()
     memory = program.memory_analysis()
     found = re.findall(
         r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)", program.as_text()

@@ -1,0 +1,27 @@
+"""The whole training step, compiled ahead of time for H100s that are not there; needs the `cuda` extra."""
+
+import re
+from pathlib import Path
+
+import pytest
+from jax.experimental import topologies
+
+from mamba_jax.config import MeshConfig
+from tests.training.test_compile_tpu import SMALL, Target, lower_step
+
+TARGET = Path(__file__).parents[2] / "benchmarks" / "targets" / "h100_sxm.txtpb"
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_step_compiles_with_the_kernels_inside(count: int) -> None:
+    pytest.importorskip("jax_cuda13_plugin")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{count}")
+    target = Target(
+        topology=f"1x1x{count}", mesh=MeshConfig(data=count), model=SMALL, length=1024, sequences_per_device=2
+    )
+    lowered, _ = lower_step(target, topology.devices, "cuda")
+    text = lowered.as_text()
+    assert all(f"pallas_gpu_{kernel}" in text for kernel in ("forward", "backward", "parts"))
+    program = lowered.compile().as_text()
+    gathers = re.findall(r" (?:all-gather|all-to-all|collective-permute)(?:-start)?\(.*", program)
+    assert not [line for line in gathers if "selective_scan" in line]
