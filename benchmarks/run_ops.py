@@ -77,7 +77,7 @@ OFFICIAL_CUDA: dict[tuple[OpName, DType, tuple[int, ...]], tuple[float, float]] 
 # Above so many states over all tokens the unchunked form does not fit into a GPU's memory.
 UNCHUNKED_ELEMENTS = 2**29
 # Implementations to compare on a GPU.
-CONVOLUTIONS = ("xla",)
+CONVOLUTIONS = ("pallas_gpu", "xla")
 STATE_UPDATES = ("xla",)
 
 

@@ -8,6 +8,7 @@ runs on a CPU.
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -65,8 +66,9 @@ class Warpgroup(abc.ABC):
         offset: int = 0,
         row: jax.Array | None = None,
         pitch: int = 0,
+        mask: jax.Array | None = None,
     ) -> None:
-        """Stores neighbours per thread, rounded to the reference's dtype."""
+        """Stores neighbours per thread, rounded to the reference's dtype; only where `mask` holds, if there is one."""
 
     @abc.abstractmethod
     def shuffle_xor(self, value: jax.Array, mask: int) -> jax.Array:
@@ -173,20 +175,25 @@ def _load_function(address: _Address, count: int, dtype: jnp.dtype, constant: bo
 
 
 @functools.cache
-def _store_function(address: _Address, count: int, dtype: jnp.dtype):
+def _store_function(address: _Address, count: int, dtype: jnp.dtype, is_masked: bool):
     """Inline code that stores `count` float32 values as elements of a dtype."""
     coordinates = (_REGISTER,) * (1 if address.pitch is None else 2)
+    masks = (_REGISTER,) * is_masked
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *coordinates, *(_REGISTER,) * count))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *coordinates, *(_REGISTER,) * count, *masks))
     def store(ctx, ref, *arrays):
         del ctx
-        element = utils.dtype_to_ir_type(dtype)
         values = [_scalar(array) for array in arrays[len(coordinates) :]]
+        with utils.when(values.pop()) if is_masked else contextlib.nullcontext():
+            write(ref, arrays[: len(coordinates)], values)
+
+    def write(ref, coordinates, values):
+        element = utils.dtype_to_ir_type(dtype)
         for start, length in _pieces(count, dtype.itemsize):
             wide = vector.from_elements(ir.VectorType.get((length,), values[0].type), values[start : start + length])
             if element != values[0].type:
                 wide = arith.truncf(ir.VectorType.get((length,), element), wide)
-            pointer = address.later(start).pointer(ref, arrays[: len(coordinates)])
+            pointer = address.later(start).pointer(ref, coordinates)
             llvm.store(wide, pointer, alignment=length * dtype.itemsize)
 
     return store
@@ -241,11 +248,12 @@ class Device(Warpgroup):
         load = _load_function(address, count, jnp.dtype(ref.dtype), row is not None)
         return load(ref, index) if row is None else load(ref, index, row)
 
-    def store(self, ref, index, values, *, offset=0, row=None, pitch=0):
+    def store(self, ref, index, values, *, offset=0, row=None, pitch=0, mask=None):
         address = _Address(offset, None if row is None else pitch)
-        store = _store_function(address, len(values), jnp.dtype(ref.dtype))
+        store = _store_function(address, len(values), jnp.dtype(ref.dtype), mask is not None)
         coordinates = (index,) if row is None else (index, row)
-        store(ref, *coordinates, *(plgpu.layout_cast(value, _REGISTER) for value in values))
+        masks = () if mask is None else (mask,)
+        store(ref, *coordinates, *(plgpu.layout_cast(value, _REGISTER) for value in values), *masks)
 
     def shuffle_xor(self, value, mask):
         return _shuffle_function(mask)(value)
@@ -280,10 +288,12 @@ class Interpreted(Warpgroup):
             elements = jax.lax.bitcast_convert_type(elements.reshape(THREADS, -1, 2), jnp.int32)
         return tuple(elements[:, i] for i in range(elements.shape[1]))
 
-    def store(self, ref, index, values, *, offset=0, row=None, pitch=0):
+    def store(self, ref, index, values, *, offset=0, row=None, pitch=0, mask=None):
         positions = self._positions(index, len(values), offset, row, pitch)
+        if mask is not None:
+            positions = jnp.where(mask[:, None], positions, ref.size)
         columns = [jnp.broadcast_to(value, (THREADS,)) for value in values]
-        flat = ref[...].reshape(-1).at[positions].set(jnp.stack(columns, axis=1).astype(ref.dtype))
+        flat = ref[...].reshape(-1).at[positions].set(jnp.stack(columns, axis=1).astype(ref.dtype), mode="drop")
         ref[...] = flat.reshape(ref.shape)
 
     def shuffle_xor(self, value, mask):

@@ -1,12 +1,17 @@
 """Short causal convolution of every channel with its own filter."""
 
 from pallas_kernels.array_types import ChannelE, SegmentsBL, SequenceBLE, WeightKE, WindowBKE
-from pallas_kernels.causal_conv1d import reference, xla
+from pallas_kernels.causal_conv1d import pallas_gpu, reference, xla
 from pallas_kernels.causal_conv1d.signature import OP, Activation, ConvOutput, check_arguments
 from pallas_kernels.dispatch import Dispatcher
 
 _dispatch = Dispatcher[ConvOutput](
-    op=OP, implementations={"reference": reference.causal_conv1d, "xla": xla.causal_conv1d}
+    op=OP,
+    implementations={
+        "reference": reference.causal_conv1d,
+        "xla": xla.causal_conv1d,
+        "pallas_gpu": pallas_gpu.causal_conv1d,
+    },
 )
 IMPLEMENTATIONS = tuple(_dispatch.implementations)
 

@@ -32,12 +32,12 @@ def causal_conv1d(
     past = weight.shape[0] - 1
     if initial_window is None:
         initial_window = jnp.zeros((batch, past, channels), x.dtype)
-    segments = None if segment_ids is None else _count_segments(segment_ids, past)
+    segments = None if segment_ids is None else count_segments(segment_ids, past)
     y, final_window = _convolve(activation, x, initial_window.astype(x.dtype), weight, bias, segments)
     return ConvOutput(y=y, final_window=final_window)
 
 
-def _count_segments(segment_ids: jax.Array, past: int) -> jax.Array:
+def count_segments(segment_ids: jax.Array, past: int) -> jax.Array:
     """Number of segment starts up to each token, (B, K - 1 + L): equal exactly within a run of one document."""
     is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.cumsum(jnp.pad(is_start, ((0, 0), (past + 1, 0))), axis=1, dtype=jnp.int32)

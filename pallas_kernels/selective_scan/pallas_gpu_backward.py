@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, sigmoid, total
+from pallas_kernels.register_math import LN_2, Registers, added, loop, sigmoid, total
 from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     GROUP,
-    LN_2,
     SLICE,
     Features,
     Geometry,

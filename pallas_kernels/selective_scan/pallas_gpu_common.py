@@ -17,14 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan.pallas_gpu_arithmetic import Registers, added, loop, softplus
+from pallas_kernels.register_math import LOG2_E, Registers, added, loop, softplus
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     CONSTANT_PADDING,
     CONSTANTS,
     EDGE_LANES,
     GROUP,
-    LOG2_E,
     MATRIX_PITCH,
     RESET,
     SLICE,

@@ -12,8 +12,6 @@ CHUNK = 16
 SLICE = 16
 # Tokens whose sums over states are exchanged between lanes together.
 GROUP = 4
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 # exp2(RESET * A) is exactly zero for every decay rate below -5e-37.
 RESET = 3.0e38
 # Threads that share a token at the edges of a chunk.

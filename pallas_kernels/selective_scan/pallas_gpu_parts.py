@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selective_scan.pallas_gpu_arithmetic import added, loop, sigmoid
+from pallas_kernels.register_math import added, loop, sigmoid
 from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,

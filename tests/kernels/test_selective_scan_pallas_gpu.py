@@ -123,6 +123,19 @@ def test_zero_step_keeps_the_state() -> None:
     test_selective_scan.check_zero_step_keeps_the_state("pallas_gpu")
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 3e-3)])
+def test_relative_error(dtype: str, limit: float) -> None:
+    """Root mean square of the error over that of the float64 reference's result: the limits that the docs promise."""
+    call = make_call(dataclasses.replace(SMALL, batch=2, length=64, channels=16, states=16, dtype=dtype))
+    cotangents = op_contract.cotangents_of(OP, call)
+    outputs, gradients = op_contract.compiled(OP, call, "pallas_gpu")(call.arrays, cotangents)
+    expected_outputs, expected_gradients = op_contract.in_double_precision(OP, call)
+    for name, expected in (expected_outputs | expected_gradients).items():
+        actual = np.asarray((vars(outputs) | gradients)[name], np.float64)
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        assert error < limit, f"{name} is off by {error:.1e}"
+
+
 def _mesh_of(device_kind: str) -> AbstractMesh:
     device = AbstractDevice(platform="gpu", device_kind=device_kind, num_cores=132)
     return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)

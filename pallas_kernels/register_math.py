@@ -1,4 +1,4 @@
-"""Arithmetic on registers in the GPU kernels of the selective scan."""
+"""Arithmetic on registers in kernels written for a warpgroup."""
 
 import functools
 import operator
@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan.pallas_gpu_geometry import LOG2_E
 from pallas_kernels.warpgroup import Warpgroup
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 
 type Registers = Sequence[jax.Array]
 

@@ -1,0 +1,57 @@
+"""The Mosaic GPU kernels of the causal convolution: on a GPU, or else interpreted; and lowered for a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import causal_conv1d
+from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
+from tests.kernels import op_contract
+from tests.kernels.op_contract import make_call
+from tests.kernels.test_causal_conv1d import OP
+
+UNSEGMENTED = dataclasses.replace(FULL, has_segments=False)
+LARGE = dataclasses.replace(FULL, batch=3, length=300, channels=200)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_values_and_gradients(spec: ConvSpec) -> None:
+    op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_runs_and_columns(dtype: str) -> None:
+    op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(dataclasses.replace(LARGE, dtype=dtype)))
+
+
+@pytest.mark.slow
+def test_split_causality_and_segments() -> None:
+    call = make_call(UNSEGMENTED)
+    op_contract.check_split(OP, "pallas_gpu", call, at=21)
+    op_contract.check_causality(OP, "pallas_gpu", call, at=33)
+    op_contract.check_segments(OP, "pallas_gpu", call, starts=(43, 64))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers_for_hopper(dtype: str) -> None:
+    call = make_call(dataclasses.replace(LARGE, dtype=dtype))
+    run = functools.partial(causal_conv1d, **call.integers, **call.static, implementation="pallas_gpu")
+    gradient = jax.jit(jax.value_and_grad(lambda arrays: run(**arrays).y.astype(jnp.float32).sum()))
+    device = AbstractDevice(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", num_cores=132)
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), call.arrays)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = gradient.trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "causal_conv1d_forward" in text
+    assert "causal_conv1d_backward" in text
+
+
+def test_declines() -> None:
+    call = make_call(dataclasses.replace(UNSEGMENTED, width=9))
+    with pytest.raises(NotImplementedError, match="takes at most 8 taps, got 9"):
+        causal_conv1d(**call.arrays, **call.static, implementation="pallas_gpu")
