@@ -11,7 +11,8 @@ import abc
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -307,3 +308,49 @@ class Interpreted(Warpgroup):
 
     def sync_block(self):
         pass
+
+
+def launch(
+    kernel: Callable[..., None],
+    *,
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    scratch: Mapping[str, Any],
+    grid: Mapping[str, int],
+    name: str,
+    interpreted: bool,
+) -> dict[str, jax.Array]:
+    """Runs a kernel of one warpgroup a block.
+
+    Args:
+        kernel: called with the warpgroup and, by name, the references to inputs, outputs and scratch memory.
+        inputs: arrays.
+        outputs: their shapes and dtypes.
+        scratch: their types.
+        grid: blocks along every axis; neighbours along the last run at the same time.
+        name: of the kernel in profiles.
+        interpreted: run in Pallas' interpreter instead of on a GPU.
+
+    Returns:
+        The outputs.
+    """
+    warpgroup = Interpreted() if interpreted else Device()
+
+    def body(*refs):
+        remaining = iter(refs)
+        kernel(warpgroup, *({key: next(remaining) for key in group} for group in (inputs, outputs, scratch)))
+
+    results = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        scratch_types=list(scratch.values()),
+        # Barriers are the kernel's own; exp2 is one instruction; one thread's code is what is written.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=mgpu.LoweringSemantics.Lane
+        ),
+        interpret=plgpu.InterpretGPUParams() if interpreted else None,
+        kernel_name=name,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))

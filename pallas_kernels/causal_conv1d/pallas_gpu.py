@@ -8,17 +8,16 @@ tokens. The gradients of weight and bias are summed over a run in registers; XLA
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.causal_conv1d import xla
 from pallas_kernels.causal_conv1d.signature import OP, Activation, ConvOutput
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.register_math import Registers, loop, sigmoid, total
-from pallas_kernels.warpgroup import THREADS, Device, Interpreted, Warpgroup, widen
+from pallas_kernels.warpgroup import THREADS, Warpgroup, launch, widen
 
 MAX_WIDTH = 8
 # Neighbouring threads that walk the same tokens of neighbouring channels.
@@ -193,7 +192,7 @@ def _prepare(walk: Walk, x, window, weight, bias, segment_ids) -> Arrays:
 
 def _call(
     options: _Options,
-    kernel,
+    kernel: Callable[..., None],
     walk: Walk,
     shape: tuple[int, ...],
     inputs: Arrays,
@@ -201,29 +200,23 @@ def _call(
     *,
     extra_tokens: int,
 ) -> Arrays:
-    """Runs a kernel, whose references are known by name, over every run of tokens."""
-    warpgroup = Interpreted() if options.interpreted else Device()
+    """Runs a kernel over every run of tokens."""
     runs = shape[0] * _runs(walk, shape[1] + extra_tokens)
     columns = -(-inputs["x"].shape[1] // (_COLUMNS * walk.channels))
 
-    def body(*refs):
-        remaining = iter(refs)
-        named_inputs, named_outputs = ({name: next(remaining) for name in group} for group in (inputs, outputs))
-        thread = _Thread(warpgroup, walk, shape, extra_tokens, named_inputs, named_outputs)
-        kernel(thread, options.activation)
+    def body(w: Warpgroup, inputs, outputs, scratch):
+        del scratch
+        kernel(_Thread(w, walk, shape, extra_tokens, inputs, outputs), options.activation)
 
-    results = plgpu.kernel(
+    return launch(
         body,
-        out_type=list(outputs.values()),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=mgpu.LoweringSemantics.Lane
-        ),
-        interpret=plgpu.InterpretGPUParams() if options.interpreted else None,
-        kernel_name=f"causal_conv1d{kernel.__name__}",
-        grid=(columns, -(-runs // _RUNS)),
-        grid_names=("column", "run"),
-    )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+        inputs=inputs,
+        outputs=outputs,
+        scratch={},
+        grid={"column": columns, "run": -(-runs // _RUNS)},
+        name=f"causal_conv1d{kernel.__name__}",
+        interpreted=options.interpreted,
+    )
 
 
 class _Thread:

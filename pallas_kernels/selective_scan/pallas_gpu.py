@@ -6,20 +6,17 @@ chunk of 16 tokens when a gradient will be needed, the backward kernel recompute
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
 from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Features, Geometry, Tiling
 from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
-from pallas_kernels.warpgroup import Device, Interpreted
+from pallas_kernels.warpgroup import launch
 
 Arrays = dict[str, jax.Array]
 MAX_STATES = 256
@@ -114,7 +111,6 @@ def _scan_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | No
 def _run_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None, *, checkpoints: bool):
     """(y, final state), and the states at the starts of chunks, of the kernels' shape."""
     geometry, padded = _prepare(options, options.forward, arrays, segment_ids)
-    features = Features(softplus=options.dt_softplus, checkpoints=checkpoints)
     if geometry.tiling.parts > 1:
         names = [name for name in ("x", "dt", "B", "A", "dt_bias", "starts") if name in padded]
         padded |= _run_parts(options, geometry, {name: padded[name] for name in names})
@@ -125,9 +121,8 @@ def _run_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | Non
     if checkpoints:
         shape = (geometry.batch * geometry.chunks * geometry.width, geometry.states)
         outputs["checkpoints"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    scratch = pallas_gpu_forward.scratch_types(geometry)
-    grid = geometry.grid(geometry.tiling.parts)
-    results = _call(options, pallas_gpu_forward.kernel, geometry, features, grid, padded, outputs, scratch)
+    parts = geometry.tiling.parts
+    results = _call(options, pallas_gpu_forward, geometry, parts, padded, outputs, checkpoints=checkpoints)
     y = _unpadded_sequence(geometry, results["y"], arrays["x"].shape)
     final_state = _unpadded_state(geometry, results["final_state"], arrays)
     return (y, final_state), results.get("checkpoints")
@@ -137,7 +132,6 @@ def _scan_backward(options: _Options, residuals, cotangents):
     arrays, segment_ids, checkpoints = residuals
     dy, dfinal_state = cotangents
     geometry, padded = _prepare(options, options.backward, arrays, segment_ids)
-    features = Features(softplus=options.dt_softplus)
     padded.pop("initial_state", None)
     padded["dy"] = _padded_sequence(geometry, dy)
     parts = geometry.tiling.parts
@@ -163,10 +157,7 @@ def _scan_backward(options: _Options, residuals, cotangents):
     for name in ("D", "dt_bias"):
         if name in arrays:
             outputs[f"d{name}"] = float32(parts * geometry.batch, geometry.width)
-    scratch = pallas_gpu_backward.scratch_types(geometry)
-    results = _call(
-        options, pallas_gpu_backward.kernel, geometry, features, geometry.grid(parts), padded, outputs, scratch
-    )
+    results = _call(options, pallas_gpu_backward, geometry, parts, padded, outputs)
     return _gradients(geometry, arrays, results), None
 
 
@@ -180,44 +171,30 @@ def _run_parts(options: _Options, geometry: Geometry, inputs: Arrays) -> Arrays:
         "part_states": jax.ShapeDtypeStruct((rows, geometry.states), jnp.float32),
         "part_steps": jax.ShapeDtypeStruct((rows, 1), jnp.float32),
     }
-    features = Features(softplus=options.dt_softplus)
-    scratch = pallas_gpu_parts.scratch_types(geometry)
-    grid = geometry.grid(geometry.tiling.parts - 1)
-    return _call(options, pallas_gpu_parts.kernel, geometry, features, grid, inputs, outputs, scratch)
+    return _call(options, pallas_gpu_parts, geometry, geometry.tiling.parts - 1, inputs, outputs)
 
 
 def _call(
     options: _Options,
-    kernel: Callable[..., None],
+    module: ModuleType,
     geometry: Geometry,
-    features: Features,
-    grid: dict[str, Any],
+    parts: int,
     inputs: Arrays,
     outputs: dict[str, jax.ShapeDtypeStruct],
-    scratch: dict[str, Any],
+    *,
+    checkpoints: bool = False,
 ) -> Arrays:
-    """Runs a kernel whose references are known by name."""
-    warpgroup = Interpreted() if options.interpreted else Device()
-
-    def body(*refs):
-        remaining = iter(refs)
-        named = [{name: next(remaining) for name in group} for group in (inputs, outputs, scratch)]
-        kernel(warpgroup, geometry, features, *named)
-
-    results = plgpu.kernel(
-        body,
-        out_type=list(outputs.values()),
-        scratch_types=list(scratch.values()),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=mgpu.LoweringSemantics.Lane,
-        ),
-        interpret=plgpu.InterpretGPUParams() if options.interpreted else None,
-        kernel_name=kernel.__module__.rsplit(".", 1)[-1],
-        **grid,
-    )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    """Runs the kernel of a module over some parts of the sequence."""
+    features = Features(softplus=options.dt_softplus, checkpoints=checkpoints)
+    return launch(
+        functools.partial(module.kernel, geometry, features),
+        inputs=inputs,
+        outputs=outputs,
+        scratch=module.scratch_types(geometry),
+        grid=geometry.grid(parts),
+        name=module.__name__.rsplit(".", 1)[-1],
+        interpreted=options.interpreted,
+    )
 
 
 def _prepare(

@@ -53,14 +53,14 @@ def _history_pitch(geometry: Geometry) -> int:
 
 
 def kernel(
-    w: Warpgroup, geometry: Geometry, features: Features, inputs: dict[str, Any], outputs: dict[str, Any], shared
+    geometry: Geometry, features: Features, w: Warpgroup, inputs: dict[str, Any], outputs: dict[str, Any], shared
 ) -> None:
     """Runs a block: its channels of one batch row, back through one part of the sequence.
 
     Args:
-        w: the warpgroup.
         geometry: sizes.
         features: what is done.
+        w: the warpgroup.
         inputs: those of the forward kernel but for the initial state, and "checkpoints" (B chunks G F, N), "dy"
             (B L, G F), "dfinal_state" (B G F, N).
         outputs: "dx", "ddt", "dz" (B L, G F), "dmatrices" (blocks B L, G 2 N), the sums over a block's channels of the
@@ -68,7 +68,7 @@ def kernel(
             G F); the optional ones if their argument is present.
         shared: see `scratch_types`.
     """
-    _Backward(w, geometry, features, inputs, outputs, shared).run()
+    _Backward(geometry, features, w, inputs, outputs, shared).run()
 
 
 class _Backward(Kernel):

@@ -77,7 +77,7 @@ class Kernel:
     """Access to memory that is alike in all kernels of a scan.
 
     Attributes:
-        w, geometry, features, inputs, outputs, shared: what the kernel was called with.
+        geometry, features, w, inputs, outputs, shared: what the kernel was called with.
         tiling: that of the geometry.
         lanes: roles of the threads.
         single: all states fit into one slice.
@@ -85,9 +85,9 @@ class Kernel:
 
     def __init__(
         self,
-        w: Warpgroup,
         geometry: Geometry,
         features: Features,
+        w: Warpgroup,
         inputs: dict[str, Any],
         outputs: dict[str, Any],
         shared: dict[str, Any],

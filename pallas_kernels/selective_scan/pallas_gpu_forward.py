@@ -31,21 +31,21 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
 
 
 def kernel(
-    w: Warpgroup, geometry: Geometry, features: Features, inputs: dict[str, Any], outputs: dict[str, Any], shared
+    geometry: Geometry, features: Features, w: Warpgroup, inputs: dict[str, Any], outputs: dict[str, Any], shared
 ) -> None:
     """Runs a block: its channels of one batch row, through one part of the sequence.
 
     Args:
-        w: the warpgroup.
         geometry: sizes.
         features: what is done.
+        w: the warpgroup.
         inputs: references "x", "dt", "z" (B L, G F), "B", "C" (B L, G N), "A" (G F, N), "D", "dt_bias"
             (1, G F), "starts" (B L, 1), "initial_state" (B G F, N); the optional ones if present. If the sequence is in
             parts, "part_states" (parts B G F, N) and "part_steps" (parts B G F, 1) of `pallas_gpu_parts`.
         outputs: "y" (B L, G F), "final_state" (B G F, N) and, if wanted, "checkpoints" (B chunks G F, N).
         shared: see `scratch_types`.
     """
-    _Forward(w, geometry, features, inputs, outputs, shared).run()
+    _Forward(geometry, features, w, inputs, outputs, shared).run()
 
 
 class _Forward(Kernel):

@@ -100,12 +100,9 @@ class Geometry:
         """Channels of all groups."""
         return self.groups * self.channels
 
-    def grid(self, parts: int) -> dict[str, Any]:
+    def grid(self, parts: int) -> dict[str, int]:
         """The grid of a kernel over some parts of the sequence."""
-        return {
-            "grid": (parts, self.batch, self.groups, self.blocks),
-            "grid_names": ("part", "batch", "group", "block"),
-        }
+        return {"part": parts, "batch": self.batch, "group": self.groups, "block": self.blocks}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

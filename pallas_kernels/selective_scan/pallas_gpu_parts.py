@@ -30,7 +30,7 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
 
 
 def kernel(
-    w: Warpgroup, geometry: Geometry, features: Features, inputs: dict[str, Any], outputs: dict[str, Any], shared
+    geometry: Geometry, features: Features, w: Warpgroup, inputs: dict[str, Any], outputs: dict[str, Any], shared
 ) -> None:
     """Runs a block: the recurrence through one part, from a zero state.
 
@@ -38,15 +38,15 @@ def kernel(
     but the first, d_{t-1} = a_t (d_t + dy_t C_t), with dy before the gate.
 
     Args:
-        w: the warpgroup.
         geometry: sizes.
         features: what is done.
+        w: the warpgroup.
         inputs: as in the forward kernel, or in reverse as in the backward kernel.
         outputs: "part_states" (parts B G F, N), the state that the part ends with, and "part_steps" (parts B G F, 1),
             the sum of its step sizes.
         shared: see `scratch_types`.
     """
-    _Parts(w, geometry, features, inputs, outputs, shared).run()
+    _Parts(geometry, features, w, inputs, outputs, shared).run()
 
 
 class _Parts(Kernel):
