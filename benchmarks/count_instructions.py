@@ -1,0 +1,217 @@
+"""Counts the machine instructions of the selective scan's GPU kernels and what they would cost by themselves.
+
+    python benchmarks/count_instructions.py
+    python benchmarks/count_instructions.py --shapes 8x2048x1536x16 --dtype float32
+
+Needs the `cuda` extra and no GPU: the kernels are compiled for a described H100, assembled by ptxas and disassembled by
+the nvdisasm that comes with Triton. A chunk of tokens is a loop in them, whose inner loops walk the groups of a chunk,
+so instructions per state and token follow from the loops' lengths.
+"""
+
+import argparse
+import collections
+import dataclasses
+import datetime
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import selective_scan
+from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, GROUP, Tiling
+from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
+
+SHAPES = ("8x2048x1536x16", "8x2048x5120x16", "1x2048x2048x16", "1x131072x2048x16", "64x512x1536x16")
+TARGET = Path(__file__).parent / "targets" / "h100_sxm.txtpb"
+# Of an H100 SXM.
+MULTIPROCESSORS, CLOCK_HZ, LANES = 132, 1.98e9, 32
+ISSUED_A_CYCLE, EXPONENTIALS_A_CYCLE = 4, 16 / LANES
+PIPES = {
+    "FFMA": "float",
+    "FMUL": "float",
+    "FADD": "float",
+    "MUFU": "exponential",
+    "LDS": "shared",
+    "STS": "shared",
+    "SHFL": "shared",
+    "LDG": "global",
+    "STG": "global",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a kernel executes for one state and token, in a lane.
+
+    Attributes:
+        instructions: by pipe, and "all".
+        memory_cycles: of the unit that serves shared memory, shuffles and the L1 cache: a cycle moves 128 bytes.
+        registers: a thread.
+    """
+
+    instructions: dict[str, float]
+    memory_cycles: float
+    registers: int
+
+
+def tool(name: str) -> str:
+    """Path of a program of the CUDA toolkit among the installed packages.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    for package, folder in (("nvidia.cu13", "bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for place in spec.submodule_search_locations or () if spec else ():
+            if (path := Path(place) / folder / name).exists():
+                return str(path)
+    raise SystemExit(f"{name} is not installed; install the cuda extra")
+
+
+def compile_kernels(shape: tuple[int, ...], dtype: str, folder: Path) -> dict[str, Path]:
+    """Compiles forward + backward for the described GPU; returns the kernels' PTX by kernel."""
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
+    device = topology.devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    batch, length, channels, states = shape
+    sequence, matrix = (batch, length, channels), (batch, length, states)
+
+    def array(sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    arrays = {name: array(sequence) for name in ("x", "dt", "z")} | {name: array(matrix) for name in ("B", "C")}
+    arrays |= {"A": array((channels, states), "float32")}
+    arrays |= {name: array((channels,), "float32") for name in ("D", "dt_bias")}
+
+    def program(arrays, cotangent):
+        y, vjp = jax.vjp(lambda a: selective_scan(**a, dt_softplus=True, implementation="pallas_gpu").y, arrays)
+        return y, vjp(cotangent)
+
+    target = AbstractDevice(platform="gpu", device_kind=device.device_kind, num_cores=None)
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.jit(program).trace(arrays, arrays["x"]).lower(lowering_platforms=("cuda",)).compile()
+    kernels = {}
+    # Parts are compiled twice; those of the backward pass take more arguments.
+    for path in sorted(folder.glob("*.ptx"), key=lambda path: path.read_text().count(".param")):
+        name = re.sub(r"_\d+$", "", path.stem).removeprefix("pallas_gpu_")
+        kernels[f"{name} (backward)" if name in kernels else name] = path
+    return kernels
+
+
+def disassemble(ptx: Path) -> tuple[list[str], dict[str, int], int]:
+    """Instructions in order, positions of labels, and registers a thread."""
+    cubin = ptx.with_suffix(".cubin")
+    command = [tool("ptxas"), "-v", "-arch=sm_90a", str(ptx), "-o", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    assert registers, f"ptxas reports no registers: {report}"
+    command = [tool("nvdisasm"), "-c", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions: list[str] = []
+    labels = {}
+    for line in map(str.strip, text.splitlines()):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
+            instructions.append(instruction[1])
+    return instructions, labels, int(registers[1])
+
+
+def cost_of(ptx: Path, tiling: Tiling) -> Cost:
+    """Cost by the longest loop, which walks the chunks; the loops in it walk the groups of a chunk."""
+    instructions, labels, registers = disassemble(ptx)
+    loops = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"BRA.*?(\.L_x_\d+)", instruction)
+        if target and labels.get(target[1], end) < end:
+            loops.append((labels[target[1]], end + 1))
+    start, stop = max(loops, key=lambda loop: loop[1] - loop[0])
+    times = [1] * len(instructions)
+    for first, last in set(loops):
+        if start < first and last < stop:
+            times[first:last] = [CHUNK // GROUP] * (last - first)
+    work = tiling.states_per_lane * tiling.rows * CHUNK
+    counts: collections.Counter[str] = collections.Counter()
+    cycles = 0
+    for instruction, count in zip(instructions[start:stop], times[start:stop], strict=True):
+        opcode = instruction.split()[0]
+        pipe = PIPES.get(opcode.split(".")[0], "other")
+        counts[pipe] += count
+        counts["all"] += count
+        if pipe in ("shared", "global"):
+            cycles += count * (4 if ".128" in opcode else 2 if ".64" in opcode else 1)
+    return Cost(
+        instructions={pipe: count / work for pipe, count in counts.items()},
+        memory_cycles=cycles / work,
+        registers=registers,
+    )
+
+
+def bounds(cost: Cost, shape: tuple[int, ...]) -> dict[str, float]:
+    """Milliseconds that the whole chip needs for one kind of work alone, at one state and token a lane."""
+    batch, length, channels, states = shape
+    warps = batch * length * channels * states / LANES
+    seconds = 1 / (MULTIPROCESSORS * CLOCK_HZ)
+    return {
+        "issue": 1e3 * warps * cost.instructions["all"] / ISSUED_A_CYCLE * seconds,
+        "exponential": 1e3 * warps * cost.instructions["exponential"] / EXPONENTIALS_A_CYCLE * seconds,
+        "memory": 1e3 * warps * cost.memory_cycles * seconds,
+    }
+
+
+def main() -> None:
+    """Prints and writes a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length x channels x states")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    os.environ["PATH"] = f"{Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"
+    pipes = ("all", "float", "exponential", "shared", "global", "other")
+    lines = [
+        "# Instructions of the selective scan's GPU kernels",
+        "",
+        f"`python benchmarks/count_instructions.py`, {datetime.date.today()}, jax {jax.__version__}, compiled for "
+        f"sm_90a, {options.dtype}. Instructions and memory cycles (shared memory, shuffles, L1) are per state and "
+        f"token, in a warp; bounds in ms are for {MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:.2f} GHz if "
+        "nothing else took time. Those of the parts are for the whole sequence.",
+        "",
+        "| shape | kernel | S, R, parts | "
+        + " | ".join(pipes)
+        + " | memory cycles | registers | issue ms | exponential ms "
+        "| memory ms |",
+        "|" + "---|" * (len(pipes) + 8),
+    ]
+    print("\n".join(lines))
+    for text in options.shapes:
+        shape = tuple(int(size) for size in text.split("x"))
+        forward, backward = choose_tilings(*shape)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, ptx in compile_kernels(shape, options.dtype, Path(folder)).items():
+                tiling = backward if "backward" in name else forward
+                cost = cost_of(ptx, tiling)
+                cells = [text, name, f"{tiling.lanes}, {tiling.rows}, {tiling.parts}"]
+                cells += [f"{cost.instructions.get(pipe, 0):.2f}" for pipe in pipes]
+                cells += [f"{cost.memory_cycles:.2f}", str(cost.registers)]
+                cells += [f"{milliseconds:.3f}" for milliseconds in bounds(cost, shape).values()]
+                lines.append("| " + " | ".join(cells) + " |")
+                print(lines[-1], flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"scan_instructions_{datetime.date.today()}.md"
+    path.write_text("\n".join(lines) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
