@@ -118,6 +118,47 @@ def test_beyond_61k_tokens() -> None:
     test_selective_scan.check_beyond_61k_tokens("pallas_gpu")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not ON_GPU, reason="needs 60 GB of GPU memory")
+def test_more_than_2_31_elements() -> None:
+    """Tensors whose elements 32 bits cannot count: the end of the sequence equals that of its second half alone."""
+    length, channels, states = 2**20, 2304, 16
+    half = length // 2
+    keys = jax.random.split(jax.random.key(0), 8)
+    A = -jnp.exp(jax.random.normal(keys[5], (channels, states)))
+    D, dt_bias = jax.random.normal(keys[6], (channels,)), 0.3 * jax.random.normal(keys[7], (channels,))
+
+    @jax.jit
+    def sequences():
+        x, dt, z = (jax.random.normal(key, (1, length, channels), jnp.bfloat16) for key in keys[:3])
+        B, C = (jax.random.normal(key, (1, length, states), jnp.bfloat16) for key in keys[3:5])
+        return x, dt - 4, z, B, C
+
+    def scan(x, dt, z, B, C, state):
+        options = {"D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": True, "initial_state": state}
+        return selective_scan(x, dt, A, B, C, **options, implementation="pallas_gpu")
+
+    @jax.jit
+    def tail(*arguments):
+        """Outputs of the last tokens, the final state, and gradients of a loss in the last tokens."""
+
+        def loss(*arguments):
+            outputs = scan(*arguments)
+            return jnp.sum(outputs.y[:, -64:].astype(jnp.float32)), (outputs.y[:, -4096:], outputs.final_state)
+
+        gradients, kept = jax.grad(loss, argnums=(0, 1, 3, 4), has_aux=True)(*arguments)
+        return *kept, *(gradient[:, -2048:] for gradient in gradients)
+
+    whole = sequences()
+    assert whole[0].size > 2**31
+    actual = jax.block_until_ready(tail(*whole, jnp.zeros((1, channels, states))))
+    first = [array[:, :half] for array in whole]
+    state = jax.jit(lambda *arguments: scan(*arguments).final_state)(*first, jnp.zeros((1, channels, states)))
+    expected = tail(*(array[:, half:] for array in whole), state)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-3)
+
+
 @slow_interpreted
 def test_zero_step_keeps_the_state() -> None:
     test_selective_scan.check_zero_step_keeps_the_state("pallas_gpu")
