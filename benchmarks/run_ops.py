@@ -55,7 +55,7 @@ DEFAULT_SHAPES: dict[str, dict[OpName, tuple[str, ...]]] = {
             "64x512x1536x16",
         ),
         "causal_conv1d": ("8x2048x1536x4", "8x2048x5120x4"),
-        "selective_state_update": ("128x1536x16",),
+        "selective_state_update": ("128x1536x16", "128x5120x16", "1x1536x16"),
     },
 }
 MIB = 2**20
@@ -79,6 +79,8 @@ UNCHUNKED_ELEMENTS = 2**29
 # Implementations to compare on a GPU.
 CONVOLUTIONS = ("pallas_gpu", "xla")
 STATE_UPDATES = ("xla",)
+# An update takes less time than starting a program: on a GPU so many are timed in one loop.
+UPDATES = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,17 @@ def peer_scan(x, dt, A, B, C, *, D, z, dt_bias):
     return mamba1(C, B, x, dt, A, d=D, z=z, dt_bias=dt_bias, dt_softplus=True)[0]
 
 
+def chained_updates(*, implementation: str, state, x, dt, **others) -> jax.Array:
+    """Updates that follow each other: each takes the state, x and dt from the one before."""
+
+    def step(_, carry):
+        state, x, dt = carry
+        output = selective_state_update(state, x, dt, **others, dt_softplus=True, implementation=implementation)
+        return output.state, output.y, dt + output.y
+
+    return jax.lax.fori_loop(0, UPDATES, step, (state, x, dt))[1]
+
+
 def candidates(op: OpName, shape: tuple[int, ...], kind: str) -> dict[str, Callable]:
     """The functions to compare on a kind of device; each takes the op's arguments by name and returns y."""
 
@@ -174,8 +187,9 @@ def candidates(op: OpName, shape: tuple[int, ...], kind: str) -> dict[str, Calla
             functions = through_api(causal_conv1d, names, activation="silu")
             return functions | {"lax.conv_general_dilated": library_convolution}
         case "selective_state_update":
-            names = STATE_UPDATES if on_gpu else ("reference", "xla")
-            return through_api(selective_state_update, names, dt_softplus=True)
+            if on_gpu:
+                return {name: functools.partial(chained_updates, implementation=name) for name in STATE_UPDATES}
+            return through_api(selective_state_update, ("reference", "xla"), dt_softplus=True)
 
 
 def arguments(op: OpName, shape: tuple[int, ...], dtype: DType) -> dict[str, np.ndarray]:
@@ -213,7 +227,7 @@ def programs(function: Callable, arrays: dict) -> dict[str, tuple[Callable, tupl
     return {"forward": (forward, (arrays,)), "forward + backward": (both, (arrays, arrays["x"]))}
 
 
-def measure(function: Callable, args: tuple, *, seconds: float, in_a_row: bool) -> Measurement:
+def measure(function: Callable, args: tuple, *, seconds: float, in_a_row: bool, repeats: int = 1) -> Measurement:
     """Compiles a function, for the device that its arguments are on or described by, and runs it if they are arrays.
 
     Args:
@@ -222,6 +236,7 @@ def measure(function: Callable, args: tuple, *, seconds: float, in_a_row: bool) 
         seconds: to spend on running.
         in_a_row: start calls without waiting for the last one, as a training step does, and report the median of their
             mean times; otherwise wait for every call and report the best.
+        repeats: of the op in one call; times are of one.
     """
     jitted = jax.jit(function)
     memory = jitted.lower(*args).compile().memory_analysis()
@@ -244,8 +259,8 @@ def measure(function: Callable, args: tuple, *, seconds: float, in_a_row: bool) 
             cpus.append((time.process_time() - cpu) / calls)
     summary = statistics.median if in_a_row else min
     return Measurement(
-        milliseconds=summary(walls) * 1e3 if walls else None,
-        cpu_milliseconds=summary(cpus) * 1e3 if cpus else None,
+        milliseconds=summary(walls) * 1e3 / repeats if walls else None,
+        cpu_milliseconds=summary(cpus) * 1e3 / repeats if cpus else None,
         temporaries=memory.temp_size_in_bytes,
         arguments_and_results=memory.argument_size_in_bytes + memory.output_size_in_bytes,
     )
@@ -277,10 +292,13 @@ def table(op: OpName, shape: tuple[int, ...], dtype: DType, options: Options) ->
     lines.append("|" + "---|" * len(columns))
     device = described_device(options.compile_for) if options.compile_for else None
     arrays = placed(arguments(op, shape, dtype), device)
+    repeats = UPDATES if op == "selective_state_update" and kind == "gpu" else 1
     for name, function in candidates(op, shape, kind).items():
         for i, (direction, (program, args)) in enumerate(programs(function, arrays).items()):
+            if repeats > 1 and direction != "forward":
+                continue
             with tracing_for(device):
-                cost = measure(program, args, seconds=options.seconds, in_a_row=kind == "gpu")
+                cost = measure(program, args, seconds=options.seconds, in_a_row=kind == "gpu", repeats=repeats)
             cells = [name, direction]
             cells += [f"{cost.milliseconds:.3f}"] if with_time else []
             cells += [f"{cost.cpu_milliseconds:.2f}"] if kind == "cpu" else []
@@ -337,7 +355,7 @@ def header(options: Options, day: str) -> list[str]:
         "Times are the best of repeated runs on a CPU; on a GPU the median of runs that follow each other without a "
         "pause, launches included. CPU ms is processor time over all threads. Temporaries are what the compiled "
         "program allocates beyond arguments and results, whose size bounds memory traffic from below: the floor is "
-        "that size at the bandwidth of a large copy.",
+        f"that size at the bandwidth of a large copy. State updates on a GPU are timed {UPDATES} in a loop.",
         "",
     ]
 

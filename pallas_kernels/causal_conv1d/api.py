@@ -12,6 +12,7 @@ _dispatch = Dispatcher[ConvOutput](
         "xla": xla.causal_conv1d,
         "pallas_gpu": pallas_gpu.causal_conv1d,
     },
+    platform_order={"gpu": ("pallas_gpu", "xla")},
 )
 IMPLEMENTATIONS = tuple(_dispatch.implementations)
 

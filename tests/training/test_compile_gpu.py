@@ -22,6 +22,7 @@ def test_step_compiles_with_the_kernels_inside(count: int) -> None:
     lowered, _ = lower_step(target, topology.devices, "cuda")
     text = lowered.as_text()
     assert all(f"pallas_gpu_{kernel}" in text for kernel in ("forward", "backward", "parts"))
+    assert all(f"causal_conv1d_{kernel}" in text for kernel in ("forward", "backward"))
     program = lowered.compile().as_text()
     gathers = re.findall(r" (?:all-gather|all-to-all|collective-permute)(?:-start)?\(.*", program)
     assert not [line for line in gathers if "selective_scan" in line]
