@@ -13,6 +13,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
+from pallas_kernels.selective_scan.argument_layout import (
+    group_count,
+    pad_channels,
+    per_group,
+    round_up,
+    segment_starts,
+    unpad_channels,
+)
 from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Features, Geometry, Tiling
 from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
@@ -202,15 +210,15 @@ def _prepare(
 ) -> tuple[Geometry, Arrays]:
     """Sizes, and the kernels' inputs: padded to whole blocks and with all leading axes in one."""
     batch, length, channels = arrays["x"].shape
-    groups = max(arrays[name].shape[2] if arrays[name].ndim == 4 else 1 for name in ("B", "C"))
+    groups = group_count(arrays["B"], arrays["C"])
     # Both passes see the same padding, so that the one can read what the other has written.
     block = max(options.forward.channels_per_block, options.backward.channels_per_block)
     geometry = Geometry(
         batch=batch,
         groups=groups,
-        channels=_round_up(channels // groups, block),
-        states=_round_up(arrays["A"].shape[1], SLICE),
-        length=_round_up(length, CHUNK),
+        channels=round_up(channels // groups, block),
+        states=round_up(arrays["A"].shape[1], SLICE),
+        length=round_up(length, CHUNK),
         valid_length=length,
         tiling=tiling,
     )
@@ -223,31 +231,19 @@ def _prepare(
     if "state" in arrays:
         padded["initial_state"] = _padded_state(geometry, arrays["state"].astype(jnp.float32))
     if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, geometry.length - length)))
+        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, geometry.length - length)))
         padded["starts"] = starts.astype(jnp.int32).reshape(-1, 1)
     return geometry, padded
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 def _padded_channels(geometry: Geometry, array: jax.Array) -> jax.Array:
-    """(..., E) to (..., G F), each group padded by itself."""
-    if array.shape[-1] == geometry.width:
-        return array
-    grouped = array.reshape(*array.shape[:-1], geometry.groups, -1)
-    padding = geometry.channels - grouped.shape[-1]
-    grouped = jnp.pad(grouped, ((0, 0),) * (grouped.ndim - 1) + ((0, padding),))
-    return grouped.reshape(*array.shape[:-1], geometry.width)
+    """(..., E) to (..., G F)."""
+    return pad_channels(array, groups=geometry.groups, channels=geometry.channels)
 
 
 def _unpadded_channels(geometry: Geometry, array: jax.Array, channels: int) -> jax.Array:
     """The inverse of `_padded_channels`."""
-    if channels == geometry.width:
-        return array
-    grouped = array.reshape(*array.shape[:-1], geometry.groups, geometry.channels)
-    return grouped[..., : channels // geometry.groups].reshape(*array.shape[:-1], channels)
+    return unpad_channels(array, groups=geometry.groups, channels=channels)
 
 
 def _padded_sequence(geometry: Geometry, array: jax.Array) -> jax.Array:
@@ -265,8 +261,7 @@ def _unpadded_sequence(geometry: Geometry, array: jax.Array, shape: tuple[int, .
 
 def _padded_matrix(geometry: Geometry, array: jax.Array) -> jax.Array:
     """(B, L, N) or (B, L, 1 or G, N) to (B L, G N)."""
-    array = array[:, :, None] if array.ndim == 3 else array
-    array = jnp.broadcast_to(array, (*array.shape[:2], geometry.groups, array.shape[3]))
+    array = per_group(array, geometry.groups)
     padding = (geometry.length - array.shape[1], 0, geometry.states - array.shape[3])
     array = jnp.pad(array, ((0, 0), *((0, size) for size in padding)))
     return array.reshape(-1, geometry.groups * geometry.states)

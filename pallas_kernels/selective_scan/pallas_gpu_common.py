@@ -302,7 +302,7 @@ class Kernel:
             dt: with its bias, a value for each of the lane's channels.
             starts: not zero where a segment starts; None if there are none.
         """
-        steps = [softplus(self.w, value) if self.features.softplus else value for value in dt]
+        steps = [softplus(value, self.w.reciprocal) if self.features.softplus else value for value in dt]
         valid = self.is_valid(chunk)
         if valid is not None:
             steps = [jnp.where(valid, step, self.w.full(0.0)) for step in steps]

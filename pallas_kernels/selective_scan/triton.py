@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton_call
 from pallas_kernels.checks import decline_double_precision
+from pallas_kernels.selective_scan.argument_layout import group_count
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 
 Arrays = dict[str, jax.Array]
@@ -180,7 +181,7 @@ def _scan_backward(options: _Options, residuals, cotangents):
     batch, length, channels = arrays["x"].shape
     states = arrays["A"].shape[1]
     tile = options.tiling.backward
-    groups, blocks = _groups(arrays), _blocks(arrays, tile)
+    groups, blocks = group_count(arrays["B"], arrays["C"]), _blocks(arrays, tile)
     constants = _constants(options, arrays, segment_ids, tile)
     inputs = _inputs(arrays)
     inputs |= {"segment_ids": segment_ids, "checkpoints": checkpoints, "dy": dy, "dfinal_state": dfinal_state}
@@ -263,7 +264,7 @@ def _constants(options: _Options, arrays: Arrays, segment_ids: jax.Array | None,
         "LENGTH": length,
         "CHANNELS": channels,
         "STATES": arrays["A"].shape[1],
-        "GROUPS": _groups(arrays),
+        "GROUPS": group_count(arrays["B"], arrays["C"]),
         "B_GROUPS": groups[arrays["B"].ndim](arrays["B"].shape),
         "C_GROUPS": groups[arrays["C"].ndim](arrays["C"].shape),
         "SOFTPLUS": options.dt_softplus,
@@ -275,13 +276,9 @@ def _constants(options: _Options, arrays: Arrays, segment_ids: jax.Array | None,
     }
 
 
-def _groups(arrays: Arrays) -> int:
-    return max(arrays[name].shape[2] if arrays[name].ndim == 4 else 1 for name in ("B", "C"))
-
-
 def _blocks(arrays: Arrays, tile: Tile) -> int:
     """Programs of a batch row; no block of channels crosses a group."""
-    groups = _groups(arrays)
+    groups = group_count(arrays["B"], arrays["C"])
     return groups * -(-(arrays["x"].shape[2] // groups) // tile.channels)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import decline_double_precision
 from pallas_kernels.devices import target_platform
+from pallas_kernels.selective_scan.argument_layout import group_count, segment_starts
 from pallas_kernels.selective_scan.coefficients import Tree, emit, inject
 from pallas_kernels.selective_scan.recurrence import (
     ASSOCIATIVE,
@@ -212,7 +213,7 @@ def _split(options: _Options, arrays: Tree) -> tuple[Tree, Tree, jax.Array]:
         constants: "A" and, if constant, "B" and "C" (1, G, N, F), "D" and "dt_bias" (1, G, F).
         state: (B, G, N, F).
     """
-    groups = max(arrays[name].shape[2] if arrays[name].ndim == 4 else 1 for name in ("B", "C"))
+    groups = group_count(arrays["B"], arrays["C"])
     constants = {"A": _grouped_matrix(arrays["A"], groups)}
     sequences = {}
     for name in ("x", "dt", "z"):
@@ -237,7 +238,7 @@ def _masks(options: _Options, shape: tuple[int, ...], segment_ids: jax.Array | N
     if shape[1] % options.chunk_length:
         masks["is_valid"] = _padded(jnp.ones(shape[:2], bool), options.chunk_length)
     if segment_ids is not None:
-        is_start_BL = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        is_start_BL = segment_starts(segment_ids)
         masks["is_start"] = _padded(is_start_BL, options.chunk_length)
     return masks
 

@@ -1,0 +1,43 @@
+"""The arguments of a scan, brought into the shapes that implementations work on."""
+
+import jax
+import jax.numpy as jnp
+
+
+def pad_channels(array: jax.Array, *, groups: int, channels: int) -> jax.Array:
+    """(..., E) to (..., G F) for G groups, each padded with zeros to F channels."""
+    if array.shape[-1] == groups * channels:
+        return array
+    grouped = array.reshape(*array.shape[:-1], groups, -1)
+    padding = channels - grouped.shape[-1]
+    grouped = jnp.pad(grouped, ((0, 0),) * (grouped.ndim - 1) + ((0, padding),))
+    return grouped.reshape(*array.shape[:-1], groups * channels)
+
+
+def unpad_channels(array: jax.Array, *, groups: int, channels: int) -> jax.Array:
+    """(..., G F) to the (..., E) that `pad_channels` has padded; E is `channels`."""
+    if array.shape[-1] == channels:
+        return array
+    grouped = array.reshape(*array.shape[:-1], groups, -1)
+    return grouped[..., : channels // groups].reshape(*array.shape[:-1], channels)
+
+
+def group_count(*matrices: jax.Array) -> int:
+    """Groups of B and C, of which one may have a single group for all channels."""
+    return max(matrix.shape[2] if matrix.ndim == 4 else 1 for matrix in matrices)
+
+
+def per_group(matrix: jax.Array, groups: int) -> jax.Array:
+    """(B, L, N) or (B, L, 1 or G, N) to (B, L, G, N)."""
+    matrix = matrix[:, :, None] if matrix.ndim == 3 else matrix
+    return jnp.broadcast_to(matrix, (*matrix.shape[:2], groups, matrix.shape[3]))
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is not less."""
+    return -(-size // multiple) * multiple
+
+
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
+    """(B, L), whether the state is zero before a token; the first token continues the initial state."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
