@@ -76,9 +76,6 @@ OFFICIAL_CUDA: dict[tuple[OpName, DType, tuple[int, ...]], tuple[float, float]] 
 }
 # Above so many states over all tokens the unchunked form does not fit into a GPU's memory.
 UNCHUNKED_ELEMENTS = 2**29
-# Implementations to compare on a GPU.
-CONVOLUTIONS = ("pallas_gpu", "xla")
-STATE_UPDATES = ("xla",)
 # An update takes less time than starting a program: on a GPU so many are timed in one loop.
 UPDATES = 200
 
@@ -152,12 +149,12 @@ def peer_scan(x, dt, A, B, C, *, D, z, dt_bias):
     return mamba1(C, B, x, dt, A, d=D, z=z, dt_bias=dt_bias, dt_softplus=True)[0]
 
 
-def chained_updates(*, implementation: str, state, x, dt, **others) -> jax.Array:
+def chained_updates(*, state, x, dt, **others) -> jax.Array:
     """Updates that follow each other: each takes the state, x and dt from the one before."""
 
     def step(_, carry):
         state, x, dt = carry
-        output = selective_state_update(state, x, dt, **others, dt_softplus=True, implementation=implementation)
+        output = selective_state_update(state, x, dt, **others, dt_softplus=True, implementation="xla")
         return output.state, output.y, dt + output.y
 
     return jax.lax.fori_loop(0, UPDATES, step, (state, x, dt))[1]
@@ -183,12 +180,12 @@ def candidates(op: OpName, shape: tuple[int, ...], kind: str) -> dict[str, Calla
                 functions["jax-linear-attention"] = peer_scan
             return functions
         case "causal_conv1d":
-            names = CONVOLUTIONS if on_gpu else ("reference", "xla")
+            names = ("pallas_gpu", "xla") if on_gpu else ("reference", "xla")
             functions = through_api(causal_conv1d, names, activation="silu")
             return functions | {"lax.conv_general_dilated": library_convolution}
         case "selective_state_update":
             if on_gpu:
-                return {name: functools.partial(chained_updates, implementation=name) for name in STATE_UPDATES}
+                return {"xla": chained_updates}
             return through_api(selective_state_update, ("reference", "xla"), dt_softplus=True)
 
 
