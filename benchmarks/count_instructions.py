@@ -23,10 +23,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
 
 import jax
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import selective_scan
+from pallas_kernels.ahead_of_time import compile_for, cuda_devices
 from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, GROUP, Tiling
 from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
 
@@ -80,14 +79,11 @@ def tool(name: str) -> str:
 def compile_kernels(shape: tuple[int, ...], dtype: str, folder: Path) -> dict[str, Path]:
     """Compiles forward + backward for the described GPU; returns the kernels' PTX by kernel."""
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
-    device = topology.devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
     batch, length, channels, states = shape
     sequence, matrix = (batch, length, channels), (batch, length, states)
 
     def array(sizes, dtype=dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(sizes, dtype)
 
     arrays = {name: array(sequence) for name in ("x", "dt", "z")} | {name: array(matrix) for name in ("B", "C")}
     arrays |= {"A": array((channels, states), "float32")}
@@ -97,10 +93,7 @@ def compile_kernels(shape: tuple[int, ...], dtype: str, folder: Path) -> dict[st
         y, vjp = jax.vjp(lambda a: selective_scan(**a, dt_softplus=True, implementation="pallas_gpu").y, arrays)
         return y, vjp(cotangent)
 
-    target = AbstractDevice(platform="gpu", device_kind=device.device_kind, num_cores=None)
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
-    with jax.sharding.use_abstract_mesh(mesh):
-        jax.jit(program).trace(arrays, arrays["x"]).lower(lowering_platforms=("cuda",)).compile()
+    compile_for(cuda_devices(TARGET)[0], program, arrays, arrays["x"])
     kernels = {}
     # Parts are compiled twice; those of the backward pass take more arguments.
     for path in sorted(folder.glob("*.ptx"), key=lambda path: path.read_text().count(".param")):

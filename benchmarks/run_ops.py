@@ -26,12 +26,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
+from pallas_kernels.ahead_of_time import cuda_devices, described, tracing_for
 from pallas_kernels.arg_spec import DType
 
 OpName = Literal["selective_scan", "causal_conv1d", "selective_state_update"]
@@ -287,14 +286,15 @@ def table(op: OpName, shape: tuple[int, ...], dtype: DType, options: Options) ->
     sizes = "x".join(map(str, shape))
     lines = [f"## {op} {sizes} ({SHAPE_MEANING[op]}), {dtype}", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * len(columns))
-    device = described_device(options.compile_for) if options.compile_for else None
-    arrays = placed(arguments(op, shape, dtype), device)
+    device = cuda_devices(options.compile_for)[0] if options.compile_for else None
+    arrays = arguments(op, shape, dtype)
+    arrays = jax.tree.map(jnp.asarray, arrays) if device is None else described(arrays, device)
     repeats = UPDATES if op == "selective_state_update" and kind == "gpu" else 1
     for name, function in candidates(op, shape, kind).items():
         for i, (direction, (program, args)) in enumerate(programs(function, arrays).items()):
             if repeats > 1 and direction != "forward":
                 continue
-            with tracing_for(device):
+            with tracing_for(device) if device else contextlib.nullcontext():
                 cost = measure(program, args, seconds=options.seconds, in_a_row=kind == "gpu", repeats=repeats)
             cells = [name, direction]
             cells += [f"{cost.milliseconds:.3f}"] if with_time else []
@@ -307,29 +307,6 @@ def table(op: OpName, shape: tuple[int, ...], dtype: DType, options: Options) ->
             lines.append("| " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     return [*lines, ""]
-
-
-def described_device(description: Path) -> jax.Device:
-    """The GPU of a target description, for compilation only."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=description.read_text(), topology="1x1x1")
-    return topology.devices[0]
-
-
-def placed(arrays: dict[str, np.ndarray], device: jax.Device | None) -> dict:
-    """The arrays on the default device, or their description on a device that is only compiled for."""
-    if device is None:
-        return {name: jnp.asarray(array) for name, array in arrays.items()}
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for n, a in arrays.items()}
-
-
-def tracing_for(device: jax.Device | None) -> contextlib.AbstractContextManager:
-    """Tells the ops which device they are traced for, if it is not the default one."""
-    if device is None:
-        return contextlib.nullcontext()
-    target = AbstractDevice(platform="gpu", device_kind=device.device_kind, num_cores=None)
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def header(options: Options, day: str) -> list[str]:

@@ -16,6 +16,12 @@ def target_platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+def target_device_kind() -> str:
+    """Name of the kind of device that the computation being traced is meant for, such as "TPU v5 lite"."""
+    abstract_device = jax.sharding.get_abstract_mesh().abstract_device
+    return str(jax.local_devices()[0].device_kind if abstract_device is None else abstract_device.device_kind)
+
+
 # By a word of the name, for GPUs that programs are compiled for where there is none to ask.
 _COMPUTE_CAPABILITIES = {
     "A100": 80,
@@ -41,7 +47,7 @@ def cuda_compute_capability() -> int | None:
         return None
     abstract_device = jax.sharding.get_abstract_mesh().abstract_device
     if abstract_device is not None:
-        words = re.split(r"[^A-Z0-9]+", str(abstract_device.device_kind).upper())
+        words = re.split(r"[^A-Z0-9]+", target_device_kind().upper())
         return next((_COMPUTE_CAPABILITIES[word] for word in words if word in _COMPUTE_CAPABILITIES), None)
     version = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     return int(version.replace(".", "")) if re.fullmatch(r"\d+\.\d", version) else None

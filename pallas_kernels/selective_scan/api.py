@@ -4,7 +4,7 @@ import functools
 
 from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
 from pallas_kernels.dispatch import Dispatcher
-from pallas_kernels.selective_scan import pallas_gpu, reference, triton, xla
+from pallas_kernels.selective_scan import pallas_gpu, pallas_tpu, reference, triton, xla
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput, check_arguments
 
 _dispatch = Dispatcher[ScanOutput](
@@ -12,12 +12,13 @@ _dispatch = Dispatcher[ScanOutput](
     implementations={
         "reference": reference.selective_scan,
         "pallas_gpu": pallas_gpu.selective_scan,
+        "pallas_tpu": pallas_tpu.selective_scan,
         "triton": triton.selective_scan,
         "xla": functools.partial(xla.selective_scan, recurrence="by_platform"),
         "xla_sequential": functools.partial(xla.selective_scan, recurrence="sequential"),
         "xla_associative": functools.partial(xla.selective_scan, recurrence="associative"),
     },
-    platform_order={"gpu": ("pallas_gpu", "triton", "xla")},
+    platform_order={"gpu": ("pallas_gpu", "triton", "xla"), "tpu": ("pallas_tpu", "xla")},
 )
 IMPLEMENTATIONS = tuple(_dispatch.implementations)
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.selective_scan.signature import OP, Discretization
+
 
 def pad_channels(array: jax.Array, *, groups: int, channels: int) -> jax.Array:
     """(..., E) to (..., G F) for G groups, each padded with zeros to F channels."""
@@ -41,3 +43,31 @@ def round_up(size: int, multiple: int) -> int:
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
     """(B, L), whether the state is zero before a token; the first token continues the initial state."""
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def decline_unusual(
+    implementation: str,
+    arrays: dict[str, jax.Array],
+    *,
+    discretization: Discretization,
+    max_states: int,
+) -> None:
+    """Raises NotImplementedError, with the reason, for what the Pallas kernels do not do."""
+    A, B, C = arrays["A"], arrays["B"], arrays["C"]
+    if jnp.issubdtype(A.dtype, jnp.complexfloating):
+        raise NotImplementedError(f"{OP}: {implementation!r} takes a real A only, got {A.dtype}")
+    if B.ndim == 2 or C.ndim == 2:
+        raise NotImplementedError(
+            f"{OP}: {implementation!r} takes B and C with a time axis only, got {B.shape}, {C.shape}"
+        )
+    if discretization != "euler":
+        raise NotImplementedError(f"{OP}: {implementation!r} discretizes with 'euler' only, got {discretization!r}")
+    if A.shape[1] > max_states:
+        raise NotImplementedError(f"{OP}: {implementation!r} takes at most {max_states} states, got {A.shape[1]}")
+    for name in ("x", "dt", "z", "B", "C"):
+        if name in arrays and arrays[name].dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(
+                f"{OP}: {implementation!r} takes float32 and bfloat16, {name} has {arrays[name].dtype}"
+            )
+    if A.dtype == jnp.float64:
+        raise NotImplementedError(f"{OP}: {implementation!r} computes in float32 and would round A in float64")

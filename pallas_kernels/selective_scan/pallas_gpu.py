@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
 from pallas_kernels.selective_scan.argument_layout import (
+    decline_unusual,
     group_count,
     pad_channels,
     per_group,
@@ -71,7 +72,11 @@ def selective_scan(
         NotImplementedError: the target is no GPU of compute capability 9.0 or more, A is complex, B or C is constant
             over time, N is over 256, the discretization is not "euler", or a dtype is neither float32 nor bfloat16.
     """
-    _decline(x, dt, A, B, C, z=z, discretization=discretization)
+    arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    if target_platform() != "cpu" and (cuda_compute_capability() or 0) < 90:
+        raise NotImplementedError(f"{OP}: 'pallas_gpu' needs an NVIDIA GPU of compute capability 9.0 or more")
+    decline_unusual("pallas_gpu", arrays, discretization=discretization, max_states=MAX_STATES)
     batch, length, channels = x.shape
     forward, backward = tilings or choose_tilings(batch, length, channels, A.shape[1])
     options = _Options(
@@ -80,29 +85,8 @@ def selective_scan(
         forward=forward,
         backward=backward,
     )
-    arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
     y, final_state = _scan(options, arrays, segment_ids)
     return ScanOutput(y=y, final_state=final_state)
-
-
-def _decline(x, dt, A, B, C, *, z, discretization: str) -> None:
-    """Raises NotImplementedError, with the reason, for what the kernels do not do."""
-    if target_platform() != "cpu" and (cuda_compute_capability() or 0) < 90:
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' needs an NVIDIA GPU of compute capability 9.0 or more")
-    if jnp.issubdtype(A.dtype, jnp.complexfloating):
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' takes a real A only, got {A.dtype}")
-    if B.ndim == 2 or C.ndim == 2:
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' takes B and C with a time axis only, got {B.shape}, {C.shape}")
-    if discretization != "euler":
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' discretizes with 'euler' only, got {discretization!r}")
-    if A.shape[1] > MAX_STATES:
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' takes at most {MAX_STATES} states, got {A.shape[1]}")
-    for name, array in {"x": x, "dt": dt, "z": z, "B": B, "C": C}.items():
-        if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(f"{OP}: 'pallas_gpu' takes float32 and bfloat16, {name} has {array.dtype}")
-    if A.dtype == jnp.float64:
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' computes in float32 and would round A in float64")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selective_scan
+from pallas_kernels.arg_spec import DType
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Call, Op, make_call, with_arrays
@@ -206,3 +207,44 @@ def test_backward_keeps_boundary_states_only() -> None:
     temporaries = jax.jit(gradient).lower(arrays).compile().memory_analysis().temp_size_in_bytes
     all_states = 4 * spec.batch * spec.length * spec.channels * spec.states
     assert temporaries < all_states / 2
+
+
+def check_relative_error(implementation: str, dtype: DType, limit: float) -> None:
+    """Root mean square of the error over that of the float64 reference's result: the limits that the docs promise."""
+    call = make_call(dataclasses.replace(FULL, length=64, channels=16, states=16, dtype=dtype))
+    cotangents = op_contract.cotangents_of(OP, call)
+    outputs, gradients = op_contract.compiled(OP, call, implementation)(call.arrays, cotangents)
+    expected_outputs, expected_gradients = op_contract.in_double_precision(OP, call)
+    for name, expected in (expected_outputs | expected_gradients).items():
+        actual = np.asarray((vars(outputs) | gradients)[name], np.float64)
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        assert error < limit, f"{name} is off by {error:.1e}"
+
+
+# What the Pallas kernels leave to other implementations.
+DECLINED_BY_PALLAS = (
+    ({"is_complex": True}, "takes a real A only, got complex64"),
+    ({"B": "constant"}, "takes B and C with a time axis only"),
+    ({"discretization": "zoh"}, "discretizes with 'euler' only, got 'zoh'"),
+    ({"states": 257}, "takes at most 256 states, got 257"),
+)
+
+
+def check_declines(implementation: str, change: dict, reason: str) -> None:
+    call = make_call(dataclasses.replace(FULL, **change))
+    with pytest.raises(NotImplementedError, match=reason):
+        selective_scan(**call.arrays, **call.integers, **call.static, implementation=implementation)
+
+
+def check_padding_leaves_no_trace(implementation: str, length: int) -> None:
+    """Channels, states and tokens that pad a kernel's blocks count for nothing, even if a bias opens softplus wide."""
+    call = make_call(dataclasses.replace(UNSEGMENTED, batch=1, length=length))
+    arrays = call.arrays | {"dt_bias": jnp.full_like(call.arrays["dt_bias"], 3.0)}
+
+    def loss(arrays, implementation):
+        outputs = selective_scan(**arrays, **call.static, implementation=implementation)
+        return jnp.sum(outputs.final_state) + jnp.sum(outputs.y)
+
+    actual = jax.jit(functools.partial(jax.grad(loss), implementation=implementation))(arrays)
+    for name, gradient in jax.grad(loss)(arrays, "reference").items():
+        np.testing.assert_allclose(actual[name], gradient, rtol=2e-5, atol=2e-4, err_msg=name)

@@ -166,15 +166,7 @@ def test_zero_step_keeps_the_state() -> None:
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 3e-3)])
 def test_relative_error(dtype: str, limit: float) -> None:
-    """Root mean square of the error over that of the float64 reference's result: the limits that the docs promise."""
-    call = make_call(dataclasses.replace(SMALL, batch=2, length=64, channels=16, states=16, dtype=dtype))
-    cotangents = op_contract.cotangents_of(OP, call)
-    outputs, gradients = op_contract.compiled(OP, call, "pallas_gpu")(call.arrays, cotangents)
-    expected_outputs, expected_gradients = op_contract.in_double_precision(OP, call)
-    for name, expected in (expected_outputs | expected_gradients).items():
-        actual = np.asarray((vars(outputs) | gradients)[name], np.float64)
-        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-        assert error < limit, f"{name} is off by {error:.1e}"
+    test_selective_scan.check_relative_error("pallas_gpu", dtype, limit)
 
 
 def _mesh_of(device_kind: str) -> AbstractMesh:
@@ -215,20 +207,9 @@ def test_chosen_on_hopper_and_not_before() -> None:
         _lowered(SMALL, "NVIDIA A100-SXM4-80GB", implementation="pallas_gpu")
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"is_complex": True}, "takes a real A only, got complex64"),
-        ({"B": "constant"}, "takes B and C with a time axis only"),
-        ({"discretization": "zoh"}, "discretizes with 'euler' only, got 'zoh'"),
-        ({"states": 257}, "takes at most 256 states, got 257"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("change", "reason"), test_selective_scan.DECLINED_BY_PALLAS, ids=str)
 def test_declines(change: dict, reason: str) -> None:
-    call = make_call(dataclasses.replace(SMALL, **change))
-    with pytest.raises(NotImplementedError, match=reason):
-        selective_scan(**call.arrays, **call.integers, **call.static, implementation="pallas_gpu")
+    test_selective_scan.check_declines("pallas_gpu", change, reason)
 
 
 @pytest.mark.parametrize("states", [1, 16, 17, 64, 65, 256])
@@ -262,17 +243,4 @@ def test_declines_half_precision() -> None:
 
 
 def test_gradients_of_padding_are_dropped() -> None:
-    """Channels, states and tokens that pad the kernel's blocks leave no trace, even with a bias that opens softplus."""
-    call = make_call(dataclasses.replace(SMALL, length=CHUNK + 1, has_segments=False))
-    arrays = call.arrays | {"dt_bias": jnp.full_like(call.arrays["dt_bias"], 3.0)}
-
-    def loss(arrays):
-        outputs = selective_scan(**arrays, **call.static, implementation="pallas_gpu")
-        return jnp.sum(outputs.final_state) + jnp.sum(outputs.y)
-
-    def expected(arrays):
-        outputs = selective_scan(**arrays, **call.static, implementation="reference")
-        return jnp.sum(outputs.final_state) + jnp.sum(outputs.y)
-
-    for name, gradient in jax.jit(jax.grad(loss))(arrays).items():
-        np.testing.assert_allclose(gradient, jax.grad(expected)(arrays)[name], rtol=2e-5, atol=2e-4, err_msg=name)
+    test_selective_scan.check_padding_leaves_no_trace("pallas_gpu", length=CHUNK + 1)

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from jax.experimental import topologies
 
 from mamba_jax.config import MeshConfig
+from pallas_kernels.ahead_of_time import cuda_devices
 from tests.training.test_compile_tpu import SMALL, Target, lower_step
 
 TARGET = Path(__file__).parents[2] / "benchmarks" / "targets" / "h100_sxm.txtpb"
@@ -15,11 +15,10 @@ TARGET = Path(__file__).parents[2] / "benchmarks" / "targets" / "h100_sxm.txtpb"
 @pytest.mark.parametrize("count", [1, 8])
 def test_step_compiles_with_the_kernels_inside(count: int) -> None:
     pytest.importorskip("jax_cuda13_plugin")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{count}")
     target = Target(
         topology=f"1x1x{count}", mesh=MeshConfig(data=count), model=SMALL, length=1024, sequences_per_device=2
     )
-    lowered, _ = lower_step(target, topology.devices, "cuda")
+    lowered, _ = lower_step(target, cuda_devices(TARGET, count), "cuda")
     text = lowered.as_text()
     assert all(f"pallas_gpu_{kernel}" in text for kernel in ("forward", "backward", "parts"))
     assert all(f"causal_conv1d_{kernel}" in text for kernel in ("forward", "backward"))

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import math
 import multiprocessing
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from mamba_jax.config import (
     DataConfig,
@@ -30,12 +28,14 @@ from mamba_jax.sharding import batch_sharding, make_mesh
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.step import make_train_step
 from mamba_jax.training.train_state import TrainState, abstract_state
+from pallas_kernels.ahead_of_time import tpu_devices
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 
 SMALL = ModelConfig(vocab_size=512, d_model=128, num_layers=2)
 PUBLISHED_130M = ModelConfig(vocab_size=50277, d_model=768, num_layers=24)
 V5E_MEMORY = 16 * 2**30
+KERNELS = {"selective_scan_pallas_tpu_forward", "selective_scan_pallas_tpu_backward"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class CompiledStep:
         peak_bytes: of everything that is alive during the step.
         collectives: how often each kind of operation occurs through which devices exchange arrays.
         scan_collectives: those within the selective scan.
+        kernels: how often each kernel of the selective scan is called in the program's text.
     """
 
     state_bytes: int
@@ -66,6 +67,7 @@ class CompiledStep:
     peak_bytes: int
     collectives: Counter[str]
     scan_collectives: list[str]
+    kernels: Counter[str]
 
 
 def lower_step(target: Target, devices: Sequence[jax.Device], platform: str) -> tuple[jax.stages.Lowered, TrainState]:
@@ -94,15 +96,11 @@ def lower_step(target: Target, devices: Sequence[jax.Device], platform: str) -> 
 def compile_step(target: Target) -> CompiledStep:
     """Compiles the step for the target's pod."""
     jax.config.update("jax_platforms", "cpu")
-    # The compiler needs no TPU, so it does not matter whether another process has it loaded as well.
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices
-    lowered, state = lower_step(target, devices, "tpu")
+    lowered, state = lower_step(target, tpu_devices(target.topology), "tpu")
     program = lowered.compile()
     memory = program.memory_analysis()
-    found = re.findall(
-        r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)", program.as_text()
-    )
+    text = program.as_text()
+    found = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)", text)
     return CompiledStep(
         state_bytes=sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
@@ -114,6 +112,7 @@ def compile_step(target: Target) -> CompiledStep:
         + memory.temp_size_in_bytes,
         collectives=Counter(kind for kind, _ in found),
         scan_collectives=[line for _, line in found if "selective_scan" in line],
+        kernels=Counter(re.findall(r"tpu_custom_call.*?(selective_scan_pallas_tpu_\w+ward)", text)),
     )
 
 
@@ -170,6 +169,7 @@ def test_step_compiles_for_the_pod(target: Target) -> None:
     assert compiled.collectives["all-reduce"] + compiled.collectives["reduce-scatter"] > 0
     assert compiled.collectives["all-gather"] > 0
     assert not compiled.scan_collectives
+    assert compiled.kernels.keys() == KERNELS
 
 
 def test_replicas_exchange_gradients_only() -> None:
@@ -177,3 +177,4 @@ def test_replicas_exchange_gradients_only() -> None:
     assert compiled.alias_bytes >= compiled.state_bytes
     assert set(compiled.collectives) == {"all-reduce"}
     assert not compiled.scan_collectives
+    assert compiled.kernels.keys() == KERNELS

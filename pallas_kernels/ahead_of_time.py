@@ -1,0 +1,49 @@
+"""Tracing and compiling for devices that need not be there."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+
+
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """Descriptions of the devices of a topology such as "v5e:2x2"; needs libtpu and no TPU."""
+    # Only the compiler is wanted, so it does not matter whether another process has the library loaded as well.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def cuda_devices(description: Path, count: int = 1) -> list[jax.Device]:
+    """Descriptions of GPUs from XLA's target configuration in a text file; needs JAX's CUDA plugin and no GPU."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=description.read_text(), topology=f"1x1x{count}"
+    )
+    return list(topology.devices)
+
+
+def tracing_for(device: jax.Device) -> contextlib.AbstractContextManager:
+    """Tells operations that they are traced for a device, and not for the default one."""
+    platform = "tpu" if device.platform == "tpu" else "gpu"
+    target = AbstractDevice(
+        platform=platform, device_kind=device.device_kind, num_cores=getattr(device, "num_cores", None)
+    )
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def described(arrays: Any, device: jax.Device) -> Any:
+    """Arrays or their shapes as shapes on a device."""
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arrays)
+
+
+def compile_for(device: jax.Device, function: Callable, *args: Any) -> jax.stages.Compiled:
+    """Compiles a function of arrays of given shapes for a device."""
+    with tracing_for(device):
+        traced = jax.jit(function).trace(*described(args, device))
+        return traced.lower(lowering_platforms=("tpu" if device.platform == "tpu" else "cuda",)).compile()

@@ -1,0 +1,91 @@
+"""The forward kernel of the selective scan on TPUs."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.selective_scan.pallas_tpu_common import (
+    Refs,
+    column_of,
+    folded,
+    group_tokens,
+    matrix_scratch,
+    over,
+    row_sums,
+    sequence,
+    sigmoid,
+    slice_rows,
+    step_size,
+    tile_lanes,
+    turn_matrices,
+)
+from pallas_kernels.selective_scan.pallas_tpu_geometry import GROUP, LANES, SUBLANES, Features, Geometry
+
+
+def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Shapes of float32 memory on the chip."""
+    tiles = geometry.tiling.tiles
+    of_group = GROUP, tiles * LANES
+    return matrix_scratch(geometry) | {
+        "steps": of_group,
+        "inputs": of_group,
+        "y_sums": (tiles, GROUP * SUBLANES, LANES),
+    }
+
+
+def kernel(geometry: Geometry, features: Features, refs: Refs) -> None:
+    """Computes a block of channels and a chunk of tokens; the state stays in "final_state" from chunk to chunk."""
+    chunk, block = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(chunk == 0)
+    def _():
+        state = refs["final_state"]
+        state[block] = refs["initial_state"][block] if "initial_state" in refs else jnp.zeros_like(state[block])
+
+    def advance(group, carry):
+        _advance(geometry, features, refs, group, block)
+        return carry
+
+    over(geometry.tiling.tokens // GROUP, advance)
+
+
+def _advance(geometry: Geometry, features: Features, refs: Refs, group, block) -> None:
+    """A group of tokens."""
+    tiles = [tile_lanes(tile) for tile in range(geometry.tiling.tiles)]
+    resets = turn_matrices(geometry, refs, group)
+    for lanes in tiles:
+        dt = step_size(features, refs, group, lanes, block)
+        # Rows are read back one at a time, each into all rows of a register.
+        refs["steps"][:, lanes] = jnp.maximum(dt, resets)
+        refs["inputs"][:, lanes] = dt * sequence(refs, "x", group, lanes)
+
+    def add_slice(index, y):
+        rows = slice_rows(geometry, index)
+        h = [refs["final_state"][block, rows, lanes] for lanes in tiles]
+        rates = [refs["A"][block, rows, lanes] for lanes in tiles]
+        if features.checkpoints:
+            for lanes, state in zip(tiles, h, strict=True):
+                refs["checkpoints"][group, rows, lanes] = state
+        for t in range(GROUP):
+            B, C = (column_of(geometry, refs, name, index, t) for name in ("B", "C"))
+            for i, lanes in enumerate(tiles):
+                decay = jnp.exp2(refs["steps"][t : t + 1, lanes] * rates[i])
+                h[i] = decay * h[i] + refs["inputs"][t : t + 1, lanes] * B
+                refs["y_sums"][i, t * SUBLANES : (t + 1) * SUBLANES, :] = folded(h[i] * C)
+        for lanes, state in zip(tiles, h, strict=True):
+            refs["final_state"][block, rows, lanes] = state
+        return [sums + row_sums(refs["y_sums"], i) for i, sums in enumerate(y)]
+
+    zeros = [jnp.zeros((GROUP, LANES))] * len(tiles)
+    for lanes, y in zip(tiles, over(geometry.slices, add_slice, zeros), strict=True):
+        _leave(refs, group, lanes, block, y)
+
+
+def _leave(refs: Refs, group, lanes: slice, block, y: jax.Array) -> None:
+    """Writes y of a group of tokens and a tile, with skip connection and gate."""
+    if "D" in refs:
+        y = y + refs["D"][block, :, lanes] * sequence(refs, "x", group, lanes)
+    if "z" in refs:
+        z = sequence(refs, "z", group, lanes)
+        y = y * (z * sigmoid(z))
+    refs["y"][group_tokens(group), lanes] = y.astype(refs["y"].dtype)
