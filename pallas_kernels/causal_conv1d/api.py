@@ -1,7 +1,7 @@
 """Short causal convolution of every channel with its own filter."""
 
 from pallas_kernels.array_types import ChannelE, SegmentsBL, SequenceBLE, WeightKE, WindowBKE
-from pallas_kernels.causal_conv1d import pallas_gpu, reference, xla
+from pallas_kernels.causal_conv1d import pallas_gpu, pallas_tpu, reference, xla
 from pallas_kernels.causal_conv1d.signature import OP, Activation, ConvOutput, check_arguments
 from pallas_kernels.dispatch import Dispatcher
 
@@ -11,8 +11,9 @@ _dispatch = Dispatcher[ConvOutput](
         "reference": reference.causal_conv1d,
         "xla": xla.causal_conv1d,
         "pallas_gpu": pallas_gpu.causal_conv1d,
+        "pallas_tpu": pallas_tpu.causal_conv1d,
     },
-    platform_order={"gpu": ("pallas_gpu", "xla")},
+    platform_order={"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
 )
 IMPLEMENTATIONS = tuple(_dispatch.implementations)
 

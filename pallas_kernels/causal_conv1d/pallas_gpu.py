@@ -15,11 +15,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d import xla
 from pallas_kernels.causal_conv1d.signature import OP, Activation, ConvOutput
+from pallas_kernels.causal_conv1d.windows import (
+    add_gradient_of_final_window,
+    decline_unusual,
+    final_window,
+    with_defaults,
+)
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.register_math import Registers, loop, sigmoid, total
 from pallas_kernels.warpgroup import THREADS, Warpgroup, launch, widen
 
-MAX_WIDTH = 8
 # Neighbouring threads that walk the same tokens of neighbouring channels.
 _COLUMNS = 16
 _RUNS = THREADS // _COLUMNS
@@ -76,22 +81,13 @@ def causal_conv1d(
     """
     if target_platform() != "cpu" and (cuda_compute_capability() or 0) < 90:
         raise NotImplementedError(f"{OP}: 'pallas_gpu' needs an NVIDIA GPU of compute capability 9.0 or more")
-    if weight.shape[0] > MAX_WIDTH:
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' takes at most {MAX_WIDTH} taps, got {weight.shape[0]}")
-    for name, array in {"x": x, "weight": weight, "bias": bias, "initial_window": initial_window}.items():
-        if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(f"{OP}: 'pallas_gpu' takes float32 and bfloat16, {name} has {array.dtype}")
-    batch, _, channels = x.shape
-    if initial_window is None:
-        initial_window = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
-    window = initial_window.astype(x.dtype)
-    if bias is None:
-        bias = jnp.zeros((channels,), jnp.float32)
+    decline_unusual("pallas_gpu", x, weight, bias, initial_window)
+    window, bias = with_defaults(x, weight, bias, initial_window)
     options = _Options(
         activation=activation, interpreted=target_platform() == "cpu", forward=walks[0], backward=walks[1]
     )
-    y, final_window = _convolve(options, x, window, weight, bias, segment_ids)
-    return ConvOutput(y=y, final_window=final_window)
+    y, last_inputs = _convolve(options, x, window, weight, bias, segment_ids)
+    return ConvOutput(y=y, final_window=last_inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -106,7 +102,7 @@ def _convolve_forward(options: _Options, x, window, weight, bias, segment_ids):
     results = _call(options, _forward, walk, x.shape, inputs, outputs, extra_tokens=0)
     y = results["y"][:, : x.shape[2]].reshape(x.shape)
     residuals = x, window, weight, bias, segment_ids
-    return (y, _final_window(x, window, segment_ids)), residuals
+    return (y, final_window(x, window, segment_ids)), residuals
 
 
 def _convolve_backward(options: _Options, residuals, cotangents):
@@ -126,17 +122,12 @@ def _convolve_backward(options: _Options, residuals, cotangents):
         edge = jax.ShapeDtypeStruct((x.shape[0] * past, columns), jnp.float32)
         outputs |= {"dwindow": edge, "dtail": edge}
     results = _call(options, _backward, walk, x.shape, inputs, outputs, extra_tokens=past)
-    channels, length = x.shape[2], x.shape[1]
+    channels = x.shape[2]
     dx = results["dx"][:, :channels].reshape(x.shape)
     dwindow = jnp.zeros(window.shape, jnp.float32)
     if past:
-        # The final window's gradient joins before the sum is rounded.
         dwindow, dtail = (results[name][:, :channels].reshape(window.shape) for name in ("dwindow", "dtail"))
-        dfinal = _current(dfinal_window, x.shape[1], segment_ids).astype(jnp.float32)
-        tokens = min(length, past)
-        dwindow = dwindow.at[:, length:].add(dfinal[:, : past - tokens])
-        dtail = (dtail + dfinal)[:, past - tokens :]
-        dx = dx.at[:, length - tokens :].set(dtail.astype(dx.dtype))
+        dx, dwindow = add_gradient_of_final_window(dx, dtail, dwindow, dfinal_window, segment_ids)
     dweight = results["dweight"].reshape(runs, weight.shape[0], columns).sum(axis=0)[:, :channels]
     dbias = results["dbias"].sum(axis=0)[:channels]
     return (
@@ -149,22 +140,6 @@ def _convolve_backward(options: _Options, residuals, cotangents):
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
-def _final_window(x: jax.Array, window: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """The last K - 1 inputs, zero where they belong to an earlier segment than the last token."""
-    past, length = window.shape[1], x.shape[1]
-    final = jnp.concatenate([window, x[:, max(0, length - past) :]], axis=1)
-    return _current(final[:, final.shape[1] - past :], length, segment_ids)
-
-
-def _current(window: jax.Array, length: int, segment_ids: jax.Array | None) -> jax.Array:
-    """Values of the last K - 1 of `length` tokens, zero for those of an earlier segment than the last one's."""
-    if segment_ids is None:
-        return window
-    segments = xla.count_segments(segment_ids, window.shape[1])
-    is_current = segments[:, length:] == segments[:, -1:]
-    return jnp.where(is_current[:, :, None], window, jnp.zeros_like(window))
 
 
 def _runs(walk: Walk, tokens: int) -> int:

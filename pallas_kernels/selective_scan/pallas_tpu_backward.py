@@ -11,29 +11,31 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.register_math import LN_2
 from pallas_kernels.selective_scan.pallas_tpu_common import (
-    Refs,
     column_of,
-    folded,
-    group_tokens,
     matrix_scratch,
-    over,
+    numbered,
     row_sums,
-    sequence,
-    sigmoid,
     slice_rows,
     step_argument,
     step_size,
-    tile_lanes,
     turn_matrices,
 )
-from pallas_kernels.selective_scan.pallas_tpu_geometry import (
+from pallas_kernels.selective_scan.pallas_tpu_geometry import Features, Geometry
+from pallas_kernels.tpu_tiles import (
     GROUP,
     LANES,
     SUBLANES,
-    TOGETHER,
-    Features,
-    Geometry,
+    Refs,
+    folded,
+    group_tokens,
+    over,
+    sequence,
+    sigmoid,
+    tile_lanes,
 )
+
+# Tiles whose gradients run back together: their sums for B and C leave the registers once.
+TOGETHER = 2
 
 
 def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
@@ -97,7 +99,7 @@ def _go_back(geometry: Geometry, features: Features, refs: Refs, group, block) -
 
     def add_slice(index, sums):
         for first in range(0, len(tiles), TOGETHER):
-            _go_back_tiles(geometry, refs, group, block, index, dict(list(enumerate(tiles))[first : first + TOGETHER]))
+            _go_back_tiles(geometry, refs, group, block, index, numbered(tiles, first, TOGETHER))
         return [[sums[i][k] + row_sums(refs[name], i) for k, name in enumerate(names)] for i in range(len(tiles))]
 
     zeros = [[jnp.zeros((GROUP, LANES))] * len(names)] * len(tiles)

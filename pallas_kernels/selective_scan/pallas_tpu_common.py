@@ -1,22 +1,18 @@
 """What the forward and the backward kernel on TPUs have in common.
 
-A register holds 8 rows of 128 lanes. Channels lie along lanes; 128 of them are a tile. Sequences have tokens along
-rows, as in memory; h has states along rows, so that B_t and C_t are columns, the same in all lanes, and dt_t is a row,
-the same for all states.
+Sequences have tokens along rows, as in memory; h has states along rows, so that B_t and C_t are columns, the same in
+all lanes, and dt_t is a row, the same for all states.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.register_math import LOG2_E, softplus
-from pallas_kernels.selective_scan.pallas_tpu_geometry import GROUP, LANES, RESET, SUBLANES, Features, Geometry
-
-Refs = dict[str, Any]
+from pallas_kernels.register_math import softplus
+from pallas_kernels.selective_scan.pallas_tpu_geometry import RESET, Features, Geometry
+from pallas_kernels.tpu_tiles import GROUP, LANES, SUBLANES, Refs, group_tokens, reciprocal, sequence
 
 
 def matrix_scratch(geometry: Geometry) -> dict[str, tuple[int, ...]]:
@@ -40,31 +36,15 @@ def column_of(geometry: Geometry, refs: Refs, name: str, index, t: int) -> jax.A
     return jnp.broadcast_to(refs["columns"][rows, t : t + 1], (geometry.slice_states, LANES))
 
 
-def group_tokens(group) -> pl.Slice:
-    """Rows of a group of tokens in a block."""
-    return pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
-
-
-def tile_lanes(tile: int) -> slice:
-    """Lanes of a tile in a block."""
-    return slice(tile * LANES, (tile + 1) * LANES)
-
-
-def over(count: int, body: Callable[[Any, Any], Any], carry: Any = 0) -> Any:
-    """A loop that is none if it runs once."""
-    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+def numbered(tiles: list[slice], first: int, count: int) -> dict[int, slice]:
+    """Some of a block's tiles by number."""
+    return dict(list(enumerate(tiles))[first : first + count])
 
 
 def slice_rows(geometry: Geometry, index, *, offset: int = 0) -> pl.Slice:
     """Rows of a slice of states, in memory where states begin at a row `offset`."""
     size = geometry.slice_states
     return pl.ds(pl.multiple_of(offset + index * size, SUBLANES), size)
-
-
-def folded(product: jax.Array) -> jax.Array:
-    """(states of a slice, 128) to 8 rows, whose sum is the same."""
-    rows = [product[i : i + SUBLANES] for i in range(0, product.shape[0], SUBLANES)]
-    return rows[0] if len(rows) == 1 else rows[0] + rows[1]
 
 
 def row_sums(ref: Any, tile: int) -> jax.Array:
@@ -76,21 +56,6 @@ def row_sums(ref: Any, tile: int) -> jax.Array:
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
-
-
-def reciprocal(value: jax.Array) -> jax.Array:
-    """1 / value for normal numbers."""
-    return pltpu.reciprocal(value, full_range=False)
-
-
-def sigmoid(value: jax.Array) -> jax.Array:
-    """1 / (1 + exp(-value)); below -69, 2^-100."""
-    return reciprocal(1.0 + jnp.exp2(jnp.minimum(value * -LOG2_E, 100.0)))
-
-
-def sequence(refs: Refs, name: str, group, lanes: slice) -> jax.Array:
-    """A group of tokens of a tile."""
-    return refs[name][group_tokens(group), lanes].astype(jnp.float32)
 
 
 def step_argument(refs: Refs, group, lanes: slice, block) -> jax.Array:

@@ -5,21 +5,30 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.selective_scan.pallas_tpu_common import (
-    Refs,
     column_of,
-    folded,
-    group_tokens,
     matrix_scratch,
-    over,
+    numbered,
     row_sums,
-    sequence,
-    sigmoid,
     slice_rows,
     step_size,
-    tile_lanes,
     turn_matrices,
 )
-from pallas_kernels.selective_scan.pallas_tpu_geometry import GROUP, LANES, SUBLANES, Features, Geometry
+from pallas_kernels.selective_scan.pallas_tpu_geometry import Features, Geometry
+from pallas_kernels.tpu_tiles import (
+    GROUP,
+    LANES,
+    SUBLANES,
+    Refs,
+    folded,
+    group_tokens,
+    over,
+    sequence,
+    sigmoid,
+    tile_lanes,
+)
+
+# Tiles whose recurrences run together, for which B_t and C_t are copied into all lanes once.
+TOGETHER = 4
 
 
 def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
@@ -60,25 +69,33 @@ def _advance(geometry: Geometry, features: Features, refs: Refs, group, block) -
         refs["inputs"][:, lanes] = dt * sequence(refs, "x", group, lanes)
 
     def add_slice(index, y):
-        rows = slice_rows(geometry, index)
-        h = [refs["final_state"][block, rows, lanes] for lanes in tiles]
-        rates = [refs["A"][block, rows, lanes] for lanes in tiles]
-        if features.checkpoints:
-            for lanes, state in zip(tiles, h, strict=True):
-                refs["checkpoints"][group, rows, lanes] = state
-        for t in range(GROUP):
-            B, C = (column_of(geometry, refs, name, index, t) for name in ("B", "C"))
-            for i, lanes in enumerate(tiles):
-                decay = jnp.exp2(refs["steps"][t : t + 1, lanes] * rates[i])
-                h[i] = decay * h[i] + refs["inputs"][t : t + 1, lanes] * B
-                refs["y_sums"][i, t * SUBLANES : (t + 1) * SUBLANES, :] = folded(h[i] * C)
-        for lanes, state in zip(tiles, h, strict=True):
-            refs["final_state"][block, rows, lanes] = state
+        for first in range(0, len(tiles), TOGETHER):
+            _advance_tiles(geometry, features, refs, group, block, index, numbered(tiles, first, TOGETHER))
         return [sums + row_sums(refs["y_sums"], i) for i, sums in enumerate(y)]
 
     zeros = [jnp.zeros((GROUP, LANES))] * len(tiles)
     for lanes, y in zip(tiles, over(geometry.slices, add_slice, zeros), strict=True):
         _leave(refs, group, lanes, block, y)
+
+
+def _advance_tiles(
+    geometry: Geometry, features: Features, refs: Refs, group, block, index, tiles: dict[int, slice]
+) -> None:
+    """The way of a slice of states over a group of tokens, in a few tiles, given by number."""
+    rows = slice_rows(geometry, index)
+    h = {i: refs["final_state"][block, rows, lanes] for i, lanes in tiles.items()}
+    rates = {i: refs["A"][block, rows, lanes] for i, lanes in tiles.items()}
+    if features.checkpoints:
+        for i, lanes in tiles.items():
+            refs["checkpoints"][group, rows, lanes] = h[i]
+    for t in range(GROUP):
+        B, C = (column_of(geometry, refs, name, index, t) for name in ("B", "C"))
+        for i, lanes in tiles.items():
+            decay = jnp.exp2(refs["steps"][t : t + 1, lanes] * rates[i])
+            h[i] = decay * h[i] + refs["inputs"][t : t + 1, lanes] * B
+            refs["y_sums"][i, t * SUBLANES : (t + 1) * SUBLANES, :] = folded(h[i] * C)
+    for i, lanes in tiles.items():
+        refs["final_state"][block, rows, lanes] = h[i]
 
 
 def _leave(refs: Refs, group, lanes: slice, block, y: jax.Array) -> None:

@@ -4,14 +4,10 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
-LANES = 128
-SUBLANES = 8
-# Tokens that are worked off together: the rows of a bfloat16 register.
-GROUP = 16
+from pallas_kernels.tpu_tiles import GROUP, LANES, SUBLANES
+
 # States that are carried in registers at the same time.
 SLICE = 16
-# Tiles whose gradients run back together: their sums for B and C leave the registers once.
-TOGETHER = 2
 # exp2(RESET * A) is exactly zero for every decay rate below -SLOWEST.
 RESET, SLOWEST = 3.0e38, 1e-30
 

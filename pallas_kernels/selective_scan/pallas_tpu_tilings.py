@@ -7,10 +7,9 @@ recurrences fill each other's waiting times, as long as they do not need more re
 import dataclasses
 
 from pallas_kernels.selective_scan.argument_layout import round_up
-from pallas_kernels.selective_scan.pallas_tpu_geometry import GROUP, LANES, SLICE, Geometry, Tiling
+from pallas_kernels.selective_scan.pallas_tpu_geometry import SLICE, Geometry, Tiling
+from pallas_kernels.tpu_tiles import GROUP, LANES, choose_tiles
 
-# What a step over a group of tokens costs besides its tiles, in the time of a tile.
-_OVERHEAD = 0.7
 # States of all tokens of a block; sums of 128 numbers for each of them, for B and for C, stay on the chip.
 _BLOCK_STATES = 2**12
 
@@ -65,8 +64,7 @@ def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, c
     tokens = min(chip.tokens, round_up(length, GROUP), max(1, _BLOCK_STATES // (states * GROUP)) * GROUP)
     strips = max(-(-channels * states * 4 // chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
     tiles_of_strip = -(-channels // (strips * LANES))
-    most = min(chip.tiles, max(1, chip.tiles * SLICE // states), tiles_of_strip)
-    tiles = min(range(1, most + 1), key=lambda count: (-(-tiles_of_strip // count) * (count + _OVERHEAD), -count))
+    tiles = choose_tiles(tiles_of_strip, most=min(chip.tiles, max(1, chip.tiles * SLICE // states)))
     return Geometry(
         batch=batch,
         length=round_up(length, tokens),

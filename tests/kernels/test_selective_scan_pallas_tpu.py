@@ -14,8 +14,9 @@ from pallas_kernels import selective_scan
 from pallas_kernels.ahead_of_time import compile_for, tpu_devices
 from pallas_kernels.selective_scan import pallas_tpu
 from pallas_kernels.selective_scan.arg_specs import FULL, ScanSpec
-from pallas_kernels.selective_scan.pallas_tpu_geometry import GROUP, SLICE
+from pallas_kernels.selective_scan.pallas_tpu_geometry import SLICE
 from pallas_kernels.selective_scan.pallas_tpu_tilings import GENERATIONS, Generation, choose_geometry
+from pallas_kernels.tpu_tiles import GROUP
 from tests.kernels import op_contract, test_selective_scan
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan import OP

@@ -1,0 +1,400 @@
+"""What the TPU compiler's own schedule says about the ops, and writes a table; needs libtpu and no TPU.
+
+    python benchmarks/run_tpu_static.py
+    python benchmarks/run_tpu_static.py --ops selective_scan --chips v5e v4 --variants
+
+The compiler issues a bundle of instructions a cycle and says how many slots of every unit each bundle fills. A kernel's
+cycles are its bundles, times the passes of their loops; stalls for memory come on top, and are bounded by the bytes at
+the memory's bandwidth. XLA's operations carry the compiler's estimate of their cycles.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
+from pallas_kernels.ahead_of_time import compile_for, tpu_devices
+from pallas_kernels.causal_conv1d import pallas_tpu as convolution
+from pallas_kernels.selective_scan import pallas_tpu
+from pallas_kernels.selective_scan.pallas_tpu_tilings import Generation, choose_geometry, generation
+from pallas_kernels.tpu_tiles import GROUP, LANES
+
+MEGABYTE = 1e6
+DIRECTIONS = ("forward", "backward")
+SHAPES = {"selective_scan": "8x2048x1536x16", "causal_conv1d": "8x2048x1536x4", "selective_state_update": "128x1536x16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Published figures of a chip.
+
+    Attributes:
+        topology: of one chip.
+        clock_hz: from the published peak of matrix products and the number of matrix units.
+        bytes_per_second: of its memory.
+        cores: that share a device's work.
+    """
+
+    topology: str
+    clock_hz: float
+    bytes_per_second: float
+    cores: int = 1
+
+
+CHIPS = {
+    "v4": Chip(topology="v4:1x1x1", clock_hz=1.05e9, bytes_per_second=1228e9),
+    "v5e": Chip(topology="v5e:1x1", clock_hz=1.5e9, bytes_per_second=819e9),
+    "v5p": Chip(topology="v5p:1x1x1", clock_hz=1.75e9, bytes_per_second=2765e9, cores=2),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The bundles of a loop that are not in an inner loop.
+
+    Attributes:
+        depth: 0 outside of all loops.
+        bundles: how many.
+        slots: filled, by unit.
+    """
+
+    depth: int
+    bundles: int
+    slots: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A kernel's loops in the order of the program, and the slots of a bundle by unit."""
+
+    capacity: dict[str, int]
+    loops: tuple[Loop, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a compiled program tells.
+
+    Attributes:
+        kernels: schedules by pass.
+        other_cycles: of everything that XLA generated.
+        temporaries: bytes.
+    """
+
+    kernels: dict[str, Schedule]
+    other_cycles: float
+    temporaries: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a kernel runs through.
+
+    Attributes:
+        steps: of its grid.
+        groups: of tokens in a step.
+        size: tokens times channels, in units of 1024.
+        memory: bytes that it reads and writes; the last axis of an array takes whole registers.
+        last_loop: how often the last loop runs, by step and group; 1 unless it is for the last block only.
+    """
+
+    steps: int
+    groups: int
+    size: float
+    memory: int
+    last_loop: float = 1.0
+
+
+def scan_work(shape: tuple[int, ...], chip: Generation) -> dict[str, Work]:
+    """The kernels of the selective scan."""
+    batch, length, channels, states = shape
+    sizes = {"batch": batch, "length": length, "groups": 1, "channels": channels, "states": states}
+    geometry = choose_geometry(chip, **sizes)
+    arrays = {
+        "forward": {"sequence": 4, "matrices": 1, "checkpoints": 1, "state": 1},
+        "backward": {"sequence": 7, "matrices": 1, "checkpoints": 1, "dmatrices": 1, "state": 3},
+    }
+    return {
+        direction: Work(
+            steps=math.prod(geometry.grid),
+            groups=geometry.tiling.tokens // GROUP,
+            size=batch * length * channels / 1024,
+            memory=sum(
+                count * array_bytes(geometry.shape(kind), 2 if kind in ("sequence", "matrices") else 4)
+                for kind, count in kinds.items()
+            ),
+            last_loop=1 / geometry.blocks if direction == "backward" else 1.0,
+        )
+        for direction, kinds in arrays.items()
+    }
+
+
+def convolution_work(shape: tuple[int, ...]) -> dict[str, Work]:
+    """The kernels of the convolution."""
+    batch, length, channels, width = shape
+    geometry = convolution.choose_geometry(batch=batch, length=length, channels=channels, width=width)
+    return {
+        direction: Work(
+            steps=math.prod(geometry.grid),
+            groups=geometry.groups,
+            size=batch * length * channels / 1024,
+            memory=sequences * array_bytes(geometry.shape("sequence"), 2),
+        )
+        for direction, sequences in zip(DIRECTIONS, (2, 3), strict=True)
+    }
+
+
+def array_bytes(shape: tuple[int, ...], item: int) -> int:
+    """Bytes of an array."""
+    *leading, last = shape
+    return math.prod(leading) * -(-last // LANES) * LANES * item
+
+
+def program_of(op: str, shape: tuple[int, ...], implementation: str) -> tuple[Callable, tuple]:
+    """Forward + backward of an op, or the state update, and the shapes of its arguments."""
+
+    def wide(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    def narrow(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+    *leading, channels, last = shape
+    if op == "causal_conv1d":
+        arrays = {"x": narrow(*leading, channels), "weight": wide(last, channels), "bias": wide(channels)}
+        run = functools.partial(causal_conv1d, activation="silu", implementation=implementation)
+    else:
+        arrays = {name: narrow(*leading, channels) for name in ("x", "dt", "z")}
+        arrays |= {name: narrow(*leading, last) for name in ("B", "C")}
+        arrays |= {"D": wide(channels), "dt_bias": wide(channels), "A": wide(channels, last)}
+        run = functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
+    if op == "selective_state_update":
+        arrays["state"] = wide(*leading, channels, last)
+        run = functools.partial(selective_state_update, dt_softplus=True, implementation=implementation)
+        return lambda arrays: run(**arrays), (arrays,)
+
+    def both(arrays, cotangent):
+        y, vjp = jax.vjp(lambda arrays: run(**arrays).y, arrays)
+        return y, vjp(cotangent)
+
+    return both, (arrays, arrays["x"])
+
+
+def compile_program(op: str, chip: str, shape: tuple[int, ...], implementation: str, variant: str, folder: str) -> int:
+    """Compiles in this process, which dumps schedules; returns the bytes of temporaries."""
+    if variant:
+        chosen = pallas_tpu.generation
+        pallas_tpu.generation = lambda kind: varied(chosen(kind), variant)
+    function, args = program_of(op, shape, implementation)
+    compiled = compile_for(tpu_devices(CHIPS[chip].topology)[0], function, *args)
+    Path(folder, "program.txt").write_text(compiled.as_text())
+    memory = compiled.memory_analysis()
+    assert memory is not None, "the TPU compiler reports memory"
+    return memory.temp_size_in_bytes
+
+
+def varied(chip: Generation, variant: str) -> Generation:
+    """Another size of blocks, given as tiles x tokens; none if empty."""
+    if not variant:
+        return chip
+    tiles, tokens = variant.split("x")
+    return dataclasses.replace(chip, tiles=int(tiles), tokens=int(tokens))
+
+
+def measure(op: str, chip: str, shape: tuple[int, ...], implementation: str, variant: str = "") -> Program:
+    """Compiles in a process of its own, because the library takes its options when it is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+            job = process.submit(compile_program, op, chip, shape, implementation, variant, folder)
+            temporaries = job.result()
+        kernels = {}
+        if implementation == "pallas_tpu":
+            kernels = {name: read_schedule(Path(folder), f"{op}_pallas_tpu_{name}") for name in DIRECTIONS}
+        other = cycles_of_xla(Path(folder, "program.txt").read_text())
+    return Program(kernels=kernels, other_cycles=other, temporaries=temporaries)
+
+
+def read_schedule(folder: Path, kernel: str) -> Schedule:
+    """A kernel's loops from the compiler's final bundles and their use of slots, which are listed in the same order."""
+    listing = next(path for path in folder.iterdir() if re.search(rf"{kernel}.*-\d+-final_bundles\.txt$", path.name))
+    use = next(
+        path
+        for path in folder.iterdir()
+        if kernel in path.name
+        and path.name.endswith("final_hlo-static-per-bundle-utilization.txt")
+        and "pre" not in path.name
+    )
+    _, names, capacity, _, *rows = use.read_text().splitlines()
+    units = [name.strip() for name in names.split(",")]
+    slots = [[int(count) for count in row.split()] for row in rows if row.strip()]
+    bundles = re.findall(
+        r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?:\s*((?:> ?)*)\{", listing.read_text(), re.MULTILINE
+    )
+    assert len(bundles) == len(slots), f"{kernel}: {len(bundles)} bundles, {len(slots)} rows of slots"
+    depths = [nesting.count(">") for _, nesting in bundles]
+    # The listing shows a bundle or two of a loop as if they were outside.
+    for i in range(1, len(depths)):
+        depths[i] = max(depths[i], min(depths[i - 1], max(depths[i : i + 3])))
+    loop_of: list[int] = []
+    loops: list[int] = [0]
+    stack = [0]
+    for (label, _), depth in zip(bundles, depths, strict=True):
+        while depth < loops[stack[-1]]:
+            stack.pop()
+        if label == "LB" and depth >= loops[stack[-1]] and depth > 0:
+            if depth == loops[stack[-1]]:
+                stack.pop()
+            loops.append(depth)
+            stack.append(len(loops) - 1)
+        loop_of.append(stack[-1])
+    return Schedule(
+        capacity=dict(zip(units, map(int, capacity.split()), strict=True)),
+        loops=tuple(
+            Loop(
+                depth=depth,
+                bundles=loop_of.count(number),
+                slots={
+                    unit: sum(slots[i][k] for i, owner in enumerate(loop_of) if owner == number)
+                    for k, unit in enumerate(units)
+                },
+            )
+            for number, depth in enumerate(loops)
+        ),
+    )
+
+
+def cycles_of_xla(text: str) -> float:
+    """The compiler's estimates for all operations but kernels, times the passes of the loops they are in."""
+    bodies: dict[str, list[str]] = {}
+    entry, name = "", ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+
+    def total(name: str) -> float:
+        cycles = 0.0
+        for line in bodies[name]:
+            if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
+                cycles += int(estimate[1])
+            if loop := re.search(r" while\(.*condition=%(\S+?), body=%(\S+?)[,\s]", line + " "):
+                bounds = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop[1]]))]
+                cycles += max(bounds) * total(loop[2])
+        return cycles
+
+    return total(entry)
+
+
+def passes(work: Work, schedule: Schedule, cores: int) -> list[float]:
+    """How often each loop's bundles run in a core: once, for every step of the grid, for every group of tokens."""
+    steps = work.steps / cores
+    counts = [1.0 if loop.depth == 0 else steps if loop.depth == 1 else steps * work.groups for loop in schedule.loops]
+    return [*counts[:-1], counts[-1] * work.last_loop]
+
+
+def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str) -> list[str]:
+    """A line for every kernel, and one for everything together."""
+    figures = CHIPS[chip]
+    lines, total = [], program.other_cycles
+    for direction, schedule in program.kernels.items():
+        work = works[direction]
+        counts = passes(work, schedule, figures.cores)
+        cycles = sum(loop.bundles * count for loop, count in zip(schedule.loops, counts, strict=True))
+        unit = {
+            name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
+            for name, slots in schedule.capacity.items()
+        }
+        memory = work.memory / figures.bytes_per_second * figures.clock_hz
+        bound = max(unit["VALU"], unit["EUP"], memory)
+        total += max(cycles, memory)
+        cells = [label, direction, f"{cycles / 1e6:.3f}", f"{cycles * figures.cores / work.size:.1f}"]
+        cells += [f"{unit[name] / 1e6:.3f}" for name in ("VALU", "EUP", "VSTORE", "VLOAD", "XLU")]
+        cells += [f"{memory / 1e6:.3f}", f"{max(cycles, memory) / bound:.2f}"]
+        cells += [f"{1e3 * max(cycles, memory) / figures.clock_hz:.2f}", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    cells = [label, "everything", f"{total / 1e6:.3f}", *[""] * 8]
+    cells += [f"{1e3 * total / figures.clock_hz:.2f}", f"{program.temporaries / MEGABYTE:.0f}"]
+    return [*lines, "| " + " | ".join(cells) + " |"]
+
+
+def table(op: str, chip: str, variants: Sequence[str]) -> list[str]:
+    """Markdown lines for one op and chip."""
+    shape = tuple(int(size) for size in SHAPES[op].split("x"))
+    columns = ["implementation", "pass", "Mcycles", "a step", "VALU", "EUP", "stores", "loads", "XLU", "memory"]
+    columns += ["over bound", "ms", "temporaries MB"]
+    lines = [f"## {op} {SHAPES[op]}, {chip}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    entry = generation(tpu_devices(CHIPS[chip].topology)[0].device_kind)
+    if op == "selective_scan":
+        for variant in ("", *variants):
+            changed = varied(entry, variant)
+            label = f"pallas_tpu, up to {changed.tiles} tiles, {changed.tokens} tokens" + (
+                "" if variant else " (chosen)"
+            )
+            program = measure(op, chip, shape, "pallas_tpu", variant)
+            lines += kernel_rows(chip, program, scan_work(shape, changed), label)
+    elif op == "causal_conv1d":
+        lines += kernel_rows(chip, measure(op, chip, shape, "pallas_tpu"), convolution_work(shape), "pallas_tpu")
+    lines += kernel_rows(chip, measure(op, chip, shape, "xla"), {}, "xla")
+    print("\n".join(lines), flush=True)
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Compiles everything and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--chips", nargs="+", default=["v5e", "v5p"], choices=CHIPS)
+    parser.add_argument(
+        "--variants", nargs="*", default=["12x64", "6x128", "4x128"], help="tiles x tokens, of the scan"
+    )
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    lines = [
+        f"# Static schedules of the ops on TPUs, {datetime.date.today()}",
+        "",
+        f"`python {shlex.join(['benchmarks/run_tpu_static.py', *sys.argv[1:]])}`, jax {jax.__version__}, libtpu "
+        f"{importlib.metadata.version('libtpu')}; nothing was run.",
+        "",
+        "Sizes are batch x length x channels x states or width (of the update: batch x channels x states); sequences are "
+        "bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward, but of the state update, which decoding "
+        "needs, forward only. The scan's forward kernel writes the states that its backward kernel starts from.",
+        "",
+        "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector unit, "
+        "the exponential unit, stores, loads, exchanges between lanes and the memory would take by themselves. Over "
+        "bound: the larger of schedule and memory, over the largest of vector unit, exponential unit and memory. ms: at "
+        "the chip's clock. Everything: kernels and XLA's operations.",
+        "",
+    ]
+    path = options.output / f"tpu_static_{datetime.date.today()}.md"
+    for op in options.ops:
+        for chip in options.chips:
+            lines += table(op, chip, options.variants)
+            path.write_text("\n".join(lines))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
