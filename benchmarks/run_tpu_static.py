@@ -3,9 +3,8 @@
     python benchmarks/run_tpu_static.py
     python benchmarks/run_tpu_static.py --ops selective_scan --chips v5e v4 --variants
 
-The compiler issues a bundle of instructions a cycle and says how many slots of every unit each bundle fills. A kernel's
-cycles are its bundles, times the passes of their loops; stalls for memory come on top, and are bounded by the bytes at
-the memory's bandwidth. XLA's operations carry the compiler's estimate of their cycles.
+The compiler issues a bundle of instructions a cycle and says what slots it fills. A kernel's cycles are its bundles,
+times the passes of their loops; memory is bounded by its bytes. XLA's operations carry an estimate of their cycles.
 """
 
 import argparse
@@ -168,7 +167,7 @@ def array_bytes(shape: tuple[int, ...], item: int) -> int:
     return math.prod(leading) * -(-last // LANES) * LANES * item
 
 
-def program_of(op: str, shape: tuple[int, ...], implementation: str) -> tuple[Callable, tuple]:
+def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Generation) -> tuple[Callable, tuple]:
     """Forward + backward of an op, or the state update, and the shapes of its arguments."""
 
     def wide(*sizes: int) -> jax.ShapeDtypeStruct:
@@ -186,6 +185,10 @@ def program_of(op: str, shape: tuple[int, ...], implementation: str) -> tuple[Ca
         arrays |= {name: narrow(*leading, last) for name in ("B", "C")}
         arrays |= {"D": wide(channels), "dt_bias": wide(channels), "A": wide(channels, last)}
         run = functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
+        if implementation == "pallas_tpu":
+            absent = dict.fromkeys(("initial_state", "segment_ids"))
+            options = {"dt_softplus": True, "discretization": "euler", "chip": chip}
+            run = functools.partial(pallas_tpu.selective_scan, **absent, **options)
     if op == "selective_state_update":
         arrays["state"] = wide(*leading, channels, last)
         run = functools.partial(selective_state_update, dt_softplus=True, implementation=implementation)
@@ -200,23 +203,18 @@ def program_of(op: str, shape: tuple[int, ...], implementation: str) -> tuple[Ca
 
 def compile_program(op: str, chip: str, shape: tuple[int, ...], implementation: str, variant: str, folder: str) -> int:
     """Compiles in this process, which dumps schedules; returns the bytes of temporaries."""
-    if variant:
-        chosen = pallas_tpu.generation
-        pallas_tpu.generation = lambda kind: varied(chosen(kind), variant)
-    function, args = program_of(op, shape, implementation)
-    compiled = compile_for(tpu_devices(CHIPS[chip].topology)[0], function, *args)
-    Path(folder, "program.txt").write_text(compiled.as_text())
-    memory = compiled.memory_analysis()
-    assert memory is not None, "the TPU compiler reports memory"
+    device = tpu_devices(CHIPS[chip].topology)[0]
+    function, args = program_of(op, shape, implementation, varied(generation(device.device_kind), variant))
+    compiled = compile_for(device, function, *args)
+    Path(folder, "program.txt").write_text(compiled.as_text() or "")
+    assert (memory := compiled.memory_analysis()) is not None, "the TPU compiler reports memory"
     return memory.temp_size_in_bytes
 
 
 def varied(chip: Generation, variant: str) -> Generation:
     """Another size of blocks, given as tiles x tokens; none if empty."""
-    if not variant:
-        return chip
-    tiles, tokens = variant.split("x")
-    return dataclasses.replace(chip, tiles=int(tiles), tokens=int(tokens))
+    sizes = dict(zip(("tiles", "tokens"), map(int, variant.split("x")), strict=True)) if variant else {}
+    return dataclasses.replace(chip, **sizes)
 
 
 def measure(op: str, chip: str, shape: tuple[int, ...], implementation: str, variant: str = "") -> Program:
@@ -245,8 +243,10 @@ def read_schedule(folder: Path, kernel: str) -> Schedule:
         and "pre" not in path.name
     )
     _, names, capacity, _, *rows = use.read_text().splitlines()
-    units = [name.strip() for name in names.split(",")]
-    slots = [[int(count) for count in row.split()] for row in rows if row.strip()]
+    units, slots = (
+        [name.strip() for name in names.split(",")],
+        [[*map(int, row.split())] for row in rows if row.strip()],
+    )
     bundles = re.findall(
         r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?:\s*((?:> ?)*)\{", listing.read_text(), re.MULTILINE
     )
@@ -342,7 +342,7 @@ def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str)
 
 def table(op: str, chip: str, variants: Sequence[str]) -> list[str]:
     """Markdown lines for one op and chip."""
-    shape = tuple(int(size) for size in SHAPES[op].split("x"))
+    shape = tuple(map(int, SHAPES[op].split("x")))
     columns = ["implementation", "pass", "Mcycles", "a step", "VALU", "EUP", "stores", "loads", "XLU", "memory"]
     columns += ["over bound", "ms", "temporaries MB"]
     lines = [f"## {op} {SHAPES[op]}, {chip}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -378,14 +378,14 @@ def main() -> None:
         f"`python {shlex.join(['benchmarks/run_tpu_static.py', *sys.argv[1:]])}`, jax {jax.__version__}, libtpu "
         f"{importlib.metadata.version('libtpu')}; nothing was run.",
         "",
-        "Sizes are batch x length x channels x states or width (of the update: batch x channels x states); sequences are "
-        "bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward, but of the state update, which decoding "
-        "needs, forward only. The scan's forward kernel writes the states that its backward kernel starts from.",
+        "Sizes are batch x length x channels x states or width (of the update: batch x channels x states); sequences "
+        "are bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward; of the state update forward only. "
+        "The scan's forward kernel writes the states that its backward kernel starts from.",
         "",
-        "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector unit, "
-        "the exponential unit, stores, loads, exchanges between lanes and the memory would take by themselves. Over "
-        "bound: the larger of schedule and memory, over the largest of vector unit, exponential unit and memory. ms: at "
-        "the chip's clock. Everything: kernels and XLA's operations.",
+        "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector "
+        "unit, the exponential unit, stores, loads, exchanges between lanes and the memory would take by themselves. "
+        "Over bound: the larger of schedule and memory, over the largest of vector unit, exponential unit and memory. "
+        "ms: at the chip's clock. Everything: kernels and XLA's operations.",
         "",
     ]
     path = options.output / f"tpu_static_{datetime.date.today()}.md"

@@ -8,7 +8,7 @@ sequence; XLA adds up the batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +261,7 @@ def _call(
     inputs: Arrays,
     kinds: dict[str, str],
     outputs: dict[str, tuple[str, jnp.dtype]],
-    scratch: dict[str, tuple[int, ...]],
+    scratch: Mapping[str, tuple[int, ...]],
     *,
     is_reversed: bool,
 ) -> Arrays:

@@ -25,7 +25,7 @@ from pallas_kernels.selective_scan.argument_layout import (
     unpad_channels,
 )
 from pallas_kernels.selective_scan.pallas_tpu_geometry import SLOWEST, Features, Geometry
-from pallas_kernels.selective_scan.pallas_tpu_tilings import choose_geometry, generation
+from pallas_kernels.selective_scan.pallas_tpu_tilings import Generation, choose_geometry, generation
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 
 Arrays = dict[str, jax.Array]
@@ -84,8 +84,11 @@ def selective_scan(
     discretization: Discretization,
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
+    chip: Generation | None = None,
 ) -> ScanOutput:
     """See `pallas_kernels.selective_scan.api.selective_scan`; on a CPU the kernels are interpreted, which is slow.
+
+    `chip` replaces what the table says of the device.
 
     Raises:
         NotImplementedError: the target is no TPU, A is complex, B or C is constant over time, N is over 256, the
@@ -98,7 +101,7 @@ def selective_scan(
     decline_unusual("pallas_tpu", arrays, discretization=discretization, max_states=MAX_STATES)
     batch, length, channels = x.shape
     groups = group_count(B, C)
-    chip = generation(target_device_kind())
+    chip = chip or generation(target_device_kind())
     options = _Options(
         dt_softplus=dt_softplus,
         geometry=choose_geometry(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import mamba_2_8b, mamba_130m
 from mamba_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -33,8 +34,9 @@ from pallas_kernels.ahead_of_time import tpu_devices
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 
 SMALL = ModelConfig(vocab_size=512, d_model=128, num_layers=2)
-PUBLISHED_130M = ModelConfig(vocab_size=50277, d_model=768, num_layers=24)
-V5E_MEMORY = 16 * 2**30
+PUBLISHED_130M, PUBLISHED_2_8B = mamba_130m.get_config().model, mamba_2_8b.get_config().model
+# Of a device, by the first part of a topology's name.
+MEMORY = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}
 KERNELS = {"selective_scan_pallas_tpu_forward", "selective_scan_pallas_tpu_backward"}
 
 
@@ -159,12 +161,30 @@ FOUR_CHIPS = Target(
             id="v5e:16x16, 130M",
             marks=pytest.mark.slow,
         ),
+        *(
+            pytest.param(
+                Target(
+                    topology=topology,
+                    mesh=mesh,
+                    model=model,
+                    length=2048,
+                    sequences_per_device=1,
+                ),
+                id=f"{topology}, {name}",
+                marks=pytest.mark.slow,
+            )
+            for topology, mesh, name, model in (
+                ("v5e:16x16", MeshConfig(fsdp=256), "2.8B", PUBLISHED_2_8B),
+                ("v5p:8x8x8", MeshConfig(data=8, fsdp=64), "130M", PUBLISHED_130M),
+                ("v5p:8x8x8", MeshConfig(data=8, fsdp=64), "2.8B", PUBLISHED_2_8B),
+            )
+        ),
     ],
 )
 def test_step_compiles_for_the_pod(target: Target) -> None:
     compiled = compile_apart(target)
     assert compiled.alias_bytes >= compiled.state_bytes
-    assert compiled.peak_bytes < V5E_MEMORY
+    assert compiled.peak_bytes < MEMORY[target.topology.split(":")[0]]
     # Gradients are summed and parameters gathered; an exchange in the scan would be one for every chunk of every layer.
     assert compiled.collectives["all-reduce"] + compiled.collectives["reduce-scatter"] > 0
     assert compiled.collectives["all-gather"] > 0
