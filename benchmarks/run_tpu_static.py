@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
 from pallas_kernels.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.causal_conv1d import pallas_tpu as convolution
+from pallas_kernels.causal_conv1d import pallas_tpu_geometry as convolution
 from pallas_kernels.selective_scan import pallas_tpu
 from pallas_kernels.selective_scan.pallas_tpu_tilings import Generation, choose_geometry, generation
 from pallas_kernels.tpu_tiles import GROUP, LANES
@@ -207,7 +207,8 @@ def compile_program(op: str, chip: str, shape: tuple[int, ...], implementation: 
     function, args = program_of(op, shape, implementation, varied(generation(device.device_kind), variant))
     compiled = compile_for(device, function, *args)
     Path(folder, "program.txt").write_text(compiled.as_text() or "")
-    assert (memory := compiled.memory_analysis()) is not None, "the TPU compiler reports memory"
+    memory = compiled.memory_analysis()
+    assert memory is not None, "the TPU compiler reports memory"
     return memory.temp_size_in_bytes
 
 
@@ -384,8 +385,7 @@ def main() -> None:
         "",
         "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector "
         "unit, the exponential unit, stores, loads, exchanges between lanes and the memory would take by themselves. "
-        "Over bound: the larger of schedule and memory, over the largest of vector unit, exponential unit and memory. "
-        "ms: at the chip's clock. Everything: kernels and XLA's operations.",
+        "Over bound: the larger of schedule and memory, over the largest of vector unit, exponential unit and memory.",
         "",
     ]
     path = options.output / f"tpu_static_{datetime.date.today()}.md"

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.causal_conv1d import xla
+from pallas_kernels.causal_conv1d.pallas_tpu_geometry import Geometry, choose_geometry
 from pallas_kernels.causal_conv1d.signature import OP, Activation, ConvOutput
 from pallas_kernels.causal_conv1d.windows import (
     add_gradient_of_final_window,
@@ -29,7 +30,6 @@ from pallas_kernels.tpu_tiles import (
     LANES,
     SUBLANES,
     Refs,
-    choose_tiles,
     folded,
     group_tokens,
     over,
@@ -40,83 +40,7 @@ from pallas_kernels.tpu_tiles import (
 
 Arrays = dict[str, jax.Array]
 INTERPRETER = pltpu.InterpretParams()
-_TOKENS, _TILES = 256, 8
 _VMEM_BYTES = 15 * 2**20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Sizes of a convolution as the kernels see it, padded to whole blocks.
-
-    Attributes:
-        batch, length, channels: B, L and E, padded.
-        valid_length: tokens that exist.
-        width: K.
-        tokens, tiles: of a block.
-    """
-
-    batch: int
-    length: int
-    channels: int
-    valid_length: int
-    width: int
-    tokens: int
-    tiles: int
-
-    @property
-    def past(self) -> int:
-        return self.width - 1
-
-    @property
-    def chunks(self) -> int:
-        return self.length // self.tokens
-
-    @property
-    def groups(self) -> int:
-        """Groups of a block."""
-        return self.tokens // GROUP
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Batch, blocks of channels and chunks of tokens."""
-        return self.batch, self.channels // (self.tiles * LANES), self.chunks
-
-    @property
-    def last_group(self) -> int:
-        """The group of the whole sequence that has its last token."""
-        return (self.valid_length - 1) // GROUP
-
-    def shape(self, kind: str) -> tuple[int, ...]:
-        """Shape of an array: x, the tokens before it or the first ones, its end, taps, sums for them, masks."""
-        return {
-            "sequence": (self.batch, self.length, self.channels),
-            "before": (self.batch, SUBLANES, self.channels),
-            "tail": (self.batch, 2 * GROUP, self.channels),
-            "taps": (self.width + 1, self.channels),
-            "sums": (self.batch, self.width + 1, SUBLANES, self.channels),
-            "masks": (self.batch, self.length, 2 * self.past),
-        }[kind]
-
-    def spec(self, kind: str, *, is_reversed: bool) -> pl.BlockSpec:
-        """The part of an array that a step of the grid (batch, block, chunk) sees."""
-        lanes = self.tiles * LANES
-
-        def chunk(step):
-            return self.chunks - 1 - step if is_reversed else step
-
-        block_shape, index = {
-            "sequence": ((None, self.tokens, lanes), lambda b, e, t: (b, chunk(t), e)),
-            "group before": (
-                (None, GROUP, lanes),
-                lambda b, e, t: (b, jnp.maximum(chunk(t) * self.groups - 1, 0), e),
-            ),
-            "before": ((None, SUBLANES, lanes), lambda b, e, t: (b, 0, e)),
-            "tail": ((None, 2 * GROUP, lanes), lambda b, e, t: (b, 0, e)),
-            "taps": ((self.width + 1, lanes), lambda b, e, t: (0, e)),
-            "sums": ((None, self.width + 1, SUBLANES, lanes), lambda b, e, t: (b, 0, 0, e)),
-            "masks": ((None, self.tokens, 2 * self.past), lambda b, e, t: (b, chunk(t), 0)),
-        }[kind]
-        return pl.BlockSpec(block_shape, index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,22 +137,6 @@ def _padded(geometry: Geometry, array: jax.Array) -> jax.Array:
     """(B, up to L, up to E), padded with zeros."""
     padding = geometry.length - array.shape[1], geometry.channels - array.shape[2]
     return jnp.pad(array, ((0, 0), *((0, size) for size in padding)))
-
-
-def choose_geometry(*, batch: int, length: int, channels: int, width: int) -> Geometry:
-    """How a convolution is cut into blocks."""
-    tokens = min(_TOKENS, -(-length // GROUP) * GROUP)
-    count = -(-channels // LANES)
-    tiles = choose_tiles(count, most=_TILES)
-    return Geometry(
-        batch=batch,
-        length=-(-length // tokens) * tokens,
-        channels=-(-count // tiles) * tiles * LANES,
-        valid_length=length,
-        width=width,
-        tokens=tokens,
-        tiles=tiles,
-    )
 
 
 def _prepare(x, window, weight, bias, segment_ids) -> tuple[Geometry, Arrays, dict[str, str]]:

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import causal_conv1d
 from pallas_kernels.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.causal_conv1d import pallas_tpu
+from pallas_kernels.causal_conv1d import pallas_tpu, pallas_tpu_geometry
 from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
 from pallas_kernels.tpu_tiles import GROUP
 from tests.kernels import op_contract
@@ -31,8 +31,8 @@ def test_ends_anywhere_in_a_group(length: int) -> None:
 
 
 def test_many_blocks_without_races(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pallas_tpu, "_TOKENS", GROUP)
-    monkeypatch.setattr(pallas_tpu, "_TILES", 1)
+    monkeypatch.setattr(pallas_tpu_geometry, "TOKENS", GROUP)
+    monkeypatch.setattr(pallas_tpu_geometry, "TILES", 1)
     monkeypatch.setattr(pallas_tpu, "INTERPRETER", pltpu.InterpretParams(detect_races=True))
     call = make_call(dataclasses.replace(FULL, length=45, channels=200))
     op_contract.check_values_and_gradients(OP, "pallas_tpu", call)
