@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
-from pallas_kernels.ahead_of_time import compile_for, tpu_devices
+from pallas_kernels.ahead_of_time import compile_for, compiled_instructions, tpu_devices
 from pallas_kernels.causal_conv1d import pallas_tpu_geometry as convolution
 from pallas_kernels.selective_scan import pallas_tpu
 from pallas_kernels.selective_scan.pallas_tpu_tilings import Generation, choose_geometry, generation
@@ -59,7 +59,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(topology="v4:1x1x1", clock_hz=1.05e9, bytes_per_second=1228e9),
+    "v4": Chip(topology="v4:1x1x1", clock_hz=1.05e9, bytes_per_second=1228e9, cores=2),
     "v5e": Chip(topology="v5e:1x1", clock_hz=1.5e9, bytes_per_second=819e9),
     "v5p": Chip(topology="v5p:1x1x1", clock_hz=1.75e9, bytes_per_second=2765e9, cores=2),
 }
@@ -253,9 +253,11 @@ def read_schedule(folder: Path, kernel: str) -> Schedule:
     )
     assert len(bundles) == len(slots), f"{kernel}: {len(bundles)} bundles, {len(slots)} rows of slots"
     depths = [nesting.count(">") for _, nesting in bundles]
-    # The listing shows a bundle or two of a loop as if they were outside.
+    # The listing shows a few bundles of a loop as if they were outside; a real return would begin with a label.
     for i in range(1, len(depths)):
-        depths[i] = max(depths[i], min(depths[i - 1], max(depths[i : i + 3])))
+        back = next((k for k in range(i, min(i + 16, len(depths))) if depths[k] >= depths[i - 1]), i)
+        if not bundles[back][0]:
+            depths[i] = max(depths[i], min(depths[i - 1], depths[back]))
     loop_of: list[int] = []
     loops: list[int] = [0]
     stack = [0]
@@ -285,28 +287,9 @@ def read_schedule(folder: Path, kernel: str) -> Schedule:
 
 
 def cycles_of_xla(text: str) -> float:
-    """The compiler's estimates for all operations but kernels, times the passes of the loops they are in."""
-    bodies: dict[str, list[str]] = {}
-    entry, name = "", ""
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
-            name = header[2]
-            entry = name if header[1] else entry
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
-
-    def total(name: str) -> float:
-        cycles = 0.0
-        for line in bodies[name]:
-            if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
-                cycles += int(estimate[1])
-            if loop := re.search(r" while\(.*condition=%(\S+?), body=%(\S+?)[,\s]", line + " "):
-                bounds = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop[1]]))]
-                cycles += max(bounds) * total(loop[2])
-        return cycles
-
-    return total(entry)
+    """The compiler's estimates for all operations but kernels."""
+    found = ((re.search(r'"estimated_cycles":"(\d+)"', line), times) for line, times in compiled_instructions(text))
+    return sum(times * int(estimate[1]) for estimate, times in found if estimate)
 
 
 def passes(work: Work, schedule: Schedule, cores: int) -> list[float]:

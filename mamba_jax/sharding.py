@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mamba_jax.config import MeshConfig
+from mamba_jax.config import ExperimentConfig, MeshConfig
 from mamba_jax.errors import InputError
 
 
@@ -87,6 +87,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in RULES.batch)
+
+
+def check_batches(config: ExperimentConfig, shards: int) -> None:
+    """Checks that the batches of training and evaluation can be split over the mesh.
+
+    Raises:
+        InputError: a batch is not a multiple of the parts.
+    """
+    for name, size in (
+        ("data.global_batch / train.accumulation_steps", config.data.global_batch // config.train.accumulation_steps),
+        ("evaluation.batch_size", config.evaluation_batch_size),
+    ):
+        if size % shards:
+            raise InputError(
+                f"{name} = {size} sequences cannot be split over {shards} batch shards (mesh data x fsdp): "
+                "change the batch or the mesh"
+            )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     """Descriptions of the devices of a topology such as "v5e:2x2"; needs libtpu and no TPU."""
     # Only the compiler is wanted, so it does not matter whether another process has the library loaded as well.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    # The two cores of a v4 chip are one device, as they are by default on Cloud TPU.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
 
 
 def cuda_devices(description: Path, count: int = 1) -> list[jax.Device]:
@@ -47,3 +50,32 @@ def compile_for(device: jax.Device, function: Callable, *args: Any) -> jax.stage
     with tracing_for(device):
         traced = jax.jit(function).trace(*described(args, device))
         return traced.lower(lowering_platforms=("tpu" if device.platform == "tpu" else "cuda",)).compile()
+
+
+def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
+    """The instructions that a compiled program runs one after the other, and how often each of them runs.
+
+    Args:
+        text: of the program, from `Compiled.as_text`; loops run as often as the largest number in their condition says,
+            and what runs on another unit of the chip counts like the rest.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, name = "", ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+
+    def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
+        for line in bodies[name]:
+            yield line, times
+            if offloaded := re.search(r"call-start\(.*called_computations=\{%([^\s,}]+)", line):
+                yield from walk(offloaded[1], times)
+            if loop := re.search(r" while\(.*condition=%(\S+?), body=%(\S+?)[,\s]", line + " "):
+                bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop[1]]))
+                yield from walk(loop[2], times * max(map(int, bounds), default=1))
+
+    yield from walk(entry, 1)

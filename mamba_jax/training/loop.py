@@ -21,7 +21,7 @@ from mamba_jax.evaluation.perplexity import Perplexity, evaluate
 from mamba_jax.export import huggingface
 from mamba_jax.generation.text import complete
 from mamba_jax.models.parameters import ModelDefinition, Params, define
-from mamba_jax.sharding import batch_shards, make_mesh, put_batch
+from mamba_jax.sharding import batch_shards, check_batches, make_mesh, put_batch
 from mamba_jax.training import train_state
 from mamba_jax.training.flops import model_flops_utilization
 from mamba_jax.training.loss_curve import plot_loss_curve
@@ -67,7 +67,7 @@ def train(config: ExperimentConfig, *, devices: Sequence[jax.Device] | None = No
     check_run_directory(config)
     initial = _initial_params(config)
     mesh = make_mesh(config.mesh, devices)
-    _check_batches(config, batch_shards(mesh))
+    check_batches(config, batch_shards(mesh))
     dataset = open_source(config.data.train, config.data, tokenizer)
     validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
     return _Run(config, mesh, tokenizer, dataset, validation, initial).execute()
@@ -85,18 +85,6 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
         raise InputError(
             "training in model.compute_dtype='float16' would lose small gradients: choose 'bfloat16' or 'float32'"
         )
-
-
-def _check_batches(config: ExperimentConfig, shards: int) -> None:
-    for name, size in (
-        ("data.global_batch / train.accumulation_steps", config.data.global_batch // config.train.accumulation_steps),
-        ("evaluation.batch_size", config.evaluation_batch_size),
-    ):
-        if size % shards:
-            raise InputError(
-                f"{name} = {size} sequences cannot be split over {shards} batch shards (mesh data x fsdp): "
-                "change the batch or the mesh"
-            )
 
 
 def _initial_params(config: ExperimentConfig) -> Params | None:

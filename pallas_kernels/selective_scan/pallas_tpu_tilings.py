@@ -36,7 +36,7 @@ class Generation:
 _V5E = Generation(tokens=128, tiles=12, strip_bytes=2**19, vmem_bytes=48 * 2**20, cores=1)
 # By what a device's kind contains.
 GENERATIONS = {
-    "v4": Generation(tokens=64, tiles=4, strip_bytes=2**18, vmem_bytes=15 * 2**20, cores=2),
+    "v4": Generation(tokens=64, tiles=6, strip_bytes=2**18, vmem_bytes=15 * 2**20, cores=2),
     "v5 lite": _V5E,
     "v5": dataclasses.replace(_V5E, cores=2),
     "v6 lite": _V5E,

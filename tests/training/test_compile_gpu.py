@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mamba_jax.config import MeshConfig
+from mamba_jax.training.pod_compile import lower_step
 from pallas_kernels.ahead_of_time import cuda_devices
-from tests.training.test_compile_tpu import SMALL, Target, lower_step
+from tests.training.test_compile_tpu import SMALL, Target
 
 TARGET = Path(__file__).parents[2] / "benchmarks" / "targets" / "h100_sxm.txtpb"
 
@@ -15,10 +16,8 @@ TARGET = Path(__file__).parents[2] / "benchmarks" / "targets" / "h100_sxm.txtpb"
 @pytest.mark.parametrize("count", [1, 8])
 def test_step_compiles_with_the_kernels_inside(count: int) -> None:
     pytest.importorskip("jax_cuda13_plugin")
-    target = Target(
-        topology=f"1x1x{count}", mesh=MeshConfig(data=count), model=SMALL, length=1024, sequences_per_device=2
-    )
-    lowered, _ = lower_step(target, cuda_devices(TARGET, count), "cuda")
+    target = Target(topology=f"1x1x{count}", mesh=MeshConfig(data=count), model=SMALL, length=1024, sequences=2 * count)
+    lowered, _ = lower_step(target.config, cuda_devices(TARGET, count), "cuda")
     text = lowered.as_text()
     assert all(f"pallas_gpu_{kernel}" in text for kernel in ("forward", "backward", "parts"))
     assert all(f"causal_conv1d_{kernel}" in text for kernel in ("forward", "backward"))
