@@ -23,7 +23,7 @@ from mamba_jax.training.flops import PEAK_FLOPS, flops_per_token
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.step import make_train_step
 from mamba_jax.training.train_state import TrainState, abstract_state
-from pallas_kernels.ahead_of_time import compiled_instructions, tpu_devices
+from pallas_kernels import ahead_of_time
 
 GIB, MIB = 2**30, 2**20
 
@@ -159,7 +159,7 @@ def compile_step(config: ExperimentConfig, topology: str) -> StepReport:
         InputError: the topology is not known, the config does not fit it, or the step not into the devices' memory.
     """
     try:
-        devices = tpu_devices(topology)
+        devices = ahead_of_time.tpu_devices(topology)
     except (JaxRuntimeError, ValueError) as error:
         raise InputError(
             f"no TPU topology {topology!r}: expected a generation and the chips along its axes, such as v5e:4x4, "
@@ -195,7 +195,7 @@ def _report(
     sizes: collections.Counter[str] = collections.Counter()
     kernels: collections.Counter[str] = collections.Counter()
     lines, cycles, kernel_cycles = [], 0.0, 0.0
-    for line, times in compiled_instructions(program.as_text() or ""):
+    for line, times in ahead_of_time.compiled_instructions(program.as_text() or ""):
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
             cycles += times * int(estimate[1])
         if found := re.search(rf" = (.*?) ({_COLLECTIVES})(-done)?\(", line):
