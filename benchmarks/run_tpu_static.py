@@ -29,6 +29,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 import jax
 import jax.numpy as jnp
 
+from mamba_jax.training import pod_compile
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
 from pallas_kernels.ahead_of_time import compile_for, compiled_instructions, tpu_devices
 from pallas_kernels.causal_conv1d import pallas_tpu_geometry as convolution
@@ -43,25 +44,23 @@ SHAPES = {"selective_scan": "8x2048x1536x16", "causal_conv1d": "8x2048x1536x4", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Published figures of a chip.
+    """What to compile for.
 
     Attributes:
         topology: of one chip.
-        clock_hz: from the published peak of matrix products and the number of matrix units.
+        figures: published ones.
         bytes_per_second: of its memory.
-        cores: that share a device's work.
     """
 
     topology: str
-    clock_hz: float
+    figures: pod_compile.Chip
     bytes_per_second: float
-    cores: int = 1
 
 
 CHIPS = {
-    "v4": Chip(topology="v4:1x1x1", clock_hz=1.05e9, bytes_per_second=1228e9, cores=2),
-    "v5e": Chip(topology="v5e:1x1", clock_hz=1.5e9, bytes_per_second=819e9),
-    "v5p": Chip(topology="v5p:1x1x1", clock_hz=1.75e9, bytes_per_second=2765e9, cores=2),
+    "v4": Chip(topology="v4:1x1x1", figures=pod_compile.CHIPS["TPU v4"], bytes_per_second=1228e9),
+    "v5e": Chip(topology="v5e:1x1", figures=pod_compile.CHIPS["TPU v5 lite"], bytes_per_second=819e9),
+    "v5p": Chip(topology="v5p:1x1x1", figures=pod_compile.CHIPS["TPU v5"], bytes_per_second=2765e9),
 }
 
 
@@ -239,15 +238,11 @@ def read_schedule(folder: Path, kernel: str) -> Schedule:
     use = next(
         path
         for path in folder.iterdir()
-        if kernel in path.name
-        and path.name.endswith("final_hlo-static-per-bundle-utilization.txt")
-        and "pre" not in path.name
+        if kernel in path.name and path.name.endswith("-final_hlo-static-per-bundle-utilization.txt")
     )
     _, names, capacity, _, *rows = use.read_text().splitlines()
-    units, slots = (
-        [name.strip() for name in names.split(",")],
-        [[*map(int, row.split())] for row in rows if row.strip()],
-    )
+    units = [name.strip() for name in names.split(",")]
+    slots = [[*map(int, row.split())] for row in rows if row.strip()]
     bundles = re.findall(
         r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?:\s*((?:> ?)*)\{", listing.read_text(), re.MULTILINE
     )
@@ -301,7 +296,7 @@ def passes(work: Work, schedule: Schedule, cores: int) -> list[float]:
 
 def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str) -> list[str]:
     """A line for every kernel, and one for everything together."""
-    figures = CHIPS[chip]
+    figures, bandwidth = CHIPS[chip].figures, CHIPS[chip].bytes_per_second
     lines, total = [], program.other_cycles
     for direction, schedule in program.kernels.items():
         work = works[direction]
@@ -311,7 +306,7 @@ def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str)
             name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
             for name, slots in schedule.capacity.items()
         }
-        memory = work.memory / figures.bytes_per_second * figures.clock_hz
+        memory = work.memory / bandwidth * figures.clock_hz
         bound = max(unit["VALU"], unit["EUP"], memory)
         total += max(cycles, memory)
         cells = [label, direction, f"{cycles / 1e6:.3f}", f"{cycles * figures.cores / work.size:.1f}"]

@@ -29,14 +29,19 @@ def cuda_devices(description: Path, count: int = 1) -> list[jax.Device]:
     return list(topology.devices)
 
 
+def tracing_for_kind(
+    platform: str, device_kind: str, num_cores: int | None = None
+) -> contextlib.AbstractContextManager:
+    """Tells operations that they are traced for a "tpu" or "gpu" of a kind, and not for the default device."""
+    target = AbstractDevice(platform=platform, device_kind=device_kind, num_cores=num_cores)
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def tracing_for(device: jax.Device) -> contextlib.AbstractContextManager:
     """Tells operations that they are traced for a device, and not for the default one."""
     platform = "tpu" if device.platform == "tpu" else "gpu"
-    target = AbstractDevice(
-        platform=platform, device_kind=device.device_kind, num_cores=getattr(device, "num_cores", None)
-    )
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
-    return jax.sharding.use_abstract_mesh(mesh)
+    return tracing_for_kind(platform, device.device_kind, getattr(device, "num_cores", None))
 
 
 def described(arrays: Any, device: jax.Device) -> Any:

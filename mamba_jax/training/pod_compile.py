@@ -37,28 +37,53 @@ class Chip:
         clock_hz: of the cores.
         cores: that share the device's work.
         link_bytes_per_second: to all neighbours together, one way.
+        kernel_cycles: of a core, by kernel, for a token and 1024 channels; from the committed static schedules.
     """
 
     memory: int
     clock_hz: float
     cores: int
     link_bytes_per_second: float
+    kernel_cycles: dict[str, float]
 
 
+KERNELS = (
+    "selective_scan_pallas_tpu_forward",
+    "selective_scan_pallas_tpu_backward",
+    "causal_conv1d_pallas_tpu_forward",
+    "causal_conv1d_pallas_tpu_backward",
+)
+
+
+def _cycles(*cycles: float) -> dict[str, float]:
+    return dict(zip(KERNELS, cycles, strict=True))
+
+
+# Kernels: benchmarks/results/tpu_static_2026-11-24.md.
 CHIPS = {
-    "TPU v4": Chip(memory=32 * GIB, clock_hz=1.05e9, cores=2, link_bytes_per_second=300e9),
-    "TPU v5 lite": Chip(memory=16 * GIB, clock_hz=1.5e9, cores=1, link_bytes_per_second=200e9),
-    "TPU v5": Chip(memory=95 * GIB, clock_hz=1.75e9, cores=2, link_bytes_per_second=600e9),
-}
-# Cycles of a core for a token and 1024 channels, from benchmarks/results/tpu_static_2026-11-24.md (v5e).
-KERNEL_CYCLES = {
-    "selective_scan_pallas_tpu_forward": 47.5,
-    "selective_scan_pallas_tpu_backward": 140.8,
-    "causal_conv1d_pallas_tpu_forward": 8.1,
-    "causal_conv1d_pallas_tpu_backward": 17.3,
+    "TPU v4": Chip(
+        memory=32 * GIB,
+        clock_hz=1.05e9,
+        cores=2,
+        link_bytes_per_second=300e9,
+        kernel_cycles=_cycles(152.9, 456.6, 13.5, 30.1),
+    ),
+    "TPU v5 lite": Chip(
+        memory=16 * GIB,
+        clock_hz=1.5e9,
+        cores=1,
+        link_bytes_per_second=200e9,
+        kernel_cycles=_cycles(47.5, 140.8, 8.1, 17.3),
+    ),
+    "TPU v5": Chip(
+        memory=95 * GIB,
+        clock_hz=1.75e9,
+        cores=2,
+        link_bytes_per_second=600e9,
+        kernel_cycles=_cycles(48.0, 143.0, 8.2, 17.8),
+    ),
 }
 _COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +219,8 @@ def _report(
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     kernels: collections.Counter[str] = collections.Counter()
+    kind = devices[0].device_kind
+    chip = CHIPS.get(kind)
     lines, cycles, kernel_cycles = [], 0.0, 0.0
     for line, times in ahead_of_time.compiled_instructions(program.as_text() or ""):
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
@@ -202,12 +229,11 @@ def _report(
             counts[found[2]] += times
             sizes[found[2]] += times * _arriving_bytes(found[2], found[1], line)
             lines.append(line.strip())
-        if found := re.search(rf"%({'|'.join(KERNEL_CYCLES)})[.\w]* = \(?(.*?) custom-call\(", line):
+        if found := re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\(", line):
             kernels[found[1]] += times
             batch, length, channels = (int(size) for size in re.findall(r"\[([\d,]+)\]", found[2])[0].split(","))
-            kernel_cycles += times * KERNEL_CYCLES[found[1]] * batch * length * channels / 1024
-    kind = devices[0].device_kind
-    chip = CHIPS.get(kind)
+            if chip is not None:
+                kernel_cycles += times * chip.kernel_cycles[found[1]] * batch * length * channels / 1024
     tokens = config.data.global_batch * config.data.seq_len / len(devices)
     return StepReport(
         devices=len(devices),
@@ -237,8 +263,8 @@ def _shard_bytes(tree) -> int:
 def _arriving_bytes(kind: str, result: str, line: str) -> int:
     """Bytes that a device receives in a collective with a result of the given type, at the least."""
     size = sum(
-        _ITEM_BYTES.get(dtype, 4) * math.prod(int(dim) for dim in dims.split(",") if dim)
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        (8 if dtype == "pred" else int(bits)) // 8 * math.prod(int(dim) for dim in dims.split(",") if dim)
+        for dtype, bits, dims in re.findall(r"([a-z]+(\d*)\w*)\[([\d,]*)\]", result)
     )
     if kind == "reduce-scatter" and (groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line)):
         return size * int(groups[1])

@@ -1,9 +1,24 @@
 """The arguments of a scan, brought into the shapes that implementations work on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan.signature import OP, Discretization
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a kernel does besides the recurrence.
+
+    Attributes:
+        softplus: apply it to dt.
+        checkpoints: the forward kernel writes the states that the backward kernel starts from.
+    """
+
+    softplus: bool
+    checkpoints: bool = False
 
 
 def pad_channels(array: jax.Array, *, groups: int, channels: int) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
 from pallas_kernels.selective_scan.argument_layout import (
+    Features,
     decline_unusual,
     group_count,
     pad_channels,
@@ -22,7 +23,7 @@ from pallas_kernels.selective_scan.argument_layout import (
     segment_starts,
     unpad_channels,
 )
-from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Features, Geometry, Tiling
+from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Geometry, Tiling
 from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 from pallas_kernels.warpgroup import launch

@@ -9,12 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.register_math import LN_2, Registers, added, loop, sigmoid, total
+from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     GROUP,
     SLICE,
-    Features,
     Geometry,
     common_scratch,
     value_slots,

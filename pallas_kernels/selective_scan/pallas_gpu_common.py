@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.register_math import LOG2_E, Registers, added, loop, softplus
+from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     CONSTANT_PADDING,
@@ -28,7 +29,6 @@ from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     RESET,
     SLICE,
     SLOT,
-    Features,
     Geometry,
     Tiling,
     slot_position,

@@ -105,19 +105,6 @@ class Geometry:
         return {"part": parts, "batch": self.batch, "group": self.groups, "block": self.blocks}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Features:
-    """What is done besides the recurrence.
-
-    Attributes:
-        softplus: apply it to dt.
-        checkpoints: the forward kernel writes the state at the start of every chunk.
-    """
-
-    softplus: bool
-    checkpoints: bool = False
-
-
 def common_scratch(tiling: Tiling) -> dict[str, Any]:
     """Shared memory that every kernel has, in float32."""
     floats = {

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.register_math import added, loop, sigmoid
+from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_gpu_common import Kernel
 from pallas_kernels.selective_scan.pallas_gpu_geometry import (
     CHUNK,
     GROUP,
     RESET,
     SLICE,
-    Features,
     Geometry,
     common_scratch,
 )

@@ -17,6 +17,7 @@ from pallas_kernels.devices import target_device_kind, target_platform
 from pallas_kernels.register_math import LOG2_E
 from pallas_kernels.selective_scan import pallas_tpu_backward, pallas_tpu_forward
 from pallas_kernels.selective_scan.argument_layout import (
+    Features,
     decline_unusual,
     group_count,
     pad_channels,
@@ -24,7 +25,7 @@ from pallas_kernels.selective_scan.argument_layout import (
     segment_starts,
     unpad_channels,
 )
-from pallas_kernels.selective_scan.pallas_tpu_geometry import SLOWEST, Features, Geometry
+from pallas_kernels.selective_scan.pallas_tpu_geometry import SLOWEST, Geometry
 from pallas_kernels.selective_scan.pallas_tpu_tilings import Generation, choose_geometry, generation
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 

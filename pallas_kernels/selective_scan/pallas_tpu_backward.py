@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.register_math import LN_2
+from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_tpu_common import (
     column_of,
     matrix_scratch,
@@ -20,7 +21,7 @@ from pallas_kernels.selective_scan.pallas_tpu_common import (
     step_size,
     turn_matrices,
 )
-from pallas_kernels.selective_scan.pallas_tpu_geometry import Features, Geometry
+from pallas_kernels.selective_scan.pallas_tpu_geometry import Geometry
 from pallas_kernels.tpu_tiles import (
     GROUP,
     LANES,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.register_math import softplus
-from pallas_kernels.selective_scan.pallas_tpu_geometry import RESET, Features, Geometry
+from pallas_kernels.selective_scan.argument_layout import Features
+from pallas_kernels.selective_scan.pallas_tpu_geometry import RESET, Geometry
 from pallas_kernels.tpu_tiles import GROUP, LANES, SUBLANES, Refs, group_tokens, reciprocal, sequence
 
 

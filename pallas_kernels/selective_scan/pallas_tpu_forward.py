@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_tpu_common import (
     column_of,
     matrix_scratch,
@@ -13,7 +14,7 @@ from pallas_kernels.selective_scan.pallas_tpu_common import (
     step_size,
     turn_matrices,
 )
-from pallas_kernels.selective_scan.pallas_tpu_geometry import Features, Geometry
+from pallas_kernels.selective_scan.pallas_tpu_geometry import Geometry
 from pallas_kernels.tpu_tiles import (
     GROUP,
     LANES,

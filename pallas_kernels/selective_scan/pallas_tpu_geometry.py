@@ -131,16 +131,3 @@ class Geometry:
             ),
         }[kind]
         return pl.BlockSpec(block_shape, index)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Features:
-    """What is done besides the recurrence.
-
-    Attributes:
-        softplus: apply it to dt.
-        checkpoints: the forward kernel writes the state at the start of every chunk.
-    """
-
-    softplus: bool
-    checkpoints: bool = False

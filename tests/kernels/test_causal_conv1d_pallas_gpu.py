@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import causal_conv1d
+from pallas_kernels.ahead_of_time import tracing_for_kind
 from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
 from tests.kernels import op_contract
 from tests.kernels.op_contract import make_call
@@ -42,10 +42,8 @@ def test_lowers_for_hopper(dtype: str) -> None:
     call = make_call(dataclasses.replace(LARGE, dtype=dtype))
     run = functools.partial(causal_conv1d, **call.integers, **call.static, implementation="pallas_gpu")
     gradient = jax.jit(jax.value_and_grad(lambda arrays: run(**arrays).y.astype(jnp.float32).sum()))
-    device = AbstractDevice(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", num_cores=132)
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), call.arrays)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with tracing_for_kind("gpu", "NVIDIA H100 80GB HBM3"):
         text = gradient.trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "causal_conv1d_forward" in text
     assert "causal_conv1d_backward" in text

@@ -5,10 +5,10 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jaxtyping import config as jaxtyping_config
 
 from pallas_kernels import causal_conv1d, dispatch, selective_scan, selective_state_update
+from pallas_kernels.ahead_of_time import tracing_for_kind
 from pallas_kernels.devices import target_platform
 from pallas_kernels.dispatch import Dispatcher
 
@@ -78,9 +78,7 @@ def test_double_precision_is_declined_not_rounded() -> None:
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_abstract_device_names_the_platform(platform: str) -> None:
     assert target_platform() == "cpu"
-    device = AbstractDevice(platform=platform, device_kind="any", num_cores=1)
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with tracing_for_kind(platform, "any"):
         assert target_platform() == platform
 
 

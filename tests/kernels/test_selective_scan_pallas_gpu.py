@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import selective_scan
+from pallas_kernels.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan import pallas_gpu, pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Geometry, Tiling
@@ -58,25 +58,25 @@ TILINGS = tuple(
 )
 
 
-def _name(value: object) -> str:
+def call_name(value: object) -> str:
     if isinstance(value, tuple):
         return "-".join(f"{tiling.lanes}x{tiling.rows}x{tiling.parts}" for tiling in value)
     return getattr(value, "name", str(value))
 
 
-@pytest.mark.parametrize("spec", SMALL_SPECS, ids=_name)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=call_name)
 def test_values_and_gradients(spec: ScanSpec) -> None:
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
 
 
 @slow_interpreted
-@pytest.mark.parametrize("spec", LARGE_SPECS, ids=_name)
+@pytest.mark.parametrize("spec", LARGE_SPECS, ids=call_name)
 def test_values_and_gradients_of_larger_calls(spec: ScanSpec) -> None:
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
 
 
 @slow_interpreted
-@pytest.mark.parametrize("tilings", TILINGS, ids=_name)
+@pytest.mark.parametrize("tilings", TILINGS, ids=call_name)
 def test_every_tiling(tilings: tuple[Tiling, Tiling], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *shape: tilings)
     # Two slices of states; but the largest shares leave no shared memory for them.
@@ -169,11 +169,6 @@ def test_relative_error(dtype: str, limit: float) -> None:
     test_selective_scan.check_relative_error("pallas_gpu", dtype, limit)
 
 
-def _mesh_of(device_kind: str) -> AbstractMesh:
-    device = AbstractDevice(platform="gpu", device_kind=device_kind, num_cores=132)
-    return AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-
-
 def _shapes(spec: ScanSpec) -> dict[str, jax.ShapeDtypeStruct]:
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), make_call(spec).arrays)
 
@@ -183,7 +178,7 @@ def _lowered(spec: ScanSpec, device_kind: str, implementation: str | None = None
     call = make_call(spec)
     run = functools.partial(selective_scan, **call.integers, **call.static, implementation=implementation)
     gradient = jax.jit(jax.grad(lambda arrays: run(**arrays).y.astype(jnp.float32).sum()))
-    with jax.sharding.use_abstract_mesh(_mesh_of(device_kind)):
+    with tracing_for_kind("gpu", device_kind):
         return gradient.trace(_shapes(spec)).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
 
 

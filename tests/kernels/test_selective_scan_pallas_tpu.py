@@ -20,7 +20,7 @@ from pallas_kernels.tpu_tiles import GROUP
 from tests.kernels import op_contract, test_selective_scan
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan import OP
-from tests.kernels.test_selective_scan_pallas_gpu import LARGE_SPECS, SMALL, SMALL_SPECS, _name
+from tests.kernels.test_selective_scan_pallas_gpu import LARGE_SPECS, SMALL, SMALL_SPECS, call_name
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
@@ -30,13 +30,13 @@ TINY = Generation(tokens=GROUP, tiles=1, strip_bytes=2**20, vmem_bytes=2**20, co
 BLOCKS = dataclasses.replace(FULL, name="blocks", batch=1, length=37, channels=400, states=3)
 
 
-@pytest.mark.parametrize("spec", SMALL_SPECS, ids=_name)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=call_name)
 def test_values_and_gradients(spec: ScanSpec) -> None:
     op_contract.check_values_and_gradients(OP, "pallas_tpu", make_call(spec))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", LARGE_SPECS, ids=_name)
+@pytest.mark.parametrize("spec", LARGE_SPECS, ids=call_name)
 def test_values_and_gradients_of_larger_calls(spec: ScanSpec) -> None:
     op_contract.check_values_and_gradients(OP, "pallas_tpu", make_call(spec))
 

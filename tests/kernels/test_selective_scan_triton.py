@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import selective_scan, triton_call
+from pallas_kernels.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan import triton as triton_backend
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from pallas_kernels.selective_scan.signature import ScanOutput
@@ -294,11 +294,9 @@ def outputs_and_gradients(static: dict, arrays: dict, integers: dict):
 def test_lowers_for_a_gpu_that_is_not_there() -> None:
     pytest.importorskip("jax_cuda13_plugin")
     pytest.importorskip("jax_triton")
-    target = AbstractDevice(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB", num_cores=None)
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=target)
     call = shape_of_call(dataclasses.replace(FULL, channels=64, states=16))
     program = jax.jit(functools.partial(outputs_and_gradients, call["static"]))
-    with jax.sharding.use_abstract_mesh(mesh):
+    with tracing_for_kind("gpu", "NVIDIA A100-SXM4-80GB"):
         lowered = program.trace(call["arrays"], call["integers"]).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("triton_kernel_call") == 2
 
