@@ -29,7 +29,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 import jax
 import jax.numpy as jnp
 
-from mamba_jax.training import pod_compile
+from mamba_jax.training import step_report
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
 from pallas_kernels.ahead_of_time import compile_for, compiled_instructions, tpu_devices
 from pallas_kernels.causal_conv1d import pallas_tpu_geometry as convolution
@@ -48,19 +48,19 @@ class Chip:
 
     Attributes:
         topology: of one chip.
-        figures: published ones.
+        figures: its cores.
         bytes_per_second: of its memory.
     """
 
     topology: str
-    figures: pod_compile.Chip
+    figures: step_report.Cores
     bytes_per_second: float
 
 
 CHIPS = {
-    "v4": Chip(topology="v4:1x1x1", figures=pod_compile.CHIPS["TPU v4"], bytes_per_second=1228e9),
-    "v5e": Chip(topology="v5e:1x1", figures=pod_compile.CHIPS["TPU v5 lite"], bytes_per_second=819e9),
-    "v5p": Chip(topology="v5p:1x1x1", figures=pod_compile.CHIPS["TPU v5"], bytes_per_second=2765e9),
+    "v4": Chip(topology="v4:1x1x1", figures=step_report.CORES["TPU v4"], bytes_per_second=1228e9),
+    "v5e": Chip(topology="v5e:1x1", figures=step_report.CORES["TPU v5 lite"], bytes_per_second=819e9),
+    "v5p": Chip(topology="v5p:1x1x1", figures=step_report.CORES["TPU v5"], bytes_per_second=2765e9),
 }
 
 
@@ -300,7 +300,7 @@ def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str)
     lines, total = [], program.other_cycles
     for direction, schedule in program.kernels.items():
         work = works[direction]
-        counts = passes(work, schedule, figures.cores)
+        counts = passes(work, schedule, figures.number)
         cycles = sum(loop.bundles * count for loop, count in zip(schedule.loops, counts, strict=True))
         unit = {
             name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
@@ -309,7 +309,7 @@ def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str)
         memory = work.memory / bandwidth * figures.clock_hz
         bound = max(unit["VALU"], unit["EUP"], memory)
         total += max(cycles, memory)
-        cells = [label, direction, f"{cycles / 1e6:.3f}", f"{cycles * figures.cores / work.size:.1f}"]
+        cells = [label, direction, f"{cycles / 1e6:.3f}", f"{cycles * figures.number / work.size:.1f}"]
         cells += [f"{unit[name] / 1e6:.3f}" for name in ("VALU", "EUP", "VSTORE", "VLOAD", "XLU")]
         cells += [f"{memory / 1e6:.3f}", f"{max(cycles, memory) / bound:.2f}"]
         cells += [f"{1e3 * max(cycles, memory) / figures.clock_hz:.2f}", ""]

@@ -142,9 +142,9 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
     config = options.experiment(remat)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     definition = parameters.define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, decay=definition.decay)
-    abstract = train_state.abstract_state(definition, optimizer, mesh)
-    state = train_state.initialize(definition, optimizer, abstract, seed=0)
+    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
+    abstract = train_state.abstract_state(config, definition, optimizer, mesh)
+    state = train_state.initialize(config, definition, optimizer, abstract)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, options.vocab_size, (options.batch, options.length + 1)).astype(np.int32)
     host_batch = LMBatch(
@@ -229,7 +229,7 @@ def measure_update(options: Options) -> Timing:
     """The optimizer alone, in place."""
     config = options.experiment("none")
     definition = parameters.define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, decay=definition.decay)
+    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
     state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), definition.params)
     state = (state, optimizer.init(state))
     gradient = jax.tree.map(jnp.ones_like, state[0])

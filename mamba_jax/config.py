@@ -252,6 +252,8 @@ class DataConfig(_Config):
         global_batch: B, sequences of a batch over all hosts and devices, before accumulation splits it.
         documents: "packed" marks documents by segment ids and resets the state between them; "concatenated" lets the
             state run on across the end-of-document token, as the published models were trained.
+        order: "shuffled" draws windows of seq_len tokens at random; "streams" reads the text in order, as global_batch
+            parallel streams, and the recurrent state of each is carried from one step to the next.
         cache_dir: where sources that are not shards are tokenised to.
         prefetch: batches prepared ahead by background threads.
     """
@@ -262,6 +264,7 @@ class DataConfig(_Config):
     seq_len: int
     global_batch: int
     documents: Literal["packed", "concatenated"] = "packed"
+    order: Literal["shuffled", "streams"] = "shuffled"
     cache_dir: str = "runs/data_cache"
     prefetch: int = 2
 
@@ -278,19 +281,22 @@ class MeshConfig(_Config):
 
     Attributes:
         data: replicas of the parameters, each with its part of the batch.
+            Slices of a pod that only a data-centre network joins split this axis first.
         fsdp: the batch and the parameters are both split over this axis.
+        sequence: the length of the sequences and the parameters are split over this axis.
         tensor: inner channels and the vocabulary are split over this axis.
     """
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.sequence, self.tensor)
         _require(
             all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
-            f"MeshConfig: sizes must be positive with at most one -1, got (data, fsdp, tensor) = {sizes}",
+            f"MeshConfig: sizes must be positive with at most one -1, got (data, fsdp, sequence, tensor) = {sizes}",
         )
 
 
@@ -342,9 +348,11 @@ Schedule = CosineSchedule | WarmupStableDecaySchedule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(_Config):
-    """AdamW with the paper's recipe (arXiv 2312.00752, appendix E.2.1).
+    """The update rule; by default AdamW with the paper's recipe (arXiv 2312.00752, appendix E.2.1).
 
     Attributes:
+        algorithm: "adamw", or "muon": hidden matrices get orthogonalised momentum, scaled to the root mean square
+            of an AdamW update so that `peak_lr` and `weight_decay` serve both; all else gets AdamW.
         peak_lr: learning rate at the top of the schedule.
         schedule: its shape over the run.
         b1: decay of the first moment.
@@ -352,8 +360,12 @@ class OptimizerConfig(_Config):
         eps: added to the square root of the second moment.
         weight_decay: decoupled decay of matrices; never of A_log, D, biases and norm scales.
         clip_norm: largest global gradient norm.
+        muon_momentum: decay of Muon's momentum.
+        ema_decay: keep an exponential moving average of the weights, average = decay * average + (1 - decay) * weights
+            after every update; None keeps none.
     """
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
     peak_lr: float
     schedule: Annotated[Schedule, pydantic.Field(discriminator="kind")] = CosineSchedule()
     b1: float = 0.9
@@ -361,10 +373,14 @@ class OptimizerConfig(_Config):
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    muon_momentum: float = 0.95
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         self._require_positive("peak_lr", "eps", "clip_norm")
-        self._require_fraction("b1", "b2")
+        self._require_fraction("b1", "b2", "muon_momentum")
+        if self.ema_decay is not None:
+            self._require_fraction("ema_decay")
         _require(self.weight_decay >= 0, f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}")
 
 
@@ -376,6 +392,10 @@ class TrainConfig(_Config):
         num_steps: optimizer steps of the whole run.
         run_dir: where checkpoints, metrics, samples and plots go; a run found there is resumed.
         accumulation_steps: microbatches whose gradients are averaged into one step.
+        windows: parts that the sequence is cut into, one worked on after the other; the recurrent state passes between
+            them, and the memory of activations is that of one part.
+        window_gradient: "full" propagates gradients through the states between windows, which gives the gradient of the
+            uncut sequence; "truncated" stops them there.
         z_loss: weight of the squared log-partition penalty; 0 disables it.
         loss_chunk: sequence positions whose logits exist at the same time.
         log_every: steps between metric lines.
@@ -383,11 +403,14 @@ class TrainConfig(_Config):
         sample_prompt: text that samples continue.
         sample_tokens: tokens of a sample.
         init_from: safetensors folder to start from instead of random weights.
+        profile_steps: first and last step of a profiler trace, counted from 1; None traces nothing.
     """
 
     num_steps: int
     run_dir: str
     accumulation_steps: int = 1
+    windows: int = 1
+    window_gradient: Literal["full", "truncated"] = "full"
     z_loss: float = 0.0
     loss_chunk: int = 512
     log_every: int = 10
@@ -395,11 +418,14 @@ class TrainConfig(_Config):
     sample_prompt: str = "\n"
     sample_tokens: int = 128
     init_from: str | None = None
+    profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        self._require_positive("num_steps", "accumulation_steps", "loss_chunk", "log_every", "sample_tokens")
+        self._require_positive("num_steps", "accumulation_steps", "windows", "loss_chunk", "log_every", "sample_tokens")
         _require(self.z_loss >= 0, f"TrainConfig.z_loss must not be negative, got {self.z_loss}")
         _require(self.sample_every >= 0, f"TrainConfig.sample_every must not be negative, got {self.sample_every}")
+        first, last = self.profile_steps or (1, 1)
+        _require(1 <= first <= last, f"TrainConfig.profile_steps must be 1 <= first <= last, got ({first}, {last})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -440,6 +466,35 @@ class EvaluationConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultsConfig(_Config):
+    """What a run puts up with.
+
+    Attributes:
+        max_skipped: the run ends after so many skipped steps in a row. A step is skipped, its weights and moments kept
+            as they were, when its loss or gradient is not finite, or the gradient is a spike.
+        spike_factor: a gradient norm above this times the mean of the last `spike_window` accepted is a spike; None
+            accepts any finite gradient.
+        spike_window: accepted steps whose gradient norms are remembered; before there are so many, nothing is a spike.
+        deadline_seconds: a process that does not get on for so long (a step, an evaluation batch, a save) prints the
+            stacks of its threads and exits, so that a launcher can restart the job.
+        startup_seconds: the same for restoring and compiling.
+    """
+
+    max_skipped: int = 10
+    spike_factor: float | None = None
+    spike_window: int = 64
+    deadline_seconds: float = 1800.0
+    startup_seconds: float = 7200.0
+
+    def __post_init__(self) -> None:
+        self._require_positive("max_skipped", "spike_window", "deadline_seconds", "startup_seconds")
+        _require(
+            self.spike_factor is None or self.spike_factor > 1,
+            f"FaultsConfig.spike_factor must be above 1 or None, got {self.spike_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(_Config):
     """Everything that decides a run's result.
 
@@ -453,6 +508,7 @@ class ExperimentConfig(_Config):
         mesh: the devices.
         checkpoint: saving.
         evaluation: held-out loss.
+        faults: skipped steps and deadlines.
     """
 
     name: str
@@ -464,6 +520,7 @@ class ExperimentConfig(_Config):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -475,6 +532,11 @@ class ExperimentConfig(_Config):
         _require(
             batch % parts == 0,
             f"data.global_batch ({batch}) must be divisible by train.accumulation_steps ({parts}): change one of them",
+        )
+        length, windows = self.data.seq_len, self.train.windows
+        _require(
+            length % windows == 0,
+            f"data.seq_len ({length}) must be divisible by train.windows ({windows}): change one of them",
         )
 
 

@@ -9,8 +9,12 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mamba_jax.config import ExperimentConfig, MeshConfig
@@ -31,16 +35,22 @@ class Axis(enum.StrEnum):
     LAYERS = "layers"
 
 
+# Meaning of a dimension: one axis, several whose parts one dimension enumerates, the first slowest, or none.
+type Logical = Axis | tuple[Axis, ...] | None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
     """Mesh axes each logical axis is split over; an empty tuple replicates.
 
-    A field for every `Axis`. EMBED speaks of parameters: the residual stream itself is split by BATCH only.
+    A field for every `Axis`. EMBED speaks of parameters: the residual stream itself is split by BATCH and LENGTH only.
+    Devices that work on parts of one sequence need the same parameters, as those with parts of the batch do, and share
+    them out in the same way.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    length: tuple[str, ...] = ()
-    embed: tuple[str, ...] = ("fsdp",)
+    length: tuple[str, ...] = ("sequence",)
+    embed: tuple[str, ...] = ("fsdp", "sequence")
     inner: tuple[str, ...] = ("tensor",)
     state: tuple[str, ...] = ()
     conv: tuple[str, ...] = ()
@@ -48,53 +58,79 @@ class ShardingRules:
     vocab: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
 
-    def mesh_axes(self, axis: Axis | None) -> tuple[str, ...]:
+    def mesh_axes(self, axis: Logical) -> tuple[str, ...]:
         """Mesh axes that a dimension of this meaning is split over; None is replicated."""
+        if isinstance(axis, tuple):
+            return tuple(mesh_axis for part in axis for mesh_axis in self.mesh_axes(part))
         return getattr(self, axis.value) if axis is not None else ()
 
-    def spec(self, axes: Sequence[Axis | None]) -> PartitionSpec:
+    def spec(self, axes: Sequence[Logical]) -> PartitionSpec:
         """The partition of an array whose dimensions have these logical axes."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
+
+    def parts(self, mesh: Mesh | AbstractMesh, axis: Logical) -> int:
+        """Number of parts that a dimension of this meaning is split into."""
+        return math.prod(mesh.shape[mesh_axis] for mesh_axis in self.mesh_axes(axis))
 
 
 RULES = ShardingRules()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh over `devices`, all of the process group by default.
+    """The (data, fsdp, sequence, tensor) mesh over `devices`, all of the process group by default.
+
+    TPU slices that only a data-centre network joins divide the data axis before anything else does.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices.
+        InputError: the sizes do not multiply to the number of devices, or the data axis is not a multiple of the
+            slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    names = tuple(field.name for field in dataclasses.fields(config))
+    given = " x ".join(f"{name}={getattr(config, name)}" for name in names)
+    sizes = [getattr(config, name) for name in names]
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise InputError(
-            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not fit {len(devices)} "
-            "devices: the product must equal their number (-1 takes what remains)"
+            f"mesh {given} does not fit {len(devices)} devices: the product must equal their number (-1 takes what "
+            "remains)"
         )
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Hosts of GPUs count as slices as well, but may share any axis: their networks differ in speed, not in kind.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices > 1 and sizes[0] % slices:
+        raise InputError(
+            f"mesh {given}: the data axis of {sizes[0]} cannot be split over {slices} slices: make mesh.data a multiple"
+        )
+    # A torus of v5e chips has two dimensions, fewer than the mesh may have axes.
+    options = {"allow_split_physical_axes": devices[0].device_kind in ("TPU v5 lite", "TPU v5e")}
+    if slices > 1:
+        within = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, **options)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, **options)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a (batch, length) array of tokens."""
-    return NamedSharding(mesh, RULES.spec((Axis.BATCH, Axis.LENGTH)))
+def batch_sharding(mesh: Mesh, *, dims: int = 2) -> NamedSharding:
+    """Sharding of a (batch, length) array of tokens, or of one value per row with `dims=1`."""
+    return NamedSharding(mesh, RULES.spec((Axis.BATCH, Axis.LENGTH)[:dims]))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in RULES.batch)
+    return RULES.parts(mesh, Axis.BATCH)
 
 
-def check_batches(config: ExperimentConfig, shards: int) -> None:
+def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
     """Checks that the batches of training and evaluation can be split over the mesh.
 
     Raises:
-        InputError: a batch is not a multiple of the parts.
+        InputError: a batch is not a multiple of the parts, a sequence is not, or its parts are shorter than the reach
+            of the convolution.
     """
+    shards = batch_shards(mesh)
     for name, size in (
         ("data.global_batch / train.accumulation_steps", config.data.global_batch // config.train.accumulation_steps),
         ("evaluation.batch_size", config.evaluation_batch_size),
@@ -104,6 +140,38 @@ def check_batches(config: ExperimentConfig, shards: int) -> None:
                 f"{name} = {size} sequences cannot be split over {shards} batch shards (mesh data x fsdp): "
                 "change the batch or the mesh"
             )
+    # Evaluation takes the sequence whole, which divides where its windows do.
+    columns, length = RULES.parts(mesh, Axis.LENGTH), config.data.seq_len // config.train.windows
+    mixer = config.model.mixer
+    least = mixer.conv_width - 1 if mixer.use_conv else 1
+    if columns > 1 and (length % columns or length // columns < least):
+        raise InputError(
+            f"data.seq_len / train.windows = {length} tokens cannot be split over {columns} devices (mesh sequence) "
+            f"into equal parts of at least {least} tokens: change the length or the mesh"
+        )
+
+
+def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which rows of a batch a process has to supply: (index, count), the run `index` of `count` equal runs.
+
+    It is the shortest such run that holds every row of the process' devices. Processes that share rows, because the
+    sequence or tensor axis spans them, get the same run.
+
+    Args:
+        mesh: the device mesh.
+        process: its number; None is this one.
+    """
+    process = jax.process_index() if process is None else process
+    shards = batch_shards(mesh)
+    # Rows are split over the mesh axes in the order of the rule, which is that of the mesh.
+    devices = mesh.devices.reshape(shards, -1)
+    held = [row for row in range(shards) if any(device.process_index == process for device in devices[row])]
+    if not held:
+        return 0, 1
+    for count in range(shards, 1, -1):
+        if shards % count == 0 and held[0] * count // shards == held[-1] * count // shards:
+            return held[0] * count // shards, count
+    return 0, 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -112,8 +180,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch[T](mesh: Mesh, batch: T) -> T:
-    """Moves a tree of (batch, length) arrays, this process' rows of each, onto the devices."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(batch_sharding(mesh), rows), batch)
+    """Moves a tree of (batch, length) and (batch,) arrays, the rows of `process_rows` of each, onto the devices."""
+    index, count = process_rows(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        size = rows.shape[0]
+
+        def part(where: Any) -> np.ndarray:
+            first, stop, _ = where[0].indices(size * count)
+            return rows[(slice(first - index * size, stop - index * size), *where[1:])]
+
+        sharding = batch_sharding(mesh, dims=rows.ndim)
+        return jax.make_array_from_callback((size * count, *rows.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
 
 
 def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | None], *, name: str) -> NamedSharding:
@@ -129,26 +209,29 @@ def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | N
         InputError: a dimension is not a multiple of the devices it is split over.
     """
     for dim, axis in zip(shape, axes, strict=True):
-        mesh_axes = RULES.mesh_axes(axis)
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+        parts = RULES.parts(mesh, axis)
         if dim % parts:
             raise InputError(
                 f"parameter {name}: dimension {axis} of size {dim} cannot be split over {parts} devices "
-                f"(mesh axes {', '.join(mesh_axes)}); change the mesh or the size"
+                f"(mesh axes {', '.join(RULES.mesh_axes(axis))}); change the mesh or the size"
             )
     return NamedSharding(mesh, RULES.spec(axes))
 
 
-def constrain(x: jax.Array, *axes: Axis | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: Logical) -> jax.Array:
     """Pins an activation to the rules under the mesh of `jax.set_mesh`; without a mesh it returns `x` unchanged.
+
+    A dimension that does not divide evenly, such as the length of a single token, is not split.
 
     Args:
         x: the activation.
-        *axes: a logical axis, or None, for every dimension.
+        *axes: a logical axis, several that the dimension enumerates, or None, for every dimension.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, RULES.spec(axes))
+    even = [None if dim % RULES.parts(mesh, axis) else axis for dim, axis in zip(x.shape, axes, strict=True)]
+    return jax.lax.with_sharding_constraint(x, RULES.spec(even))
 
 
 def per_shard[*Outputs](
@@ -159,7 +242,8 @@ def per_shard[*Outputs](
 ) -> tuple[*Outputs]:
     """Calls an operation on every device's part of its arguments, under the mesh of `jax.set_mesh`.
 
-    For operations that treat batch rows and channels apart. Left to itself, the partitioner does not see that through
+    For operations that treat batch rows and channels apart, and parts of the length with the help of
+    `mamba_jax.models.sequence_parallel`. Left to itself, the partitioner does not see that through
     a loop or a kernel, and gathers the whole batch on every device. Gradients of an argument that several devices
     share are summed over them. An axis that does not divide evenly, such as the batch of a single prompt, is computed
     whole by every device.
@@ -177,12 +261,12 @@ def per_shard[*Outputs](
         return function(**arrays)
     present = {name: array for name, array in arrays.items() if array is not None}
     absent = dict.fromkeys(arrays.keys() - present.keys())
-    mesh_shape = jax.sharding.get_abstract_mesh().shape
+    mesh = jax.sharding.get_abstract_mesh()
     uneven = {
         axis
         for name, array in present.items()
         for dim, axis in zip(array.shape, axes[name], strict=True)
-        if dim % math.prod(mesh_shape[mesh_axis] for mesh_axis in RULES.mesh_axes(axis))
+        if dim % RULES.parts(mesh, axis)
     }
 
     def spec(axes: Sequence[Axis | None]) -> PartitionSpec:
@@ -194,3 +278,34 @@ def per_shard[*Outputs](
         out_specs=tuple(spec(output) for output in out_axes),
         check_vma=False,
     )(present)
+
+
+def parts(axis: Axis, size: int) -> int:
+    """Number of parts into which `per_shard` splits a dimension of this meaning and size; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty else RULES.parts(mesh, axis)
+    return 1 if size % count else count
+
+
+def shard_number(axis: Axis) -> jax.Array:
+    """Inside `per_shard`: which part of the dimensions of this meaning the device works on, counted from 0."""
+    return jax.lax.axis_index(RULES.mesh_axes(axis))
+
+
+def shard_count(axis: Axis) -> int:
+    """Inside `per_shard`: number of parts of the dimensions of this meaning."""
+    return jax.lax.axis_size(RULES.mesh_axes(axis))
+
+
+def from_earlier[T](tree: T, axis: Axis, *, distance: int) -> T:
+    """Inside `per_shard`: the arrays of the shard `distance` before this one; zeros where there is none."""
+    steps = [(source, source + distance) for source in range(shard_count(axis) - distance)]
+    return jax.tree.map(lambda array: jax.lax.ppermute(array, RULES.mesh_axes(axis), steps), tree)
+
+
+def from_last[T](tree: T, axis: Axis) -> T:
+    """Inside `per_shard`: the arrays of the last shard."""
+    is_last = shard_number(axis) == shard_count(axis) - 1
+    return jax.tree.map(
+        lambda array: jax.lax.psum(jnp.where(is_last, array, jnp.zeros_like(array)), RULES.mesh_axes(axis)), tree
+    )

@@ -12,12 +12,21 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """Descriptions of the devices of a topology such as "v5e:2x2"; needs libtpu and no TPU."""
-    # Only the compiler is wanted, so it does not matter whether another process has the library loaded as well.
+def tpu_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
+    """Descriptions of the devices of a topology such as "v5e:2x2", or of several slices of it; needs libtpu and no TPU.
+
+    Args:
+        topology: generation and chips along the axes of a slice.
+        num_slices: slices that a data-centre network joins; with more than one, devices have a `slice_index`.
+    """
+    # Only the compiler is wanted, so it does not matter whether another process has the library loaded as well,
+    # nor what a metadata server says about this machine.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # The two cores of a v4 chip are one device, as they are by default on Cloud TPU.
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if num_slices > 1:
+        options["num_slices"] = num_slices
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
 
 
@@ -64,6 +73,40 @@ def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
         text: of the program, from `Compiled.as_text`; loops run as often as the largest number in their condition says,
             and what runs on another unit of the chip counts like the rest.
     """
+    bodies, entry = _computations(text)
+
+    def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
+        for line in bodies[name]:
+            yield line, times
+            if offloaded := re.search(r"call-start\(.*called_computations=\{%([^\s,}]+)", line):
+                yield from walk(offloaded[1], times)
+            if loop := re.search(r" while\(.*condition=%(\S+?), body=%(\S+?)[,\s]", line + " "):
+                bounds = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop[1]]))
+                yield from walk(loop[2], times * max(map(int, bounds), default=1))
+
+    yield from walk(entry, 1)
+
+
+def fused_instructions(text: str) -> Iterator[tuple[str, str, int]]:
+    """The instructions inside the fusions that a compiled program runs: name of the fusion, instruction, how often.
+
+    Args:
+        text: as of `compiled_instructions`.
+    """
+    bodies, _ = _computations(text)
+
+    def inside(line: str, times: int) -> Iterator[tuple[str, str, int]]:
+        if fusion := re.search(r" fusion\(.*calls=%([^\s,}]+)", line):
+            for inner in bodies[fusion[1]]:
+                yield fusion[1], inner, times
+                yield from inside(inner, times)
+
+    for line, times in compiled_instructions(text):
+        yield from inside(line, times)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation of a compiled program, by name, and the name of the one that starts it."""
     bodies: dict[str, list[str]] = {}
     entry, name = "", ""
     for line in text.splitlines():
@@ -73,14 +116,4 @@ def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
             bodies[name] = []
         elif name:
             bodies[name].append(line)
-
-    def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
-        for line in bodies[name]:
-            yield line, times
-            if offloaded := re.search(r"call-start\(.*called_computations=\{%([^\s,}]+)", line):
-                yield from walk(offloaded[1], times)
-            if loop := re.search(r" while\(.*condition=%(\S+?), body=%(\S+?)[,\s]", line + " "):
-                bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop[1]]))
-                yield from walk(loop[2], times * max(map(int, bounds), default=1))
-
-    yield from walk(entry, 1)
+    return bodies, entry

@@ -22,9 +22,12 @@ class LMBatch:
         loss_mask: positions that count in the loss, (B, L).
         segment_ids: document number of each input within its row, (B, L), or None when the state runs on across
             documents. A change of number between t - 1 and t resets convolution and state before t.
+        continues: rows whose first input goes on with the document that the same row of the batch before ended in,
+            (B,); None when rows have nothing to do with those of the batch before.
     """
 
     tokens: Int[jax.Array | np.ndarray, "B L"]
     targets: Int[jax.Array | np.ndarray, "B L"]
     loss_mask: Bool[jax.Array | np.ndarray, "B L"]
     segment_ids: Int[jax.Array | np.ndarray, "B L"] | None
+    continues: Bool[jax.Array | np.ndarray, " B"] | None = None

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,45 +61,54 @@ class TrainBatches:
     """Training batches as a pure function of (seed, step).
 
     Window i is the L + 1 tokens from i * L on: windows share one token, so every token but the first is a target
-    once an epoch, up to the tail shorter than a window. The windows of all batches form one endless sequence, in a new
-    random order every epoch; batch k is its elements k * B to (k + 1) * B - 1, of which process p of P gets the p-th
-    of P equal runs. So neither the number of processes nor threads nor restarts change what step k sees.
+    once an epoch, up to a tail. The windows of all batches form one endless sequence; batch k is its elements k * B to
+    (k + 1) * B - 1, of which process p of P gets the p-th of P equal runs. So neither the number of processes nor
+    threads nor restarts change what step k sees.
+
+    - `order="shuffled"`: the windows come in a new random order every epoch; the tail is shorter than a window.
+    - `order="streams"`: the windows are cut, in text order, into B equal streams of S; row r of batch k is window
+      r * S + k mod S. A row goes on where it ended in batch k - 1, and after S batches all rows start again. The tail
+      is shorter than a window a row.
 
     Args:
         dataset: the token stream.
-        config: `seq_len`, `global_batch`, `documents` and `prefetch` are used.
-        seed: of the order.
+        config: `seq_len`, `global_batch`, `documents`, `order` and `prefetch` are used.
+        seed: of the order; streams have none.
         process_index: p.
         process_count: P.
 
     Raises:
-        InputError: the stream is shorter than a window, or the batch cannot be split over the processes.
+        InputError: the text is shorter than a window, or than a window for each stream; or the batch cannot be split
+            over the processes.
     """
 
     def __init__(
         self, dataset: TokenDataset, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
     ) -> None:
-        import grain
-
-        num_windows = (dataset.num_tokens - 1) // config.seq_len
-        if num_windows == 0:
-            raise InputError(
-                f"the training text has {dataset.num_tokens} tokens, fewer than data.seq_len + 1 = "
-                f"{config.seq_len + 1}: use more text or a shorter seq_len"
-            )
         self._dataset = dataset
         self._config = config
         self._rows = _process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
-        # Grain seeds epoch e with seed + e, so consecutive run seeds must be spread far apart.
-        order_seed = int.from_bytes(hashlib.sha256(f"window order {seed}".encode()).digest()[:4])
-        self._order = grain.MapDataset.range(num_windows).shuffle(seed=order_seed).repeat(None)
+        _check_length(dataset, config)
+        num_windows = (dataset.num_tokens - 1) // config.seq_len
+        self._stream_windows = num_windows // config.global_batch
+        self._window = _window_order(num_windows, config, seed)
 
     def at(self, step: int) -> LMBatch:
         """Batch `step`, counted from 0: this process' rows, as numpy arrays."""
-        first = step * self._config.global_batch
-        windows = np.array([self._order[first + row] for row in self._rows])
-        tokens = self._dataset.read(windows * self._config.seq_len, length=self._config.seq_len + 1)
-        return pack(tokens, self._config, end_of_document=self._dataset.end_of_document)
+        first, length = step * self._config.global_batch, self._config.seq_len
+        windows = np.array([self._window(first + row) for row in self._rows])
+        tokens = self._dataset.read(windows * length, length=length + 1)
+        batch = pack(tokens, self._config, end_of_document=self._dataset.end_of_document)
+        if self._config.order == "shuffled":
+            return batch
+        return dataclasses.replace(batch, continues=self._continues(windows))
+
+    def _continues(self, windows: np.ndarray) -> np.ndarray:
+        continues = windows % self._stream_windows != 0
+        if self._config.documents == "packed":
+            before = self._dataset.read(np.maximum(windows * self._config.seq_len - 1, 0), length=1)[:, 0]
+            continues &= before != self._dataset.end_of_document
+        return continues
 
     def iterate(self, start_step: int) -> Iterator[LMBatch]:
         """`at(start_step)`, `at(start_step + 1)`, ... without end, prepared ahead by background threads."""
@@ -155,6 +165,33 @@ def _evaluation_batch(dataset: TokenDataset, config: DataConfig, windows: np.nda
         tokens[row, : targets[row] + 1] = dataset.read(starts[[row]], length=int(targets[row]) + 1)
     batch = pack(tokens, config, end_of_document=dataset.end_of_document)
     return dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(length)[None] < targets[:, None]))
+
+
+def _check_length(dataset: TokenDataset, config: DataConfig) -> None:
+    if config.order == "streams":
+        rows, what, remedy = config.global_batch, "data.global_batch * data.seq_len + 1", "a smaller batch or seq_len"
+    else:
+        rows, what, remedy = 1, "data.seq_len + 1", "a shorter seq_len"
+    needed = rows * config.seq_len + 1
+    if dataset.num_tokens < needed:
+        raise InputError(
+            f"the training text has {dataset.num_tokens} tokens, fewer than {what} = {needed}, which "
+            f"data.order={config.order!r} needs: use more text or {remedy}"
+        )
+
+
+def _window_order(num_windows: int, config: DataConfig, seed: int) -> Callable[[int], int]:
+    """Window number of element n of the endless sequence of all batches' rows."""
+    import grain
+
+    if config.order == "streams":
+        streams, length = config.global_batch, num_windows // config.global_batch
+        return lambda n: n % streams * length + n // streams % length
+    # Grain seeds epoch e with seed + e, so consecutive run seeds must be spread far apart.
+    order_seed = int.from_bytes(hashlib.sha256(f"window order {seed}".encode()).digest()[:4])
+    # Grain's types allow for elements that a filter removed; there is no filter here.
+    order: Any = grain.MapDataset.range(num_windows).shuffle(seed=order_seed).repeat(None)
+    return lambda n: order[n]
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int, *, name: str) -> range:

@@ -9,6 +9,7 @@ from jaxtyping import Int, PRNGKeyArray
 from mamba_jax.errors import InputError
 from mamba_jax.generation.sampling import SamplingConfig, sample
 from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.sharding import constrain
 
 
 def generate(
@@ -72,4 +73,5 @@ def _generate(
         return (next_B, output.state), next_B
 
     _, rest_TB = jax.lax.scan(step, (first_B, prefill.state), keys[1:])
-    return jnp.concatenate([first_B[:, None], rest_TB.T], axis=1)
+    # Whole on every device, so that each of several processes can read it.
+    return constrain(jnp.concatenate([first_B[:, None], rest_TB.T], axis=1), None, None)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from mamba_jax.models.initializers import Initializer, ones
-from mamba_jax.sharding import Axis
+from mamba_jax.sharding import Axis, constrain
 
 
 def parameter(
@@ -85,5 +85,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
         """Looks up the vectors of `tokens`, in float32."""
-        vectors = self.table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        # Split by the width too, the table would make the partitioner move the vectors instead.
+        table = constrain(self.table[...], Axis.VOCAB, None)
+        vectors = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return vectors.astype(jnp.float32)

@@ -1,5 +1,6 @@
 """The Mamba-1 mixer: gated selective state space layer with a short convolution."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,15 +9,18 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.models import initializers
+from mamba_jax.models import initializers, sequence_parallel
 from mamba_jax.models.layers import Linear, parameter
 from mamba_jax.models.recurrent_state import Mamba1State
 from mamba_jax.sharding import Axis, constrain, per_shard
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
 
-# Logical axes of x, z and dt, and of the recurrent state.
+# Logical axes of x, z and dt, of the same for a sequence that is not split, and of the carried arrays.
 SEQUENCE = (Axis.BATCH, Axis.LENGTH, Axis.INNER)
+WHOLE_SEQUENCE = (Axis.BATCH, None, Axis.INNER)
+WINDOW = (Axis.BATCH, None, Axis.INNER)
 STATE = (Axis.BATCH, Axis.INNER, Axis.STATE)
+DYNAMICS = {"A": (Axis.INNER, Axis.STATE), "D": (Axis.INNER,), "dt_bias": (Axis.INNER,)}
 
 
 class CausalConv1d(nnx.Module):
@@ -39,12 +43,14 @@ class CausalConv1d(nnx.Module):
     ) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B W E"]]:
         """Convolves, applies SiLU, and returns the window that continues the sequence."""
 
-        def convolve(**arrays: Any) -> tuple[jax.Array, jax.Array]:
+        def convolve_whole(**arrays: Any) -> tuple[jax.Array, jax.Array]:
             output = causal_conv1d(**arrays, activation="silu")
             return output.y, output.final_window
 
+        is_split = sequence_parallel.is_split(x_BLE.shape[1], past=self.weight.shape[0] - 1)
+        sequence = SEQUENCE if is_split else WHOLE_SEQUENCE
         return per_shard(
-            convolve,
+            functools.partial(sequence_parallel.convolve, activation="silu") if is_split else convolve_whole,
             {
                 "x": x_BLE,
                 "weight": self.weight[...],
@@ -53,13 +59,13 @@ class CausalConv1d(nnx.Module):
                 "segment_ids": segment_ids_BL,
             },
             {
-                "x": SEQUENCE,
+                "x": sequence,
                 "weight": (Axis.CONV, Axis.INNER),
                 "bias": (Axis.INNER,),
-                "initial_window": (Axis.BATCH, None, Axis.INNER),
-                "segment_ids": (Axis.BATCH, Axis.LENGTH),
+                "initial_window": WINDOW,
+                "segment_ids": sequence[:2],
             },
-            (SEQUENCE, (Axis.BATCH, None, Axis.INNER)),
+            (sequence, WINDOW),
         )
 
 
@@ -175,34 +181,26 @@ class Mamba1(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         mixer = self.config.mixer
         dt_BLE, B, C = self._selection(x_BLE)
-        parameters = {
-            "A": -jnp.exp(self.A_log[...].astype(jnp.float32)),
-            "D": self.D[...],
-            "dt_bias": self.dt_proj.bias[...],
-        }
-        options: dict[str, Any] = {"dt_softplus": True, "discretization": mixer.discretization}
         if ssm_BEN is not None and x_BLE.shape[1] == 1:
-            update = selective_state_update(
-                ssm_BEN,
-                x_BLE[:, 0],
-                dt_BLE[:, 0],
-                B=_by_group(B, x_BLE.shape[0]),
-                C=_by_group(C, x_BLE.shape[0]),
-                z=None if z_BLE is None else z_BLE[:, 0],
-                **parameters,
-                **options,
-            )
-            return update.y[:, None], update.state
+            return self._update(x_BLE, z_BLE, dt_BLE, B, C, ssm_BEN)
+        options: dict[str, Any] = {
+            "discretization": mixer.discretization,
+            "implementation": mixer.scan_implementation,
+        }
 
-        def scan(**arrays: Any) -> tuple[jax.Array, jax.Array]:
-            output = selective_scan(**arrays, **options, implementation=mixer.scan_implementation)
+        def scan_whole(**arrays: Any) -> tuple[jax.Array, jax.Array]:
+            output = selective_scan(**arrays, dt_softplus=True, **options)
             return output.y, output.final_state
 
-        def matrix_axes(matrix: jax.Array) -> tuple[Axis, ...]:
-            return (Axis.BATCH, Axis.LENGTH, Axis.STATE) if matrix.ndim == 3 else (Axis.INNER, Axis.STATE)
+        past = mixer.conv_width - 1 if mixer.use_conv else 0
+        is_split = sequence_parallel.is_split(x_BLE.shape[1], past=past)
+        sequence = SEQUENCE if is_split else WHOLE_SEQUENCE
+
+        def matrix_axes(matrix: jax.Array) -> tuple[Axis | None, ...]:
+            return (*sequence[:2], Axis.STATE) if matrix.ndim == 3 else (Axis.INNER, Axis.STATE)
 
         return per_shard(
-            scan,
+            functools.partial(sequence_parallel.scan, **options) if is_split else scan_whole,
             {
                 "x": x_BLE,
                 "dt": dt_BLE,
@@ -211,22 +209,69 @@ class Mamba1(nnx.Module):
                 "z": z_BLE,
                 "initial_state": ssm_BEN,
                 "segment_ids": segment_ids_BL,
-                **parameters,
+                **self._dynamics(),
             },
             {
-                "x": SEQUENCE,
-                "dt": SEQUENCE,
+                "x": sequence,
+                "dt": sequence,
                 "B": matrix_axes(B),
                 "C": matrix_axes(C),
-                "z": SEQUENCE,
+                "z": sequence,
                 "initial_state": STATE,
-                "segment_ids": (Axis.BATCH, Axis.LENGTH),
-                "A": (Axis.INNER, Axis.STATE),
-                "D": (Axis.INNER,),
-                "dt_bias": (Axis.INNER,),
+                "segment_ids": sequence[:2],
+                **DYNAMICS,
             },
-            (SEQUENCE, STATE),
+            (sequence, STATE),
         )
+
+    def _update(
+        self,
+        x_BLE: jax.Array,
+        z_BLE: jax.Array | None,
+        dt_BLE: jax.Array,
+        B: jax.Array,
+        C: jax.Array,
+        ssm_BEN: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The scan of a single token that continues a state."""
+
+        def update(state: jax.Array, **arrays: Any) -> tuple[jax.Array, jax.Array]:
+            output = selective_state_update(
+                state, **arrays, dt_softplus=True, discretization=self.config.mixer.discretization
+            )
+            return output.y, output.state
+
+        def matrix_axes(matrix: jax.Array) -> tuple[Axis | None, ...]:
+            return (Axis.BATCH, None if matrix.ndim == 3 else Axis.INNER, Axis.STATE)
+
+        token = (Axis.BATCH, Axis.INNER)
+        y_BE, ssm_BEN = per_shard(
+            update,
+            {
+                "x": x_BLE[:, 0],
+                "dt": dt_BLE[:, 0],
+                "B": _by_group(B, x_BLE.shape[0]),
+                "C": _by_group(C, x_BLE.shape[0]),
+                "z": None if z_BLE is None else z_BLE[:, 0],
+                "state": ssm_BEN,
+                **self._dynamics(),
+            },
+            {
+                "x": token,
+                "dt": token,
+                "B": matrix_axes(B),
+                "C": matrix_axes(C),
+                "z": token,
+                "state": STATE,
+                **DYNAMICS,
+            },
+            (token, STATE),
+        )
+        return y_BE[:, None], ssm_BEN
+
+    def _dynamics(self) -> dict[str, jax.Array]:
+        A = -jnp.exp(self.A_log[...].astype(jnp.float32))
+        return {"A": A, "D": self.D[...], "dt_bias": self.dt_proj.bias[...]}
 
     def _selection(self, x_BLE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Step size (B, L, E) before bias and softplus; B and C, (B, L, N) if selective and else (E, N)."""

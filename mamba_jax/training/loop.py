@@ -2,17 +2,14 @@
 
 import contextlib
 import dataclasses
-import math
-import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
 
-from mamba_jax.checkpoint import Checkpointer
+from mamba_jax.checkpoint import Checkpointer, SaveFailed
 from mamba_jax.config import ExperimentConfig
+from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.pipeline import TrainBatches, evaluation_batches, open_source
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
@@ -21,15 +18,16 @@ from mamba_jax.evaluation.perplexity import Perplexity, evaluate
 from mamba_jax.export import huggingface
 from mamba_jax.generation.text import complete
 from mamba_jax.models.parameters import ModelDefinition, Params, define
-from mamba_jax.sharding import batch_shards, check_batches, make_mesh, put_batch
+from mamba_jax.sharding import check_batches, make_mesh, process_rows, put_batch
 from mamba_jax.training import train_state
-from mamba_jax.training.flops import model_flops_utilization
-from mamba_jax.training.loss_curve import plot_loss_curve
-from mamba_jax.training.metric_writer import MetricWriter, StatusDisplay
+from mamba_jax.training.metric_writer import Kind
 from mamba_jax.training.optimizer import make_optimizer
+from mamba_jax.training.reporter import Reporter
 from mamba_jax.training.run_directory import check_run_directory, claim_run_directory
-from mamba_jax.training.step import StepMetrics, make_train_step
+from mamba_jax.training.step import StepMetrics, abstract_batch, make_train_step
+from mamba_jax.training.stop_requests import StopRequests
 from mamba_jax.training.train_state import TrainState
+from mamba_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,14 +35,16 @@ class TrainResult:
     """What a call of `train` did.
 
     Attributes:
-        step: updates done in the whole run.
+        step: updates done in the whole run, skipped ones included.
         is_complete: the run has reached its last step; False if a signal stopped it, after saving.
+        stop_signal: number of the signal that stopped it; None if none did.
         loss: cross entropy of the last step, nats per token; None if this call did no step.
         validation: the last evaluation; None without a validation source.
     """
 
     step: int
     is_complete: bool
+    stop_signal: int | None
     loss: float | None
     validation: Perplexity | None
 
@@ -53,7 +53,7 @@ def train(config: ExperimentConfig, *, devices: Sequence[jax.Device] | None = No
     """Trains a model as `config` says, resuming the run in `config.train.run_dir` if there is one.
 
     Everything that can be wrong with the config, the data and the run directory is checked before the first device
-    computation.
+    computation. With several processes, each calls this with the same config.
 
     Args:
         config: the run.
@@ -67,10 +67,12 @@ def train(config: ExperimentConfig, *, devices: Sequence[jax.Device] | None = No
     check_run_directory(config)
     initial = _initial_params(config)
     mesh = make_mesh(config.mesh, devices)
-    check_batches(config, batch_shards(mesh))
+    check_batches(config, mesh)
     dataset = open_source(config.data.train, config.data, tokenizer)
     validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
-    return _Run(config, mesh, tokenizer, dataset, validation, initial).execute()
+    with StopRequests() as stop, Watchdog() as watchdog:
+        watchdog.arm(config.faults.startup_seconds, "starting")
+        return _Run(config, mesh, tokenizer, dataset, validation, initial, stop, watchdog).execute()
 
 
 def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
@@ -115,224 +117,198 @@ class _Run:
         dataset: TokenDataset,
         validation: TokenDataset | None,
         initial: Params | None,
+        stop: StopRequests,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.mesh, self.tokenizer = config, mesh, tokenizer
-        self.validation = validation
+        self.validation, self.stop, self.watchdog = validation, stop, watchdog
         self.definition: ModelDefinition = define(config.model)
-        self.batches = TrainBatches(
-            dataset,
-            config.data,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, decay=self.definition.decay)
-        abstract = train_state.abstract_state(self.definition, optimizer, mesh)
-        self.train_step = make_train_step(config, self.definition, optimizer, abstract)
+        index, count = process_rows(mesh)
+        self.batches = TrainBatches(dataset, config.data, seed=config.seed, process_index=index, process_count=count)
+        optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=self.definition)
+        abstract = train_state.abstract_state(config, self.definition, optimizer, mesh)
+        train_step = make_train_step(config, self.definition, optimizer, abstract)
         self.run_dir = claim_run_directory(config)
-        self.checkpointer = Checkpointer(self.run_dir, config.checkpoint)
-        self.first_step = self.checkpointer.latest_step or 0
-        if self.checkpointer.latest_step is None:
-            self.state = train_state.initialize(self.definition, optimizer, abstract, seed=config.seed, params=initial)
-        else:
-            params, rest = self.checkpointer.restore(self.first_step, params=abstract.params, rest=_rest(abstract))
-            self.state = TrainState(params=params, **rest)
-        self.is_main = jax.process_index() == 0
-        self.display = StatusDisplay(config.train.num_steps, self.first_step, enabled=self.is_main)
-        self.writer = MetricWriter(self.run_dir, first_step=self.first_step) if self.is_main else None
-        self.clock = _Clock()
+        self.reporter = Reporter(config, mesh, self.run_dir)
+        with self.reporter.measure("init"):
+            self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, on_event=self.reporter.event)
+            restored = self.checkpointer.restore_newest(abstract.items())
+            self.first_step = 0 if restored is None else restored.step
+            if restored is None:
+                self.state = train_state.initialize(config, self.definition, optimizer, abstract, params=initial)
+            else:
+                self.state = TrainState.from_items(restored.items)
+        self.reporter.start(self.first_step)
+        with self.reporter.measure("compile"), jax.set_mesh(mesh):
+            self.train_step = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
+        self.reporter.event("compiled", seconds=self.reporter.seconds["compile"])
         self.last_loss: float | None = None
         self.last_validation: Perplexity | None = None
 
     def execute(self) -> TrainResult:
-        config, last = self.config, self.config.train.num_steps
-        resumed = f", resuming at step {self.first_step}" if self.first_step else ""
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.definition.params))
-        self.display.note(
-            f"{config.name}: {count:,} parameters on {self.mesh.size} x "
-            f"{self.mesh.devices.flat[0].device_kind}{resumed}"
-        )
-        step = self.first_step
-        with _stop_requests() as stop, self.display.live(), contextlib.closing(self.checkpointer):
-            step = self._steps(stop)
+        last = self.config.train.num_steps
+        with contextlib.closing(self.checkpointer), contextlib.closing(self.reporter), self.reporter.live():
+            step = self._steps()
             if step == last:
                 self._evaluate(step)
                 self._sample(step)
+            is_complete = step == last and not self.stop.requested()
             self._save(step)
-        if self.writer is not None:
-            self.writer.close()
-            plot_loss_curve(self.run_dir, title=config.name)
-        if step < last:
-            self.display.note(f"stopped and saved at step {step}; run the same command again to go on")
-        return TrainResult(step=step, is_complete=step == last, loss=self.last_loss, validation=self.last_validation)
+            try:
+                with self.reporter.measure("checkpoint"):
+                    self.checkpointer.wait()
+            except SaveFailed as error:
+                raise InputError(
+                    f"step {step} could not be saved: {error}; make room and run the same command"
+                ) from None
+            self.reporter.end(step, is_complete=is_complete)
+        if not is_complete:
+            self.reporter.note(f"stopped and saved at step {step}; run the same command again to go on")
+        return TrainResult(
+            step=step,
+            is_complete=is_complete,
+            stop_signal=None if is_complete else self.stop.signal,
+            loss=self.last_loss,
+            validation=self.last_validation,
+        )
 
-    def _steps(self, stop: threading.Event) -> int:
+    def _steps(self) -> int:
         """Runs steps until the last or until asked to stop; returns the number of updates done.
 
         The metrics of a step are read after the next one was dispatched, so the devices never wait for the host. They
-        are read first where something is saved or evaluated, so that a state that is not finite is never kept.
+        are read first where something is saved or evaluated, so that a run which must end does not do so later.
         """
         config, last = self.config, self.config.train.num_steps
         batches = self.batches.iterate(self.first_step)
         pending: tuple[int, StepMetrics] | None = None
         step = self.first_step
-        while step < last and not stop.is_set():
+        while step < last and not self.stop.requested():
             evaluate_now = _is_due(step, config.evaluation.every)
             save_now = _is_due(step, config.checkpoint.every)
             sample_now = _is_due(step, config.train.sample_every)
             if evaluate_now or save_now or sample_now:
                 self._report(pending)
                 pending = None
-                with self.clock.paused():
-                    if evaluate_now:
-                        self._evaluate(step)
-                    if sample_now:
-                        self._sample(step)
-                    if save_now:
-                        self._save(step)
-            batch = put_batch(self.mesh, next(batches))
-            with jax.set_mesh(self.mesh):
-                self.state, metrics = self.train_step(self.state, batch)
+                if evaluate_now:
+                    self._evaluate(step)
+                if sample_now:
+                    self._sample(step)
+                if save_now:
+                    self._save(step)
+                # What was cut short is done again by a run that resumes here, and not by one that resumes later.
+                if self.stop.requested():
+                    break
+            metrics = self._step(step, batches)
             step += 1
             self._report(pending)
             pending = (step, metrics)
         self._report(pending)
         return step
 
+    def _step(self, step: int, batches: Iterator[LMBatch]) -> StepMetrics:
+        """Draws a batch and dispatches the step after `step`."""
+        first, last = self.config.train.profile_steps or (0, 0)
+        self.watchdog.arm(self.config.faults.deadline_seconds, f"step {step + 1}")
+        with self.reporter.measure("data"):
+            batch = put_batch(self.mesh, next(batches))
+        if step + 1 == first:
+            jax.profiler.start_trace(str(self.run_dir / "profile"))
+        with self.reporter.measure("step"), jax.set_mesh(self.mesh):
+            self.state, metrics = self.train_step(self.state, batch)
+            if step + 1 == last and first > self.first_step:
+                jax.block_until_ready(metrics)
+        if step + 1 == last and first > self.first_step:
+            jax.profiler.stop_trace()
+            self.reporter.event("profile", first=first, last=last, folder="profile")
+        return metrics
+
     def _report(self, pending: tuple[int, StepMetrics] | None) -> None:
         if pending is None:
             return
         step, metrics = pending
-        values = {name: float(value) for name, value in dataclasses.asdict(jax.device_get(metrics)).items()}
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise InputError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing was saved after the "
-                f"last checkpoint in {self.run_dir}: lower optimizer.peak_lr or look at the data of this step"
-            )
+        with self.reporter.measure("step"):
+            values = {name: float(value) for name, value in dataclasses.asdict(jax.device_get(metrics)).items()}
         self.last_loss = values["cross_entropy"]
-        is_logged = step % self.config.train.log_every == 0 or step == self.config.train.num_steps
-        if not is_logged:
-            self.display.advance(step, None, None)
-            return
-        seconds_per_step = self.clock.seconds_per_step(step)
-        speed = None
-        if seconds_per_step is not None:
-            speed = self.config.data.global_batch * self.config.data.seq_len / seconds_per_step
-        mfu = None if speed is None else self._mfu(speed)
-        if self.writer is not None:
-            tokens = step * self.config.data.global_batch * self.config.data.seq_len
-            self.writer.write("train", step, {**values, "tokens": tokens, "tokens_per_second": speed, "mfu": mfu})
-        status = f"loss {values['cross_entropy']:.4f}"
-        status += "" if speed is None else f" | {speed:,.0f} tokens/s"
-        status += "" if mfu is None else f" | MFU {mfu:.1%}"
-        left = None if seconds_per_step is None else seconds_per_step * (self.config.train.num_steps - step)
-        self.display.advance(step, status, left)
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        return model_flops_utilization(
-            self.config.model,
-            tokens_per_second,
-            device_kind=self.mesh.devices.flat[0].device_kind,
-            num_devices=self.mesh.size,
-        )
+        self.reporter.step(step, values)
+        if values["skipped_in_a_row"] >= self.config.faults.max_skipped:
+            self.reporter.goodput(step)
+            self.reporter.event("aborted", step=step, reason="too many skipped steps in a row")
+            raise InputError(
+                f"step {step}: {self.config.faults.max_skipped} steps in a row were skipped (loss {values['loss']}, "
+                f"gradient norm {values['grad_norm']}); the last checkpoint in {self.run_dir} is from before them: "
+                "lower optimizer.peak_lr or look at the data of these steps"
+            )
 
     def _evaluate(self, step: int) -> None:
         if self.validation is None:
             return
+        with self.reporter.measure("evaluation"):
+            self.last_validation = self._evaluation("validation", step, self.state.params) or self.last_validation
+            if self.state.ema is not None and not self.stop.requested():
+                self._evaluation("validation_ema", step, self.state.ema)
+
+    def _evaluation(self, kind: Kind, step: int, params: Params) -> Perplexity | None:
+        """Held-out loss of the parameters; None if a stop request cut it short."""
+        assert self.validation is not None
         is_last = step == self.config.train.num_steps
+        index, count = process_rows(self.mesh)
         batches = evaluation_batches(
             self.validation,
             self.config.data,
             batch_size=self.config.evaluation_batch_size,
             max_batches=None if is_last else self.config.evaluation.max_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
         )
         result = evaluate(
             self.definition,
-            self.state.params,
-            batches,
+            params,
+            self._until_stopped(batches, f"evaluation of step {step}"),
             mesh=self.mesh,
             tokens_per_byte=self.validation.num_tokens / self.validation.num_bytes,
             loss_chunk=self.config.train.loss_chunk,
         )
-        self.last_validation = result
-        if self.writer is not None:
-            self.writer.write("validation", step, dataclasses.asdict(result))
-        self.display.note(
-            f"step {step}: held-out loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, "
-            f"{result.bits_per_byte:.4f} bits/byte"
-        )
+        if self.stop.requested():
+            return None
+        self.reporter.evaluation(kind, step, result)
+        return result
+
+    def _until_stopped(self, batches: Iterator[LMBatch], doing: str) -> Iterator[LMBatch]:
+        """At least one batch; no further ones once a stop is requested."""
+        for batch in batches:
+            self.watchdog.arm(self.config.faults.deadline_seconds, doing)
+            yield batch
+            if self.stop.requested():
+                return
 
     def _sample(self, step: int) -> None:
-        if not self.config.train.sample_every:
+        if not self.config.train.sample_every or self.stop.requested():
             return
-        text = complete(
-            self.definition,
-            self.state.params,
-            self.tokenizer,
-            self.config.train.sample_prompt,
-            num_tokens=self.config.train.sample_tokens,
-            key=jax.random.fold_in(jax.random.key(self.config.seed), step),
-        )
-        if self.writer is not None:
-            self.writer.write_sample(step, text)
-        self.display.note(f"step {step} sample: {text!r}")
+        self.watchdog.arm(self.config.faults.deadline_seconds, f"sample of step {step}")
+        with self.reporter.measure("sample"), jax.set_mesh(self.mesh):
+            text = complete(
+                self.definition,
+                self.state.params,
+                self.tokenizer,
+                self.config.train.sample_prompt,
+                num_tokens=self.config.train.sample_tokens,
+                key=jax.random.fold_in(jax.random.key(self.config.seed), step),
+            )
+        self.reporter.sample(step, text)
 
     def _save(self, step: int) -> None:
-        self.checkpointer.save(step, params=self.state.params, rest=_rest(self.state), config=self.config)
-
-
-def _rest(state: TrainState) -> dict:
-    return {"step": state.step, "opt_state": state.opt_state}
+        """Starts to save; a save that fails is reported, and the run goes on from the state that it has."""
+        self.watchdog.arm(self.config.faults.deadline_seconds, f"saving step {step}")
+        try:
+            with self.reporter.measure("checkpoint"):
+                self.checkpointer.save(step, self.state.items(), self.config)
+        except SaveFailed as error:
+            self.reporter.event("save_failed", step=step, reason=str(error))
+            self.reporter.note(f"step {step} could not be saved: {error}")
+        else:
+            self.reporter.event("checkpoint", step=step)
+        self.reporter.goodput(step)
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-class _Clock:
-    """Time per step since the last report, without the pauses; the time to the first, which compiles, is left out."""
-
-    def __init__(self) -> None:
-        self._step: int | None = None
-        self._time = 0.0
-        self._paused = 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def seconds_per_step(self, step: int) -> float | None:
-        """Average since the last call; None at the first."""
-        now = time.perf_counter()
-        elapsed = None
-        if self._step is not None and step > self._step:
-            elapsed = (now - self._time - self._paused) / (step - self._step)
-        self._step, self._time, self._paused = step, now, 0.0
-        return elapsed
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: object) -> None:
-        del frame
-        stop.set()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-    for number in previous:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mamba_jax.sharding import Axis, batch_shards, constrain
+from mamba_jax.sharding import Axis, constrain, parts
 
 
 @jax.tree_util.register_dataclass
@@ -54,22 +53,13 @@ def next_token_loss(
         normalizer: what the sums are divided by: the number of counted positions of the whole batch, so that parts of
             a batch add up to its loss. A value below 1 counts as 1.
         z_loss: weight of the penalty on the log-partition (arXiv 2204.02311, section 5).
-        chunk: positions of the sequence whose logits exist at a time.
+        chunk: positions of the sequence, or of each device's part of it, whose logits exist at a time.
     """
-    batch, length = targets.shape
-    chunk = min(chunk, length)
-    padding = -length % chunk
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else math.gcd(batch, batch_shards(mesh))
-
-    def split(array: jax.Array | np.ndarray) -> jax.Array:
-        array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
-        array = array.reshape(shards, batch // shards, -1, chunk, *array.shape[2:])
-        return jnp.moveaxis(array, 2, 0)
-
     inverse = 1 / jnp.maximum(normalizer, 1).astype(jnp.float32)
-    chunks = (split(hidden), split(targets), split(mask))
-    cross_entropy, penalty = _chunked_loss(z_loss, *chunks, unembedding, inverse)
+    sizes = zip((Axis.BATCH, Axis.LENGTH), targets.shape, strict=True)
+    shards = tuple(axis for axis, size in sizes if parts(axis, size) > 1)
+    chunks = (_split(array, shards, chunk) for array in (hidden, targets, mask))
+    cross_entropy, penalty = _chunked_loss(z_loss, shards, *chunks, unembedding, inverse)
     return LossOutput(
         loss=cross_entropy + penalty,
         cross_entropy=jax.lax.stop_gradient(cross_entropy),
@@ -77,14 +67,27 @@ def next_token_loss(
     )
 
 
-# S shards of the batch are a dimension of their own here, and every sum keeps it: each device then adds up what is its
-# own, and the sums over devices are taken once, after the loop over chunks, not in each of its steps.
+# S shards of batch and length are a dimension of their own here, and every sum keeps it: each device then adds up what
+# is its own, and the sums over devices are taken once, after the loop over chunks, not in each of its steps.
 
 
-def _logits_and_partition(hidden_SBTD, unembedding_VD):
+def _split(array_BL: jax.Array | np.ndarray, shards: tuple[Axis, ...], chunk: int) -> jax.Array:
+    """(B, L, ...) to (C, S, B, T, ...): C chunks of T positions of each of S shards, which nothing leaves."""
+    batch, length, *rest = array_BL.shape
+    rows, columns = parts(Axis.BATCH, batch), parts(Axis.LENGTH, length)
+    size = min(chunk, length // columns)
+    padding = -(length // columns) % size
+    array = jnp.reshape(array_BL, (rows, batch // rows, columns, length // columns, *rest))
+    array = jnp.pad(array, ((0, 0),) * 3 + ((0, padding),) + ((0, 0),) * len(rest))
+    array = array.reshape(rows, batch // rows, columns, -1, size, *rest)
+    array = jnp.moveaxis(array, (3, 2), (0, 2)).reshape(-1, rows * columns, batch // rows, size, *rest)
+    return constrain(array, None, shards, *(None,) * (len(rest) + 2))
+
+
+def _logits_and_partition(shards, hidden_SBTD, unembedding_VD):
     weights_VD = unembedding_VD.astype(hidden_SBTD.dtype)
     logits_SBTV = jnp.einsum("sbtd,vd->sbtv", hidden_SBTD, weights_VD, preferred_element_type=jnp.float32)
-    logits_SBTV = constrain(logits_SBTV, Axis.BATCH, None, None, Axis.VOCAB)
+    logits_SBTV = constrain(logits_SBTV, shards, None, None, Axis.VOCAB)
     return logits_SBTV, jax.nn.logsumexp(logits_SBTV, axis=-1)
 
 
@@ -94,13 +97,13 @@ def _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT):
     return cross_entropy_S, jnp.sum(jnp.where(mask_SBT, jnp.square(partition_SBT), 0), axis=(1, 2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_loss(z_loss, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD, inverse):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_loss(z_loss, shards, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD, inverse):
     """Cross entropy and z penalty, both times `inverse`; the gradient is that of their sum."""
 
     def step(sums, chunk):
         hidden_SBTD, targets_SBT, mask_SBT = chunk
-        logits_SBTV, partition_SBT = _logits_and_partition(hidden_SBTD, unembedding_VD)
+        logits_SBTV, partition_SBT = _logits_and_partition(shards, hidden_SBTD, unembedding_VD)
         return jax.tree.map(jnp.add, sums, _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT)), None
 
     zero_S = jnp.zeros(hidden_CSBTD.shape[1], jnp.float32)
@@ -108,13 +111,13 @@ def _chunked_loss(z_loss, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD,
     return jnp.sum(cross_entropy_S) * inverse, z_loss * jnp.sum(square_S) * inverse
 
 
-def _chunked_loss_forward(z_loss, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD, inverse):
+def _chunked_loss_forward(z_loss, shards, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD, inverse):
     weights_VD = unembedding_VD.astype(hidden_CSBTD.dtype)
 
     def step(carry, chunk):
         sums, dunembedding_SVD = carry
         hidden_SBTD, targets_SBT, mask_SBT = chunk
-        logits_SBTV, partition_SBT = _logits_and_partition(hidden_SBTD, unembedding_VD)
+        logits_SBTV, partition_SBT = _logits_and_partition(shards, hidden_SBTD, unembedding_VD)
         sums = jax.tree.map(jnp.add, sums, _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT))
         scale_SBT = jnp.where(mask_SBT, inverse, 0)
         softmax_SBTV = jnp.exp(logits_SBTV - partition_SBT[..., None])
@@ -123,12 +126,12 @@ def _chunked_loss_forward(z_loss, hidden_CSBTD, targets_CSBT, mask_CSBT, unembed
         dlogits_SBTV = (dlogits_SBTV * scale_SBT[..., None]).astype(hidden_SBTD.dtype)
         dhidden_SBTD = jnp.einsum("sbtv,vd->sbtd", dlogits_SBTV, weights_VD, preferred_element_type=jnp.float32)
         dunembedding_SVD += jnp.einsum("sbtv,sbtd->svd", dlogits_SBTV, hidden_SBTD, preferred_element_type=jnp.float32)
-        dunembedding_SVD = constrain(dunembedding_SVD, Axis.BATCH, Axis.VOCAB, None)
+        dunembedding_SVD = constrain(dunembedding_SVD, shards, Axis.VOCAB, None)
         return (sums, dunembedding_SVD), dhidden_SBTD.astype(hidden_SBTD.dtype)
 
-    shards = hidden_CSBTD.shape[1]
-    zero_S = jnp.zeros(shards, jnp.float32)
-    start = ((zero_S, zero_S), jnp.zeros((shards, *unembedding_VD.shape), jnp.float32))
+    num_shards = hidden_CSBTD.shape[1]
+    zero_S = jnp.zeros(num_shards, jnp.float32)
+    start = ((zero_S, zero_S), jnp.zeros((num_shards, *unembedding_VD.shape), jnp.float32))
     chunks = (hidden_CSBTD, targets_CSBT, mask_CSBT)
     ((cross_entropy_S, square_S), dunembedding_SVD), dhidden_CSBTD = jax.lax.scan(step, start, chunks)
     outputs = (jnp.sum(cross_entropy_S) * inverse, z_loss * jnp.sum(square_S) * inverse)
@@ -136,9 +139,9 @@ def _chunked_loss_forward(z_loss, hidden_CSBTD, targets_CSBT, mask_CSBT, unembed
     return outputs, (dhidden_CSBTD, dunembedding_VD.astype(unembedding_VD.dtype))
 
 
-def _chunked_loss_backward(z_loss, residuals, cotangents):
+def _chunked_loss_backward(z_loss, shards, residuals, cotangents):
     """Both outputs enter the loss with the same weight, so one cotangent scales the gradients of their sum."""
-    del z_loss
+    del z_loss, shards
     dhidden_CSBTD, dunembedding_VD = residuals
     weight = cotangents[0]
     dunembedding_VD = dunembedding_VD * weight.astype(dunembedding_VD.dtype)

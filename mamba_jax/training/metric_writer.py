@@ -3,6 +3,8 @@
 import contextlib
 import json
 import re
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-Kind = Literal["train", "validation"]
+from mamba_jax.training.event_log import AppendOnlyFile, read_records
+
+Kind = Literal["train", "validation", "validation_ema"]
 
 _SAMPLE_HEADER = "--- step {}\n"
 _SAMPLE = re.compile(r"^--- step (\d+)\n", re.MULTILINE)
 
 
 class MetricWriter:
-    """Appends records to the files of a run directory, dropping those that a resumed run will write again."""
+    """Appends records to the files of a run directory, dropping those that a resumed run will write again.
+
+    A full disk costs records, after one warning per file, and never ends the run.
+    """
 
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
         """Opens the files.
@@ -28,69 +35,104 @@ class MetricWriter:
             first_step: updates done so far; records of later steps stem from a run that was cut off, and are removed.
                 So are evaluations and samples of this step itself, which may be missing and are made again.
         """
-        self._path = run_dir / "metrics.jsonl"
-        self._samples = run_dir / "samples.txt"
+        self._metrics = AppendOnlyFile(run_dir / "metrics.jsonl")
+        self._samples = AppendOnlyFile(run_dir / "samples.txt")
         kept = [
             record
             for record in read_metrics(run_dir)
             if record["step"] < first_step or (record["step"] == first_step and record["kind"] == "train")
         ]
-        _replace(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        if self._samples.is_file():
-            samples = _SAMPLE.split(self._samples.read_text())
-            headed = zip(samples[1::2], samples[2::2], strict=True)
-            kept_samples = (_SAMPLE_HEADER.format(step) + text for step, text in headed if int(step) < first_step)
-            _replace(self._samples, "".join(kept_samples))
-        self._tensorboard = _open_tensorboard(run_dir, first_step)
+        _replace(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        kept_samples = (_sample(step, text) for step, text in read_samples(run_dir) if step < first_step)
+        _replace(run_dir / "samples.txt", "".join(kept_samples))
+        self._tensorboard = _TensorBoard(run_dir / "tensorboard", first_step)
 
     def write(self, kind: Kind, step: int, values: Mapping[str, float | None]) -> None:
         """Writes one record; None values are left out.
 
         Args:
-            kind: "train" or "validation".
+            kind: "train", "validation" or, of averaged weights, "validation_ema".
             step: updates done.
             values: by name.
         """
         known = {name: value for name, value in values.items() if value is not None}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **known}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in known.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        self._metrics.append(json.dumps({"kind": kind, "step": step, **known}) + "\n")
+        self._tensorboard.write({f"{kind}/{name}": value for name, value in known.items()}, step)
 
     def write_sample(self, step: int, text: str) -> None:
         """Appends a text sample."""
-        with self._samples.open("a") as file:
-            file.write(_SAMPLE_HEADER.format(step) + f"{text}\n\n")
+        self._samples.append(_sample(step, text))
 
     def close(self) -> None:
         """Flushes what is buffered."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._tensorboard.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl`, oldest first; a last line that was cut off is passed over."""
-    path = run_dir / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    return [record for record in read_records(run_dir / "metrics.jsonl") if {"kind", "step"} <= record.keys()]
+
+
+def read_samples(run_dir: Path) -> list[tuple[int, str]]:
+    """Samples of `samples.txt` with their steps, oldest first; a missing file holds none."""
+    path = run_dir / "samples.txt"
+    if not path.is_file():
+        return []
+    parts = _SAMPLE.split(path.read_text(errors="replace"))
+    return [(int(step), text.removesuffix("\n\n")) for step, text in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _sample(step: int, text: str) -> str:
+    return f"{_SAMPLE_HEADER.format(step)}{text}\n\n"
 
 
 def _replace(path: Path, text: str) -> None:
+    """Gives a file that exists another content; if that cannot be written, it keeps the one it has."""
+    if not path.is_file():
+        return
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _open_tensorboard(run_dir: Path, first_step: int) -> Any:
     try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        warnings.warn(f"cannot rewrite {path} ({error.strerror}); it keeps records of steps done again", stacklevel=3)
+
+
+class _TensorBoard:
+    """Scalars for TensorBoard, as long as tensorboardX is installed and able to write.
+
+    A thread of tensorboardX does the writing. The first `OSError` ends that thread, and from then on a full queue
+    would block the caller for ever: hence the long queue, and a look at the thread before each scalar.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._writer = None
+        before = set(threading.enumerate())
+        try:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1, max_queue=1000)
+        except ImportError:
+            pass
+        except OSError as error:
+            warnings.warn(f"no TensorBoard files: cannot write {folder} ({error.strerror})", stacklevel=3)
+        self._threads = set(threading.enumerate()) - before
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        for tag, value in scalars.items():
+            if self._writer is None:
+                return
+            if not all(thread.is_alive() for thread in self._threads):
+                self._writer = None
+                warnings.warn(f"TensorBoard files end at step {step - 1}: their writer failed", stacklevel=3)
+                return
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None and all(thread.is_alive() for thread in self._threads):
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 class StatusDisplay:

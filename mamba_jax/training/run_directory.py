@@ -1,6 +1,7 @@
 """The folder of a run: who may write there, and whether a config may continue what is in it."""
 
 import dataclasses
+import uuid
 from pathlib import Path
 
 from flax.traverse_util import flatten_dict
@@ -15,11 +16,15 @@ _CHANGEABLE = {
     "name",
     "data.cache_dir",
     "data.prefetch",
+    "faults.deadline_seconds",
+    "faults.max_skipped",
+    "faults.startup_seconds",
     "model.remat",
     "model.mixer.scan_implementation",
     "train.run_dir",
     "train.loss_chunk",
     "train.log_every",
+    "train.profile_steps",
     "train.sample_every",
     "train.sample_prompt",
     "train.sample_tokens",
@@ -42,7 +47,7 @@ def check_run_directory(config: ExperimentConfig) -> None:
                 f"{run_dir} holds a run with another config ({'; '.join(changes)}): choose another train.run_dir, "
                 "or undo the change to resume it"
             )
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    elif run_dir.exists() and (not run_dir.is_dir() or any(not _is_unfinished(path) for path in run_dir.iterdir())):
         raise InputError(f"train.run_dir {run_dir} exists and holds no run: choose another folder")
 
 
@@ -53,10 +58,16 @@ def claim_run_directory(config: ExperimentConfig) -> Path:
     """
     run_dir = Path(config.train.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f".{_CONFIG}"
+    # All processes of a run do this at the same time in the same folder.
+    temporary = run_dir / f".{_CONFIG}.{uuid.uuid4().hex}"
     temporary.write_text(to_json(config) + "\n")
     temporary.replace(run_dir / _CONFIG)
     return run_dir
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether this is the stored config on its way, or what a killed process left of it."""
+    return path.name.startswith(f".{_CONFIG}")
 
 
 def _result_changes(stored: ExperimentConfig, current: ExperimentConfig) -> list[str]:

@@ -2,20 +2,23 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float
 
-from mamba_jax.config import ExperimentConfig
+from mamba_jax.config import ExperimentConfig, FaultsConfig
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.sharding import Axis, constrain
+from mamba_jax.models.recurrent_state import STATE_AXES, LMState, init_state, reset_rows
+from mamba_jax.sharding import Axis, batch_sharding, constrain
 from mamba_jax.training.loss import next_token_loss
 from mamba_jax.training.optimizer import learning_rate
-from mamba_jax.training.train_state import TrainState
+from mamba_jax.training.train_state import SkipState, TrainState
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +31,9 @@ class StepMetrics:
         cross_entropy: nats per counted token.
         z_loss: weighted log-partition penalty.
         grad_norm: global norm before clipping.
-        learning_rate: of this update.
+        learning_rate: of this update; the schedule counts updates, so skipped steps do not advance it.
+        skipped: steps of the whole run whose update was left out, this one included.
+        skipped_in_a_row: of them, those since the last update; 0 if this step was not skipped.
     """
 
     loss: Float[jax.Array | np.ndarray, ""]
@@ -36,6 +41,24 @@ class StepMetrics:
     z_loss: Float[jax.Array | np.ndarray, ""]
     grad_norm: Float[jax.Array | np.ndarray, ""]
     learning_rate: Float[jax.Array | np.ndarray, ""]
+    skipped: Float[jax.Array | np.ndarray, ""]
+    skipped_in_a_row: Float[jax.Array | np.ndarray, ""]
+
+
+def abstract_batch(config: ExperimentConfig, mesh: Mesh) -> LMBatch:
+    """Shapes, dtypes and shardings of a training batch, as `jax.ShapeDtypeStruct`."""
+    sharding = batch_sharding(mesh)
+    shape = config.data.global_batch, config.data.seq_len
+    tokens: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    mask: Any = jax.ShapeDtypeStruct(shape, np.bool_, sharding=sharding)
+    continues: Any = jax.ShapeDtypeStruct(shape[:1], np.bool_, sharding=batch_sharding(mesh, dims=1))
+    return LMBatch(
+        tokens=tokens,
+        targets=tokens,
+        loss_mask=mask,
+        segment_ids=tokens if config.data.documents == "packed" else None,
+        continues=continues if config.data.order == "streams" else None,
+    )
 
 
 def make_train_step(
@@ -48,6 +71,12 @@ def make_train_step(
 
     With accumulation over k microbatches, the gradients of the parts of the loss are summed. All are divided by the
     number of counted tokens of the whole batch, so the result is that of the undivided batch.
+
+    A step whose loss or gradient is not finite, or whose gradient is a spike, leaves parameters, moments and average
+    as they were; see `FaultsConfig`.
+
+    With `data.order="streams"` every row starts from the state that the step before left it in. Gradients reach back
+    to the start of the step, not beyond it: truncated back-propagation through time.
 
     Args:
         config: of the run.
@@ -62,41 +91,113 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_step(state: TrainState, batch: LMBatch) -> tuple[TrainState, StepMetrics]:
-        loss_and_gradient = functools.partial(_loss_and_gradient, config, definition, state.params)
-        normalizer = jnp.sum(batch.loss_mask, dtype=jnp.float32)
-        if config.train.accumulation_steps == 1:
-            (cross_entropy, z_loss), gradient = loss_and_gradient(batch, normalizer)
-        else:
-
-            def accumulate(total, microbatch):
-                return jax.tree.map(jnp.add, total, loss_and_gradient(microbatch, normalizer)), None
-
-            zero = jnp.zeros((), jnp.float32)
-            start = ((zero, zero), jax.tree.map(jnp.zeros_like, state.params))
-            microbatches = _microbatches(batch, config.train.accumulation_steps)
-            ((cross_entropy, z_loss), gradient), _ = jax.lax.scan(accumulate, start, microbatches)
+        parts, gradient, recurrent = _whole_batch(config, definition, state, batch)
+        grad_norm = optax.tree.norm(gradient)
+        accepted, skips = _judge(config.faults, state, parts.loss, grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics = StepMetrics(
-            loss=cross_entropy + z_loss,
-            cross_entropy=cross_entropy,
-            z_loss=z_loss,
-            grad_norm=optax.tree.norm(gradient),
-            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-        )
         params = optax.apply_updates(state.params, updates)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        ema, decay = state.ema, config.optimizer.ema_decay
+        if decay is not None:
+            ema = jax.tree.map(lambda mean, value: decay * mean + (1 - decay) * value, ema, params)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
+
+        metrics = StepMetrics(
+            loss=parts.loss,
+            cross_entropy=parts.cross_entropy,
+            z_loss=parts.z_loss,
+            grad_norm=grad_norm,
+            learning_rate=jnp.asarray(schedule(state.step - state.skips.total), jnp.float32),
+            skipped=skips.total.astype(jnp.float32),
+            skipped_in_a_row=skips.in_a_row.astype(jnp.float32),
+        )
+        state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            skips=skips,
+            ema=keep(ema, state.ema),
+            recurrent=None if recurrent is None else _finite_rows(recurrent),
+        )
+        return state, metrics
 
     return train_step
 
 
+def _judge(
+    config: FaultsConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array
+) -> tuple[Bool[jax.Array, ""], SkipState]:
+    """Whether the step may change the weights, and what is remembered of it."""
+    skips = state.skips
+    accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    done = state.step - skips.total
+    if config.spike_factor is not None:
+        is_spike = grad_norm > config.spike_factor * jnp.mean(skips.norms)
+        accepted &= ~(is_spike & (done >= config.spike_window))
+    # Only accepted norms are remembered: a value that is not finite would make every later comparison false.
+    norms = jnp.where(accepted, skips.norms.at[done % config.spike_window].set(grad_norm), skips.norms)
+    return accepted, SkipState(
+        total=skips.total + ~accepted, in_a_row=jnp.where(accepted, 0, skips.in_a_row + 1), norms=norms
+    )
+
+
+def _finite_rows(state: LMState) -> LMState:
+    """Rows of the state that are not finite start anew."""
+    finite_B = functools.reduce(
+        jnp.logical_and,
+        (jnp.all(jnp.isfinite(leaf), axis=(0, *range(2, leaf.ndim))) for leaf in jax.tree.leaves(state)),
+    )
+    return reset_rows(state, ~finite_B)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """The loss of a batch, or the share of a part of it."""
+
+    loss: Float[jax.Array, ""]
+    cross_entropy: Float[jax.Array, ""]
+    z_loss: Float[jax.Array, ""]
+
+
+def _whole_batch(
+    config: ExperimentConfig, definition: ModelDefinition, state: TrainState, batch: LMBatch
+) -> tuple[_Parts, Params, LMState | None]:
+    """Loss, gradient, and the model's state after the batch, worked out one microbatch after the other."""
+    loss_and_gradient = functools.partial(_loss_and_gradient, config, definition, state.params)
+    normalizer = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+    recurrent = state.recurrent
+    if recurrent is not None:
+        recurrent = reset_rows(recurrent, ~jnp.asarray(batch.continues))
+    parts = config.train.accumulation_steps
+    if parts == 1:
+        return loss_and_gradient(batch, recurrent, normalizer)
+
+    def accumulate(total: Any, part: tuple[LMBatch, LMState | None]) -> tuple[Any, LMState | None]:
+        losses, gradient, recurrent = loss_and_gradient(*part, normalizer)
+        return jax.tree.map(jnp.add, total, (losses, gradient)), recurrent
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (_Parts(loss=zero, cross_entropy=zero, z_loss=zero), jax.tree.map(jnp.zeros_like, state.params))
+    split = _microbatches(batch, parts), recurrent and _split_state(recurrent, parts)
+    (losses, gradient), recurrent = jax.lax.scan(accumulate, start, split)
+    return losses, gradient, recurrent and _join_state(recurrent)
+
+
 def _loss_and_gradient(
-    config: ExperimentConfig, definition: ModelDefinition, params: Params, batch: LMBatch, normalizer: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
-    def loss_function(params: Params):
+    config: ExperimentConfig,
+    definition: ModelDefinition,
+    params: Params,
+    batch: LMBatch,
+    recurrent: LMState | None,
+    normalizer: jax.Array,
+) -> tuple[_Parts, Params, LMState | None]:
+    def loss_of(params: Params, batch: LMBatch, recurrent: LMState | None) -> tuple[_Parts, LMState]:
         model = definition.merge(params)
-        hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids).hidden
-        output = next_token_loss(
-            hidden,
+        output = model.hidden(batch.tokens, recurrent, segment_ids=batch.segment_ids)
+        loss = next_token_loss(
+            output.hidden,
             model.unembedding,
             batch.targets,
             batch.loss_mask,
@@ -104,18 +205,92 @@ def _loss_and_gradient(
             z_loss=config.train.z_loss,
             chunk=config.train.loss_chunk,
         )
-        return output.loss, (output.cross_entropy, output.z_loss)
+        return _Parts(loss=loss.loss, cross_entropy=loss.cross_entropy, z_loss=loss.z_loss), output.state
 
-    (_, parts), gradient = jax.value_and_grad(loss_function, has_aux=True)(params)
-    return parts, gradient
+    def loss_function(params: Params) -> tuple[jax.Array, tuple[_Parts, LMState | None]]:
+        if config.train.windows == 1:
+            parts, after = loss_of(params, batch, recurrent)
+        else:
+            parts, after = _over_windows(config, functools.partial(loss_of, params), batch, recurrent)
+        return parts.loss, (parts, after if config.data.order == "streams" else None)
+
+    (_, (parts, after)), gradient = jax.value_and_grad(loss_function, has_aux=True)(params)
+    return parts, gradient, after
+
+
+def _over_windows(
+    config: ExperimentConfig, loss_of: Any, batch: LMBatch, recurrent: LMState | None
+) -> tuple[_Parts, LMState]:
+    """Sums the loss over windows of the sequence; the backward pass works them out again, last to first.
+
+    What is kept of a window is the state that enters it, so memory does not grow with the sequence but for that.
+    """
+    windows = _windows(batch, config.train.windows)
+    if recurrent is None:
+        recurrent = init_state(config.model, batch.tokens.shape[0])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(carry: tuple[LMState, _Parts], window: LMBatch) -> tuple[tuple[LMState, _Parts], None]:
+        state, total = carry
+        if config.train.window_gradient == "truncated":
+            state = jax.lax.stop_gradient(state)
+        parts, state = loss_of(
+            dataclasses.replace(window, continues=None), reset_rows(state, ~jnp.asarray(window.continues))
+        )
+        return (_constrain_state(state), jax.tree.map(jnp.add, total, parts)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (_constrain_state(recurrent), _Parts(loss=zero, cross_entropy=zero, z_loss=zero))
+    (state, parts), _ = jax.lax.scan(step, start, windows)
+    return parts, state
+
+
+def _windows(batch: LMBatch, count: int) -> LMBatch:
+    """(B, L) to (count, B, L / count); `continues` tells where a window goes on with the document before it."""
+
+    def split(rows_BL: jax.Array) -> jax.Array:
+        batch_size, length = rows_BL.shape
+        split_WBL = jnp.moveaxis(rows_BL.reshape(batch_size, count, length // count), 1, 0)
+        return constrain(split_WBL, None, Axis.BATCH, Axis.LENGTH)
+
+    rows = jax.tree.map(split, dataclasses.replace(batch, continues=None))
+    continues_WB = jnp.ones(rows.tokens.shape[:2], bool)
+    if rows.segment_ids is not None:
+        ids_WBL = rows.segment_ids
+        continues_WB = continues_WB.at[1:].set(ids_WBL[1:, :, 0] == ids_WBL[:-1, :, -1])
+    return dataclasses.replace(rows, continues=continues_WB)
 
 
 def _microbatches(batch: LMBatch, parts: int) -> LMBatch:
     """(B, L) to (parts, B / parts, L), every `parts`-th row in one, so that no row moves to another device."""
 
-    def split(rows_BL: jax.Array) -> jax.Array:
-        batch_size, length = rows_BL.shape
-        split_MBL = jnp.moveaxis(rows_BL.reshape(batch_size // parts, parts, length), 1, 0)
-        return constrain(split_MBL, None, Axis.BATCH, Axis.LENGTH)
+    def split(rows: jax.Array) -> jax.Array:
+        split_MB = jnp.moveaxis(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 1, 0)
+        return constrain(split_MB, None, Axis.BATCH, *(Axis.LENGTH,) * (rows.ndim - 1))
 
     return jax.tree.map(split, batch)
+
+
+def _split_state(state: LMState, parts: int) -> LMState:
+    """The rows of `_microbatches`, of a recurrent state."""
+
+    def split(leaf: jax.Array, axes: tuple[Axis | None, ...]) -> jax.Array:
+        layers, batch_size, *rest = leaf.shape
+        split_M = jnp.moveaxis(leaf.reshape(layers, batch_size // parts, parts, *rest), 2, 0)
+        return constrain(split_M, None, *axes)
+
+    return jax.tree.map(split, state, STATE_AXES)
+
+
+def _join_state(state: LMState) -> LMState:
+    """Reverses `_split_state`."""
+
+    def join(leaf: jax.Array, axes: tuple[Axis | None, ...]) -> jax.Array:
+        parts, layers, batch_size, *rest = leaf.shape
+        return constrain(jnp.moveaxis(leaf, 0, 2).reshape(layers, batch_size * parts, *rest), *axes)
+
+    return jax.tree.map(join, state, STATE_AXES)
+
+
+def _constrain_state(state: LMState) -> LMState:
+    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), state, STATE_AXES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,9 +10,28 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from mamba_jax.config import ExperimentConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.models.recurrent_state import STATE_AXES, init_state
 from mamba_jax.sharding import parameter_sharding, replicated
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SkipState:
+    """What is remembered to tell a step that must be skipped.
+
+    Attributes:
+        total: steps skipped so far, an int32 scalar.
+        in_a_row: skipped since the last accepted step, an int32 scalar.
+        norms: gradient norms of the last accepted steps, (faults.spike_window,) in float32, finite.
+    """
+
+    total: Any
+    in_a_row: Any
+    norms: Any
 
 
 # JAX rebuilds the class around shapes and shardings, which a check of every construction would refuse.
@@ -25,42 +45,76 @@ class TrainState:
         step: updates done so far, an int32 scalar; also the number of batches consumed.
         params: parameters.
         opt_state: of the optimizer; its moments are laid out as their parameters.
+        skips: of the steps that were skipped.
+        ema: exponential moving average of the parameters; None without `optimizer.ema_decay`.
+        recurrent: state of the model after the last token of every row, for `data.order="streams"`; else None.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    skips: Any
+    ema: Any
+    recurrent: Any
+
+    def items(self) -> dict[str, Any]:
+        """The parts of the state that a checkpoint keeps apart, by name; `from_items` reverses it."""
+        rest = {"step": self.step, "opt_state": self.opt_state, "skips": self.skips}
+        if self.recurrent is not None:
+            rest["recurrent"] = self.recurrent
+        items = {"params": self.params, "rest": rest}
+        return items if self.ema is None else {**items, "ema": self.ema}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+        """The state whose `items` are given."""
+        fields = {"ema": None, "recurrent": None, **items, **items["rest"]}
+        del fields["rest"]
+        return cls(**fields)
 
 
-def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def create(config: ExperimentConfig, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        skips=SkipState(total=zero, in_a_row=zero, norms=jnp.zeros(config.faults.spike_window, jnp.float32)),
+        ema=None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, params),
+        recurrent=init_state(config.model, config.data.global_batch) if config.data.order == "streams" else None,
+    )
 
 
-def abstract_state(definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    config: ExperimentConfig, definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`, without allocating it.
 
     Raises:
-        InputError: a parameter dimension does not divide over the mesh.
+        InputError: a dimension does not divide over the mesh.
     """
-    state = jax.eval_shape(lambda params: create(params, optimizer), definition.params)
-    shardings = jax.tree.map_with_path(
-        lambda path, leaf, axes: parameter_sharding(
-            mesh, leaf.shape, axes, name=jax.tree_util.keystr(path, simple=True, separator="/")
-        ),
-        definition.params,
-        definition.axes,
-    )
+    state = jax.eval_shape(lambda params: create(config, params, optimizer), definition.params)
+
+    def sharding(path: Any, leaf: Any, axes: Any) -> Any:
+        return parameter_sharding(mesh, leaf.shape, axes, name=jax.tree_util.keystr(path, simple=True, separator="/"))
+
+    shardings = jax.tree.map_with_path(sharding, definition.params, definition.axes)
     state_shardings = TrainState(
         step=replicated(mesh),
         params=shardings,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer.init,
-            lambda _, sharding: sharding,
+            # Muon and AdamW each keep moments of their own parameters; the others' places hold masked nodes.
+            lambda moment, sharding: moment if isinstance(moment, optax.MaskedNode) else sharding,
             state.opt_state,
             shardings,
             transform_non_params=lambda _: replicated(mesh),
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         ),
+        skips=jax.tree.map(lambda _: replicated(mesh), state.skips),
+        ema=None if state.ema is None else shardings,
+        recurrent=state.recurrent and jax.tree.map_with_path(sharding, state.recurrent, STATE_AXES),
     )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, state_shardings
@@ -68,30 +122,30 @@ def abstract_state(definition: ModelDefinition, optimizer: optax.GradientTransfo
 
 
 def initialize(
+    config: ExperimentConfig,
     definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
     *,
-    seed: int,
     params: Params | None = None,
 ) -> TrainState:
     """A fresh state, created directly in its shards.
 
     Args:
+        config: of the run.
         definition: of the model.
         optimizer: of the run.
         abstract: from `abstract_state`.
-        seed: of the parameters.
         params: values to start from instead of random ones; cast to the dtype of the run.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if params is None:
 
         def build() -> TrainState:
-            return create(parameters.init(definition.config, jax.random.key(seed)), optimizer)
+            return create(config, parameters.init(definition.config, jax.random.key(config.seed)), optimizer)
 
         return jax.jit(build, out_shardings=shardings)()
     params = jax.tree.map(
         lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding), params, abstract.params
     )
-    return jax.jit(lambda params: create(params, optimizer), out_shardings=shardings)(params)
+    return jax.jit(lambda params: create(config, params, optimizer), out_shardings=shardings)(params)

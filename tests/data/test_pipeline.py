@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,7 +30,7 @@ def assert_equal(actual: LMBatch, expected: LMBatch) -> None:
 
 
 def join(batches: list[LMBatch]) -> LMBatch:
-    return LMBatch(**{field: np.concatenate([getattr(batch, field) for batch in batches]) for field in FIELDS})
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
 def window_order(dataset: TokenDataset, config: DataConfig, *, seed: int, epochs: int) -> np.ndarray:
@@ -44,11 +45,12 @@ def window_order(dataset: TokenDataset, config: DataConfig, *, seed: int, epochs
     return np.array(found[: epochs * count]).reshape(epochs, count)
 
 
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_out_the_same_batch(
-    numbered_stream: TokenDataset, make_config: MakeConfig, process_count: int
+    numbered_stream: TokenDataset, make_config: MakeConfig, process_count: int, order: str
 ) -> None:
-    config = make_config()
+    config = make_config(order=order)
     whole = TrainBatches(numbered_stream, config, seed=3)
     parts = [
         TrainBatches(numbered_stream, config, seed=3, process_index=p, process_count=process_count)
@@ -58,13 +60,14 @@ def test_processes_share_out_the_same_batch(
         assert_equal(join([part.at(step) for part in parts]), whole.at(step))
 
 
+@pytest.mark.parametrize("order", ["shuffled", "streams"])
 @pytest.mark.parametrize("prefetch", [1, 2, 7, 40])
 @pytest.mark.parametrize("start", [0, 5, 312])
 def test_restart_and_prefetch_change_nothing(
-    numbered_stream: TokenDataset, make_config: MakeConfig, prefetch: int, start: int
+    numbered_stream: TokenDataset, make_config: MakeConfig, prefetch: int, start: int, order: str
 ) -> None:
-    batches = TrainBatches(numbered_stream, make_config(prefetch=prefetch), seed=3)
-    reference = TrainBatches(numbered_stream, make_config(), seed=3)
+    batches = TrainBatches(numbered_stream, make_config(prefetch=prefetch, order=order), seed=3)
+    reference = TrainBatches(numbered_stream, make_config(order=order), seed=3)
     for step, batch in enumerate(itertools.islice(batches.iterate(start), 20), start):
         assert_equal(batch, reference.at(step))
 
@@ -100,6 +103,75 @@ def test_windows_are_consecutive_text(numbered_stream: TokenDataset, make_config
     assert batch.tokens.shape == batch.targets.shape == batch.loss_mask.shape == batch.segment_ids.shape == (8, 8)
 
 
+def test_rows_of_streams_are_the_text_in_order(numbered_stream: TokenDataset, make_config: MakeConfig) -> None:
+    """Three epochs of each row are that row's stream three times; the streams one after the other are the text."""
+    batches = TrainBatches(numbered_stream, make_config(global_batch=6, order="streams"), seed=0)
+    length = (numbered_stream.num_tokens - 1) // 8 // 6
+    epochs = [join_steps([batches.at(epoch * length + k) for k in range(length)]) for epoch in range(3)]
+    text = numbered_stream.read(np.array([0]), length=6 * length * 8 + 1)[0]
+    for epoch in epochs:
+        np.testing.assert_array_equal(epoch.tokens.reshape(-1), text[:-1])
+        np.testing.assert_array_equal(epoch.targets.reshape(-1), text[1:])
+    # What is left over is less than a window a row, and the last window may be incomplete.
+    assert numbered_stream.num_tokens - 1 - 6 * length * 8 < 6 * 8
+
+
+def join_steps(batches: list[LMBatch]) -> LMBatch:
+    """The (B, L) arrays of consecutive steps as (B, steps L)."""
+    rows = [dataclasses.replace(batch, continues=None) for batch in batches]
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *rows)
+
+
+@pytest.mark.parametrize("documents", ["packed", "concatenated"])
+def test_a_row_continues_unless_a_document_ended_or_the_stream_starts_again(
+    make_stream: MakeStream, make_config: MakeConfig, documents: str
+) -> None:
+    """Windows of 4 in two streams of 12 tokens: documents end before, on and after the last input of a window."""
+    end = 256
+    first = [1, 2, 3, end, 5, 6, 7, 8, end, 10, 11, 12]
+    second = [13, 14, end, 16, 17, 18, 19, end, end, 22, 23, 24]
+    stream = make_stream(split_documents([*first, *second, 25, end]))
+    config = make_config(seq_len=4, global_batch=2, order="streams", documents=documents)
+    batches = [TrainBatches(stream, config, seed=0).at(step) for step in range(7)]
+    np.testing.assert_array_equal(join_steps(batches[:3]).tokens, [first, second])
+    expected = {
+        "packed": [[False, False], [False, True], [True, False]],
+        "concatenated": [[False, False], [True, True], [True, True]],
+    }[documents]
+    for step, batch in enumerate(batches):
+        np.testing.assert_array_equal(batch.continues, expected[step % 3], err_msg=f"step {step}")
+        assert batch.continues.dtype == bool
+
+
+def split_documents(ids: list[int]) -> list[list[int]]:
+    """The documents of a stream, without the end-of-document tokens that the writer adds."""
+    documents: list[list[int]] = [[]]
+    for token in ids:
+        if token == 256:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return documents[:-1]
+
+
+def test_streams_carry_the_segments_of_an_uncut_row(make_stream: MakeStream, make_config: MakeConfig) -> None:
+    """A document change is where the segment changes within a window, or where a window does not continue."""
+    rng = np.random.default_rng(0)
+    stream = make_stream([rng.integers(0, 256, size=size).tolist() for size in rng.integers(1, 12, size=300)])
+    config = make_config(seq_len=4, global_batch=3, order="streams")
+    length = (stream.num_tokens - 1) // 4 // 3
+    batches = [TrainBatches(stream, config, seed=0).at(step) for step in range(length)]
+    changes = [np.concatenate([~b.continues[:, None], np.diff(b.segment_ids, axis=1) != 0], axis=1) for b in batches]
+    tokens = join_steps(batches).tokens
+    expected = np.concatenate([np.ones((3, 1), bool), tokens[:, :-1] == 256], axis=1)
+    np.testing.assert_array_equal(np.concatenate(changes, axis=1), expected)
+
+
+def test_shuffled_rows_say_nothing_of_the_batch_before(numbered_stream: TokenDataset, make_config: MakeConfig) -> None:
+    assert TrainBatches(numbered_stream, make_config(), seed=0).at(1).continues is None
+    assert next(evaluation_batches(numbered_stream, make_config(order="streams"), batch_size=4)).continues is None
+
+
 def test_damage_reaches_the_consumer_of_the_background_threads(
     make_stream: MakeStream, make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -118,6 +190,10 @@ def test_too_little_text_and_uneven_batches_are_refused(make_stream: MakeStream,
     TrainBatches(dataset, make_config(seq_len=7), seed=0).at(0)
     with pytest.raises(InputError, match=r"has 8 tokens, fewer than data\.seq_len \+ 1 = 9"):
         TrainBatches(dataset, make_config(seq_len=8), seed=0)
+    dataset_of_two = make_stream([list(range(16))], name="two")
+    TrainBatches(dataset_of_two, make_config(global_batch=2, order="streams"), seed=0).at(0)
+    with pytest.raises(InputError, match=r"has 17 tokens, fewer than data\.global_batch \* data\.seq_len \+ 1 = 25"):
+        TrainBatches(dataset_of_two, make_config(global_batch=3, order="streams"), seed=0)
     with pytest.raises(InputError, match=r"data\.global_batch \(8\) must be divisible by the 3 processes"):
         TrainBatches(dataset, make_config(seq_len=7), seed=0, process_count=3)
     with pytest.raises(InputError, match=r"the evaluation batch size \(4\) must be divisible by the 3 processes"):

@@ -62,6 +62,6 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
         lambda leaf: jax.numpy.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype), define(config.model).params
     )
     checkpointer = Checkpointer(folder / "run", config.checkpoint)
-    checkpointer.save(3, params=params, rest={"step": jax.numpy.int32(3)}, config=config)
+    checkpointer.save(3, {"params": params, "rest": {"step": jax.numpy.int32(3)}}, config)
     checkpointer.close()
     return SavedRun(folder=folder / "run", config=config, params=params)

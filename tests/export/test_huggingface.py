@@ -322,7 +322,7 @@ def test_a_training_run_is_exported_with_its_tokenizer(tmp_path) -> None:
     )
     params = parameters.init(model, jax.random.key(0))
     checkpointer = Checkpointer(tmp_path / "run", experiment.checkpoint)
-    checkpointer.save(5, params=params, rest={"step": jnp.asarray(5)}, config=experiment)
+    checkpointer.save(5, {"params": params, "rest": {"step": jnp.asarray(5)}}, experiment)
     checkpointer.close()
     done = run_export(str(tmp_path / "run"), str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,11 @@ CONFIG = str(ROOT / "configs" / "quickstart.py")
         ([CONFIG, "--train.run-dir", "{tmp}/thesis"], "holds no run"),
         ([CONFIG, "--train.run-dir", "{tmp}/run", "--mesh.data", "5"], "does not fit 8 devices"),
         ([CONFIG, "--train.run-dir", "{tmp}/run", "--train.init-from", "{tmp}/thesis"], "config.json"),
+        ([CONFIG, "--compile-only"], "--compile-only needs --topology, such as --topology v5e:4x4"),
+        ([CONFIG, "--compile-only", "--topology"], "--compile-only needs --topology"),
+        ([CONFIG, "--compile-only", "--topology", "v5e:4x4", "--num-slices", "two"], "--num-slices two is not a whole"),
+        ([CONFIG, "--compile-only", "--topology", "v5e:4x4", "--num-slices"], "--num-slices"),
+        ([CONFIG, "--num-slices", "2"], "--num-slices"),
     ],
 )
 def test_mistakes(

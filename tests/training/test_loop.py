@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from mamba_jax.checkpoint import load_params
 from mamba_jax.config import (
     CheckpointConfig,
     EvaluationConfig,
     ExperimentConfig,
+    FaultsConfig,
     MeshConfig,
     TextFolderSource,
     from_json,
 )
+from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
 from mamba_jax.export import huggingface
 from mamba_jax.models import parameters
 from mamba_jax.training import loop, step
+from mamba_jax.training.event_log import read_events
+from mamba_jax.training.goodput import summarize
 from mamba_jax.training.loop import TrainResult
 from mamba_jax.training.metric_writer import StatusDisplay, read_metrics
 
@@ -34,7 +38,8 @@ MakeConfig = Callable[..., ExperimentConfig]
 
 def run(config: ExperimentConfig) -> TrainResult:
     """Trains on as many devices as the mesh of the config has."""
-    return loop.train(config, devices=jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
+    mesh = config.mesh
+    return loop.train(config, devices=jax.devices()[: mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,7 @@ def run_and_stop(config: ExperimentConfig, at: int, monkeypatch: pytest.MonkeyPa
 
 def test_run_directory_holds_everything(finished: FinishedRun) -> None:
     names = {path.name for path in finished.folder.iterdir()} - {"tensorboard"}
-    assert names == {"config.json", "checkpoints", "metrics.jsonl", "samples.txt", "loss_curve.png"}
+    assert names == {"config.json", "checkpoints", "metrics.jsonl", "events.jsonl", "samples.txt", "loss_curve.png"}
     stored = from_json(ExperimentConfig, (finished.folder / "config.json").read_text(), origin="config.json")
     assert stored == finished.config
     assert sorted(int(path.name) for path in (finished.folder / "checkpoints").iterdir()) == [10, 12]
@@ -153,19 +158,27 @@ def test_checkpoint_holds_the_run(finished: FinishedRun) -> None:
     assert load_params(finished.folder, 10).step == 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "at", "stops"),
+    [
+        pytest.param(signal.SIGINT, 8, 8, id="Ctrl-C in a step"),
+        pytest.param(signal.SIGTERM, 6, 5, id="SIGTERM before an evaluation"),
+    ],
+)
 def test_resume_is_exact(
     finished: FinishedRun,
     full_config: Callable[[], ExperimentConfig],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
+    at: int,
+    stops: int,
 ) -> None:
-    """Stopped at step 6 of 12 and started again, every loss has the bits of the uninterrupted run."""
+    """Stopped and started again, every loss has the bits of the uninterrupted run, and no evaluation is missing."""
     config = full_config()
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stopped = run_and_stop(config, 6, monkeypatch, number)
-    assert (stopped.step, stopped.is_complete) == (6, False)
+    stopped = run_and_stop(config, at, monkeypatch, number)
+    assert (stopped.step, stopped.is_complete, stopped.stop_signal) == (stops, False, number)
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert "run the same command again" in capsys.readouterr().out
     resumed = run(config)
@@ -294,15 +307,12 @@ def test_starts_from_safetensors(make_config: MakeConfig, full_config: Callable[
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(folder)))
     seen = []
 
-    def make_observed_step(*args: Any) -> Any:
-        def observe(state: Any, batch: Any) -> Any:
-            seen.append(jax.device_get(state.params))
-            raise SystemExit
-
-        return observe
+    def observe(self: Any, *args: Any) -> None:
+        seen.append(jax.device_get(self.state.params))
+        raise SystemExit
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_observed_step)
+        patch.setattr(loop._Run, "_step", observe)
         with pytest.raises(SystemExit):
             run(config)
     jax.tree.map(np.testing.assert_array_equal, seen[0], jax.device_get(params))
@@ -313,29 +323,94 @@ def test_starts_from_safetensors(make_config: MakeConfig, full_config: Callable[
     assert not Path(other.train.run_dir).exists()
 
 
-def test_loss_that_is_not_finite_is_never_saved(
-    full_config: Callable[[], ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+def spoil(patch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Gives these steps token ids outside the vocabulary, whose embedding is not a number."""
+    put_batch, calls = loop.put_batch, []
+
+    def put(mesh: Mesh, batch: LMBatch) -> LMBatch:
+        calls.append(1)
+        if len(calls) in steps:
+            batch = dataclasses.replace(batch, tokens=np.full_like(batch.tokens, 10_000))
+        return put_batch(mesh, batch)
+
+    patch.setattr(loop, "put_batch", put)
+
+
+def test_bad_batch_is_skipped(
+    finished: FinishedRun, full_config: Callable[[], ExperimentConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = full_config()
-    make_train_step = loop.make_train_step
+    spoil(monkeypatch, {4, 7})
+    result = run(config)
+    assert result.is_complete
+    training, expected = records(config.train.run_dir, "train"), records(finished.folder, "train")
+    assert [training[step]["skipped"] for step in (3, 4, 6, 7, 12)] == [0, 1, 1, 2, 2]
+    assert not np.isfinite(training[7]["loss"])
+    # Until the first bad step all is as without it; after it the weights are those that step 5 started from there.
+    assert [training[step]["loss"] for step in (1, 2, 3)] == [expected[step]["loss"] for step in (1, 2, 3)]
+    assert np.isfinite([training[step]["loss"] for step in (5, 6, 8, 9, 10, 11, 12)]).all()
+    skipped = [event for event in read_events(Path(config.train.run_dir)) if event["event"] == "skipped"]
+    assert [(event["step"], event["reason"]) for event in skipped] == [
+        (4, "loss or gradient not finite"),
+        (7, "loss or gradient not finite"),
+    ]
+    params = load_params(config.train.run_dir).params
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
 
-    def make_poisoned_step(*args: Any) -> Any:
-        train_step = make_train_step(*args)
 
-        def poisoned(state: Any, batch: Any) -> Any:
-            state, metrics = train_step(state, batch)
-            if int(state.step) >= 7:
-                state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))
-            return state, metrics
-
-        return poisoned
-
-    monkeypatch.setattr(loop, "make_train_step", make_poisoned_step)
-    with pytest.raises(InputError, match=r"step 8: loss nan.*peak_lr"):
+def test_too_many_bad_batches_end_the_run(
+    full_config: Callable[[], ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(full_config(), faults=FaultsConfig(max_skipped=3))
+    spoil(monkeypatch, set(range(7, 13)))
+    with pytest.raises(InputError, match=r"step 9: 3 steps in a row were skipped \(loss nan.*peak_lr") as error:
         run(config)
+    assert "\n" not in str(error.value)
     loaded = load_params(config.train.run_dir)
     assert loaded.step == 5
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(loaded.params))
+    assert read_events(Path(config.train.run_dir))[-1]["event"] == "aborted"
+
+
+def test_events_tell_what_happened(finished: FinishedRun) -> None:
+    events = read_events(finished.folder)
+    events = events[: 1 + next(index for index, event in enumerate(events) if event["event"] == "finished")]
+    names = [event["event"] for event in events if event["event"] != "goodput"]
+    assert names == ["start", "compiled", "checkpoint", "checkpoint", "checkpoint", "finished"]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [5, 10, 12]
+    seconds = [event for event in events if event["event"] == "goodput"][-1]["seconds"]
+    assert {"init", "compile", "data", "step", "checkpoint", "evaluation", "sample"} <= seconds.keys()
+    # The buckets cover the whole time of the process, from before its first event to the last report.
+    assert sum(seconds.values()) > events[-1]["time"] - events[0]["time"] - 0.1
+    assert summarize(events).starts == 1
+
+
+def test_average_is_evaluated_and_saved(make_config: MakeConfig, corpus: Path) -> None:
+    config = make_config(ema_decay=0.9, validation=TextFolderSource(path=str(corpus / "validation")))
+    run(config)
+    found = records(config.train.run_dir, "validation_ema")
+    assert list(found) == [12]
+    plain, average = (load_params(config.train.run_dir, weights=name).params for name in ("weights", "average"))
+    assert found[12]["loss"] != records(config.train.run_dir, "validation")[12]["loss"]
+    assert not np.array_equal(plain["norm_f"]["scale"], average["norm_f"]["scale"])
+
+
+def test_streams_resume_exactly(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recurrent state is part of the checkpoint."""
+    uninterrupted, config = make_config(order="streams"), make_config(order="streams")
+    run(uninterrupted)
+    assert run_and_stop(config, 5, monkeypatch, signal.SIGTERM).step == 5
+    run(config)
+    assert exact(config.train.run_dir, "train") == exact(uninterrupted.train.run_dir, "train")
+
+
+def test_profile_of_a_window_of_steps(make_config: MakeConfig) -> None:
+    config = make_config(profile_steps=(3, 4), num_steps=6)
+    run(config)
+    folder = Path(config.train.run_dir) / "profile"
+    assert list(folder.rglob("*.xplane.pb"))
+    (event,) = (event for event in read_events(folder.parent) if event["event"] == "profile")
+    assert (event["first"], event["last"]) == (3, 4)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mamba_jax.config import MeshConfig
+from mamba_jax.sharding import make_mesh
 from mamba_jax.training.loss import LossOutput, next_token_loss
 
 EPSILON = 2.0**-24
@@ -99,6 +101,24 @@ def test_equals_plain_log_softmax(vocab: int, chunk: int, z_loss: float) -> None
         assert np.all(np.abs(np.asarray(gradient, np.float64) - expected) <= error)
         # The bound would be no test if it let the gradient itself vanish.
         assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "length"),
+    [
+        pytest.param(MeshConfig(data=2, sequence=4), 4, 24, id="batch and length"),
+        pytest.param(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 2, 26, id="every axis, uneven chunks"),
+        pytest.param(MeshConfig(data=2, sequence=4), 1, 24, id="one row"),
+        pytest.param(MeshConfig(data=2, sequence=4), 2, 13, id="length that does not divide"),
+    ],
+)
+def test_split_over_devices(mesh: MeshConfig, batch: int, length: int) -> None:
+    problem = make_problem(100, z_loss=1e-2, batch=batch, length=length)
+    with jax.set_mesh(make_mesh(mesh)):
+        output, gradients = run(problem, z_loss=1e-2, chunk=5)
+    assert abs(float(output.loss) - problem.loss) <= problem.loss_error
+    for gradient, expected, error in zip(gradients, problem.gradients, problem.gradient_errors, strict=True):
+        assert np.all(np.abs(np.asarray(gradient, np.float64) - expected) <= error)
 
 
 def test_z_loss_is_the_squared_partition() -> None:

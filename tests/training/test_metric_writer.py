@@ -1,6 +1,8 @@
 """The files and the terminal output of a run."""
 
+import errno
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -39,7 +41,8 @@ def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.Monke
     calls = []
 
     class SummaryWriter:
-        def __init__(self, folder: str, *, purge_step: int) -> None:
+        def __init__(self, folder: str, *, purge_step: int, max_queue: int) -> None:
+            del max_queue
             calls.append((Path(folder).name, purge_step))
 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -53,6 +56,64 @@ def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.Monke
     writer.write("train", 4, {"loss": 1.5, "mfu": None})
     writer.close()
     assert calls == [("tensorboard", 4), ("train/loss", 1.5, 4), "closed"]
+
+
+def test_tensorboard_whose_thread_died_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue is never emptied again: one more scalar too many would block the run."""
+
+    class SummaryWriter:
+        def __init__(self, folder: str, *, purge_step: int, max_queue: int) -> None:
+            del folder, purge_step, max_queue
+            self.disk_is_full = threading.Event()
+            self.thread = threading.Thread(target=self.disk_is_full.wait)
+            self.thread.start()
+            self.tags: list[str] = []
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            del value, step
+            self.tags.append(tag)
+            self.disk_is_full.set()
+            self.thread.join()
+
+        def close(self) -> None:
+            pytest.fail("waits for the queue")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    writer = MetricWriter(tmp_path, first_step=0)
+    with pytest.warns(UserWarning, match="TensorBoard files end"):
+        writer.write("train", 1, {"loss": 1.5, "grad_norm": 1.0})
+    writer.write("train", 2, {"loss": 1.5, "grad_norm": 1.0})
+    writer.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_full_disk_costs_records_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    writer = MetricWriter(tmp_path, first_step=0)
+    for name in ("metrics.jsonl", "samples.txt"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match="cannot write") as warned:
+        [writer.write("train", step, {"loss": 1.0}) for step in range(3)]
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match="cannot write") as warned:
+        [writer.write_sample(step, "text") for step in range(3)]
+    assert len(warned) == 1
+
+
+def test_resume_on_a_full_disk_keeps_the_old_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    _write(tmp_path, range(1, 8), first_step=0, loss=1.0)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def no_room(path: Path, text: str) -> None:
+        del path, text
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", no_room)
+    with pytest.warns(UserWarning, match="cannot rewrite .*metrics.jsonl"):
+        MetricWriter(tmp_path, first_step=4)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_works_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,95 @@
+"""Joins the processes of a run, one a host, into one JAX program."""
+
+import os
+import re
+
+import jax
+
+from mamba_jax.errors import InputError
+
+# How long a process that crashed stands by for the others before it leaves, upon which they end too. Those that finish
+# do so within seconds of each other.
+_SHUTDOWN_SECONDS = 60
+
+_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+# Set by a launcher in each of several processes.
+_SIGNS = {
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS", r"0*([2-9]|[1-9]\d+)"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", r"0*([2-9]|[1-9]\d+)"),
+    "Kubernetes with TPUs": ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", r".+,.+"),
+    "several TPU slices": ("MEGASCALE_SLICE_ID", "MEGASCALE_NUM_SLICES", r"0*([2-9]|[1-9]\d+)"),
+}
+
+
+def initialize(*, detect: bool = False) -> None:
+    """Connects this process with the others of the run, if there are any; call it before anything asks for devices.
+
+    Three environment variables say it all on plain machines: JAX_COORDINATOR_ADDRESS, host and port where process 0
+    listens; JAX_NUM_PROCESSES; JAX_PROCESS_ID, from 0. JAX reads only the first of them itself. With `detect`, what is
+    not set comes from the launcher: JAX knows TPU pods, SLURM and Open MPI. Without both nothing happens, and no
+    network is touched.
+
+    Args:
+        detect: the flag --distributed of the command-line programs.
+
+    Raises:
+        InputError: the variables are incomplete or wrong, no launcher is found, or the launcher started several
+            processes and `detect` is not set: each would train a run of its own in the same directory.
+    """
+    address, count, index = _address(), _number(_COUNT, least=1), _number(_INDEX, least=0)
+    if count is not None and index is not None and index >= count:
+        raise InputError(f"{_INDEX}={index} but {_COUNT}={count}: processes are counted from 0 to {count - 1}")
+    given = {_ADDRESS: address, _COUNT: count, _INDEX: index}
+    missing = [name for name, value in given.items() if value is None]
+    if not detect:
+        if len(missing) == len(given):
+            _check_alone()
+            return
+        if missing:
+            raise InputError(
+                f"{' and '.join(missing)} not set, but other variables of {', '.join(given)} are: "
+                "set all three, or none, or pass --distributed to take the rest from the launcher"
+            )
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            cluster_detection_method=None if missing else "deactivate",
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"--distributed found no launcher that JAX knows (TPU pod, SLURM, Open MPI): set {', '.join(given)}, "
+            f"or leave the flag out for a single process; JAX says: {error}"
+        ) from error
+
+
+def _address() -> str | None:
+    text = os.environ.get(_ADDRESS)
+    if text is None:
+        return None
+    host, _, port = text.rpartition(":")
+    if not re.fullmatch(r"\[[0-9a-fA-F:.%\w]+\]|[^\s:]+", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"{_ADDRESS}={text!r} is not host:port with a port from 1 to 65535, such as 10.0.0.1:1234")
+    return text
+
+
+def _number(name: str, *, least: int) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise InputError(f"{name}={text!r} is not a whole number from {least} on")
+    return int(text)
+
+
+def _check_alone() -> None:
+    for launcher, (marker, name, several) in _SIGNS.items():
+        value = os.environ.get(name, "")
+        if marker in os.environ and re.fullmatch(several, value):
+            raise InputError(
+                f"{launcher} started several processes ({name}={value}), but --distributed is missing: "
+                f"pass it, or unset {marker} if each is meant to run by itself"
+            )

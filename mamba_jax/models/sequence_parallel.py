@@ -1,0 +1,232 @@
+r"""Convolution and scan of sequences whose length is split over devices; called inside `per_shard`.
+
+A shard of the length is a run of tokens, in order. The convolution needs the K - 1 inputs before its first one, which
+the shard before sends. The recurrence is linear and diagonal, so a shard turns the state that enters it into
+
+    h_out = S + keep exp(A s) h_in,    s = sum_t dt_t
+
+S is what its own tokens leave behind, and keep is 0 if a document starts inside it, else 1. A first scan gives S; a
+prefix of the triples (keep, s, S) over the shards, in log2(P) exchanges between P of them, gives each the state that
+enters it; a second scan from there gives the output. Only s is sent, never the decays exp(A s), which are N times as
+many. Reverse mode follows from the two scans' own gradients and those of the exchanges.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from mamba_jax.sharding import Axis, from_earlier, from_last, parts, shard_count, shard_number
+from pallas_kernels import causal_conv1d, selective_scan
+
+Decay = Callable[[jax.Array], jax.Array]
+
+
+def is_split(length: int, *, past: int) -> bool:
+    """Whether sequences are worked on in parts under the current mesh; else each device takes them whole.
+
+    Args:
+        length: L, tokens of the sequence.
+        past: inputs before a token that the convolution reaches; a part must hold as many, for they all come from the
+            shard before.
+    """
+    count = parts(Axis.LENGTH, length)
+    return count > 1 and length // count >= past
+
+
+def convolve(
+    *,
+    x: Float[jax.Array, "B L E"],
+    weight: Float[jax.Array, "K E"],
+    bias: Float[jax.Array, " E"] | None,
+    initial_window: Float[jax.Array, "B W E"] | None,
+    segment_ids: Int[jax.Array, "B L"] | None,
+    **options: Any,
+) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B W E"]]:
+    """`causal_conv1d` of this shard's tokens, with the inputs before them from the shard before.
+
+    Args:
+        x: this shard's inputs, (B, L, E).
+        weight: (K, E) taps.
+        bias: (E,), or None.
+        initial_window: the last K - 1 inputs before the whole sequence, (B, K - 1, E); None is zero.
+        segment_ids: document of each token of the shard, (B, L), or None.
+        **options: of `causal_conv1d`.
+
+    Returns:
+        Output of the shard, and the window after the last shard, on every device.
+    """
+    window = halo(x, initial_window, segment_ids, past=weight.shape[0] - 1)
+    output = causal_conv1d(x, weight, bias, initial_window=window, segment_ids=segment_ids, **options)
+    return output.y, from_last(output.final_window, Axis.LENGTH)
+
+
+def scan(
+    *,
+    x: Float[jax.Array, "B L E"],
+    dt: Float[jax.Array, "B L E"],
+    A: Float[jax.Array, "E N"],
+    B: Float[jax.Array, "..."],
+    C: Float[jax.Array, "..."],
+    dt_bias: Float[jax.Array, " E"],
+    initial_state: Float[jax.Array, "B E N"] | None,
+    segment_ids: Int[jax.Array, "B L"] | None,
+    D: Float[jax.Array, " E"],
+    z: Float[jax.Array, "B L E"] | None,
+    **options: Any,
+) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B E N"]]:
+    """`selective_scan` of this shard's tokens, from the state that the shards before leave.
+
+    Args:
+        x: this shard's inputs, (B, L, E).
+        dt: (B, L, E) step size, before bias and softplus.
+        A: (E, N) decay rates.
+        B: (B, L, N), or constant (E, N).
+        C: like B.
+        dt_bias: (E,).
+        initial_state: before the whole sequence, (B, E, N); None is zero.
+        segment_ids: document of each token of the shard, (B, L), or None.
+        D: (E,) skip connection.
+        z: (B, L, E) gate, or None.
+        **options: of `selective_scan`; the step size goes through the softplus.
+
+    Returns:
+        Output of the shard, and the state after the last shard, on every device.
+    """
+    common: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": True, "segment_ids": segment_ids, **options}
+    # Only the state is wanted, which C has no part in; with B in its place, C gets no second gradient to add.
+    left_behind = selective_scan(x, dt, A, B, B, **common).final_state
+    state = entering_state(
+        left_behind,
+        elapsed(dt, dt_bias),
+        segment_ids,
+        initial_state,
+        decay=lambda s_BE: jnp.exp(s_BE[:, :, None] * A[None]),
+    )
+    output = selective_scan(x, dt, A, B, C, D=D, z=z, initial_state=state, **common)
+    return output.y, from_last(output.final_state, Axis.LENGTH)
+
+
+# Cheap to compute again, while the slope of the softplus would be kept for the backward pass in float32.
+@jax.checkpoint
+def elapsed(dt: Float[jax.Array, "B L C"], dt_bias: Float[jax.Array, " C"]) -> Float[jax.Array, "B C"]:
+    """Time that passes in the shard, s = sum_t softplus(dt_t + dt_bias), in float32 at least; C channels or heads.
+
+    Args:
+        dt: (B, L, C) step size, before bias and softplus.
+        dt_bias: (C,).
+    """
+    dtype = jnp.promote_types(dt.dtype, jnp.float32)
+    return jnp.sum(jax.nn.softplus(dt.astype(dtype) + dt_bias.astype(dtype)[None, None]), axis=1)
+
+
+def halo(
+    x: Float[jax.Array, "B L E"],
+    window: Float[jax.Array, "B W E"] | None,
+    segment_ids: Int[jax.Array, "B L"] | None,
+    *,
+    past: int,
+) -> Float[jax.Array, "B W E"]:
+    """The inputs before this shard's first token that belong to its document, and zeros in place of others.
+
+    Args:
+        x: this shard's inputs, (B, L, E), with L >= past.
+        window: those before the whole sequence, (B, past, E); None is zero.
+        segment_ids: document of each token of the shard, (B, L), or None.
+        past: K - 1, how many.
+    """
+    batch, length, channels = x.shape
+    if window is None:
+        window = jnp.zeros((batch, past, channels), x.dtype)
+    if past == 0:
+        return window
+    last = x[:, length - past :]
+    if segment_ids is not None:
+        # A document is a run of one id: an id that comes again after another is a new document.
+        is_end_BW = segment_ids[:, length - past : -1] != segment_ids[:, length - past + 1 :]
+        ends_BW = jnp.cumsum(is_end_BW[:, ::-1], axis=1)[:, ::-1]
+        last = jnp.where(jnp.pad(ends_BW, ((0, 0), (0, 1)))[:, :, None] == 0, last, 0)
+    received = from_earlier(last, Axis.LENGTH, distance=1)
+    if segment_ids is not None:
+        received = jnp.where(starts_document(segment_ids)[:, None, None], 0, received)
+    return jnp.where(shard_number(Axis.LENGTH) == 0, window.astype(x.dtype), received)
+
+
+def starts_document(segment_ids: Int[jax.Array, "B L"]) -> Bool[jax.Array, " B"]:
+    """Rows whose first token in this shard is of another document than the last token of the shard before.
+
+    Args:
+        segment_ids: document of each token of the shard, (B, L).
+    """
+    before_B = from_earlier(segment_ids[:, -1], Axis.LENGTH, distance=1)
+    return (shard_number(Axis.LENGTH) > 0) & (before_B != segment_ids[:, 0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Span:
+    """What a run of shards does to a state; all zero does nothing to it, as what is received from no shard must be."""
+
+    left_behind: jax.Array
+    elapsed: jax.Array
+    resets: jax.Array | None
+
+
+def entering_state(
+    left_behind: Float[jax.Array, "B C *state"],
+    elapsed: Float[jax.Array, "B C"],
+    segment_ids: Int[jax.Array, "B L"] | None,
+    initial_state: Float[jax.Array, "B C *state"] | None,
+    *,
+    decay: Decay,
+) -> Float[jax.Array, "B C *state"]:
+    r"""The state before this shard's first token.
+
+        (S, s, keep) of two runs, one after the other:
+        S = S_2 + keep_2 exp(A s_2) S_1,    s = s_1 + s_2,    keep = keep_1 keep_2
+
+    Each round doubles the number of shards that are accounted for: after k, they are the 2^k - 1 before this one.
+
+    Args:
+        left_behind: S, the state after this shard's tokens from zero before them, float32.
+        elapsed: s, sum of the shard's step sizes, (B, C), float32.
+        segment_ids: document of each token of the shard, (B, L), or None.
+        initial_state: before the whole sequence; None is zero.
+        decay: exp(A s) of s, shaped to multiply a state.
+
+    Source: the exclusive form of the prefix of Hillis and Steele, doi:10.1145/7902.7903.
+    """
+
+    def after(first: _Span, second: _Span) -> _Span:
+        resets = None if first.resets is None or second.resets is None else first.resets | second.resets
+        return _Span(
+            left_behind=second.left_behind + _kept(decay(second.elapsed) * first.left_behind, second.resets),
+            elapsed=first.elapsed + second.elapsed,
+            resets=resets,
+        )
+
+    starts_B = resets_B = None
+    if segment_ids is not None:
+        starts_B = starts_document(segment_ids)
+        resets_B = starts_B | jnp.any(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1)
+    own = _Span(left_behind=left_behind, elapsed=elapsed, resets=resets_B)
+    before = jax.tree.map(jnp.zeros_like, own)
+    distance = 1
+    while distance < shard_count(Axis.LENGTH):
+        run = own if distance == 1 else after(before, own)
+        before = after(from_earlier(run, Axis.LENGTH, distance=distance), before)
+        distance *= 2
+    state = before.left_behind
+    if initial_state is not None:
+        state += _kept(decay(before.elapsed) * initial_state.astype(state.dtype), before.resets)
+    return _kept(state, starts_B)
+
+
+def _kept(state: jax.Array, resets_B: jax.Array | None) -> jax.Array:
+    """Zeros in the rows that are reset."""
+    if resets_B is None:
+        return state
+    return jnp.where(resets_B.reshape(-1, *(1,) * (state.ndim - 1)), 0, state)

@@ -1,0 +1,43 @@
+"""Writes the page of one run, or of several to compare: python -m mamba_jax.report runs/quickstart."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.errors import InputError
+from mamba_jax.report.page import render
+from mamba_jax.report.run import read_run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Shows training runs as one HTML page that needs no network; a run that is still going will do.
+
+    Attributes:
+        run_dirs: directories of runs; several are compared in one page.
+        output: the file to write; None is report.html in the first run's directory.
+    """
+
+    run_dirs: tyro.conf.Positional[tuple[str, ...]]
+    output: str | None = None
+
+
+def main() -> None:
+    """Reads the command line, writes the page and says where it is."""
+    with one_line_errors():
+        arguments = parse(Arguments, prog="python -m mamba_jax.report")
+        if not arguments.run_dirs:
+            raise InputError("missing RUN_DIR: give the train.run_dir of a run, or of several to compare")
+        page = render([read_run(Path(folder)) for folder in arguments.run_dirs])
+        output = Path(arguments.output or Path(arguments.run_dirs[0]) / "report.html")
+        try:
+            output.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {output} ({error.strerror}): choose another file with --output") from None
+    print(f"wrote {output} ({len(page.encode()) / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

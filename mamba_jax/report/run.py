@@ -1,0 +1,154 @@
+"""What the files of a run directory say, as far as they are there."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamba_jax.errors import InputError
+from mamba_jax.training.event_log import read_events
+from mamba_jax.training.goodput import GoodputSummary, summarize
+from mamba_jax.training.metric_writer import read_metrics, read_samples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Series:
+    """One number over the steps.
+
+    Attributes:
+        steps: updates done, ascending, each once.
+        values: as many; NaN and infinities included.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float | None:
+        """The newest finite value; None if there is none."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(finite[-1]) if finite.size else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as its files tell it.
+
+    Attributes:
+        name: of the config, or of the folder.
+        folder: where it lies.
+        config: dotted name -> value as JSON text.
+        num_steps: planned; None if the config does not say.
+        series: (kind, name) -> its curve, such as ("train", "grad_norm").
+        events: of all starts, oldest first.
+        samples: (step, text), oldest first.
+        goodput: None without events.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, str]
+    num_steps: int | None
+    series: dict[tuple[str, str], Series]
+    events: list[dict[str, Any]]
+    samples: list[tuple[int, str]]
+    goodput: GoodputSummary | None
+
+    @property
+    def step(self) -> int:
+        """The last step that has metrics; 0 if none has."""
+        steps = [int(series.steps[-1]) for series in self.series.values() if series.steps.size]
+        return max(steps, default=0)
+
+    @property
+    def status(self) -> str:
+        """How the run stands, in a few words."""
+        for event in reversed(self.events):
+            kind, step = event["event"], event.get("step", self.step)
+            if kind == "finished":
+                return f"finished at step {step:,}"
+            if kind == "aborted":
+                return f"aborted at step {step:,}: {event.get('reason', 'no reason given')}"
+            if kind == "preempted":
+                return f"stopped and saved at step {step:,}"
+            if kind == "start":
+                break
+        if not self.events and self.num_steps is not None and self.step >= self.num_steps:
+            return f"finished at step {self.step:,}"
+        return f"running, or killed, at step {self.step:,}"
+
+    def last(self, kind: str, name: str) -> float | None:
+        """Newest finite value of a series; None if there is none."""
+        series = self.series.get((kind, name))
+        return None if series is None else series.last
+
+
+def read_run(folder: Path) -> Run:
+    """Reads what is there: any file may be missing, cut off, or still growing.
+
+    Args:
+        folder: `train.run_dir` of a run.
+
+    Raises:
+        InputError: the folder is missing or holds no run.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no folder {str(folder)!r}: give the train.run_dir of a run")
+    config = _read_config(folder)
+    files = [name for name in ("metrics.jsonl", "events.jsonl") if (folder / name).is_file()]
+    if not files and not isinstance(config.get("train"), dict):
+        raise InputError(
+            f"{str(folder)!r} holds no run (no metrics.jsonl, no config.json of one): give a train.run_dir"
+        )
+    events = read_events(folder)
+    flat = _flatten(config)
+    num_steps = flat.get("train.num_steps", "")
+    return Run(
+        name=str(config.get("name") or folder.resolve().name),
+        folder=folder,
+        config=flat,
+        num_steps=int(num_steps) if num_steps.isdecimal() else None,
+        series=_read_series(folder),
+        events=events,
+        samples=read_samples(folder),
+        goodput=summarize(events) if any(event["event"] == "start" for event in events) else None,
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Plain JSON, unchecked: a run of another version of the program is shown all the same."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+    return flat
+
+
+def _read_series(folder: Path) -> dict[tuple[str, str], Series]:
+    # A resume on a full disk can leave a step twice: the newer record, further down, counts.
+    records = {(record["kind"], record["step"]): record for record in read_metrics(folder)}
+    columns: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+    for (kind, step), record in records.items():
+        for name, value in record.items():
+            if name not in ("kind", "step") and isinstance(value, int | float):
+                steps, values = columns.setdefault((kind, name), ([], []))
+                steps.append(step)
+                values.append(value)
+    result = {}
+    for key, (steps, values) in columns.items():
+        order = np.argsort(steps, kind="stable")
+        result[key] = Series(steps=np.array(steps)[order], values=np.array(values, np.float64)[order])
+    return result
