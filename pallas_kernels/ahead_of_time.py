@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
     """The instructions that a compiled program runs one after the other, and how often each of them runs.
 
     Args:
-        text: of the program, from `Compiled.as_text`; loops run as often as the largest number in their condition says,
-            and what runs on another unit of the chip counts like the rest.
+        text: of the program, from `Compiled.as_text`; loops count up to the largest number in their condition, and what
+            runs on another unit of the chip counts like the rest.
     """
     bodies, entry = _computations(text)
 
@@ -80,11 +80,31 @@ def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
             yield line, times
             if offloaded := re.search(r"call-start\(.*called_computations=\{%([^\s,}]+)", line):
                 yield from walk(offloaded[1], times)
-            if loop := re.search(r" while\(.*condition=%(\S+?), body=%(\S+?)[,\s]", line + " "):
-                bounds = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(bodies[loop[1]]))
-                yield from walk(loop[2], times * max(map(int, bounds), default=1))
+            if loop := re.search(r" while\((%\S+?)\).*condition=%(\S+?), body=%(\S+?)[,\s]", line + " "):
+                yield from walk(loop[3], times * _turns("\n".join(bodies[loop[2]]), loop[1], bodies[name]))
 
     yield from walk(entry, 1)
+
+
+def _turns(condition: str, start: str, lines: Sequence[str]) -> int:
+    """How often a loop runs that counts in steps of one.
+
+    Args:
+        condition: text of its condition.
+        start: name of the tuple of values that it starts from.
+        lines: that the loop stands among; the compiler takes the first turn of some loops out, and counts from 1.
+    """
+    bounds = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", condition)
+    counter = re.search(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", condition)
+    if not bounds or counter is None:
+        return 1
+    defined = dict(re.findall(r"^ *(%\S+) = (.*)$", "\n".join(lines), re.MULTILINE))
+    values = re.search(r" tuple\((.*?)\)", re.sub(r"/\*.*?\*/", "", defined.get(start, "")))
+    value = defined.get(values[1].split(", ")[int(counter[1])], "") if values is not None else ""
+    while copied := re.search(r" copy\((%\S+?)\)", value):
+        value = defined.get(copied[1], "")
+    first = re.search(r"[su]32\[\]\S* constant\((\d+)\)", value)
+    return max(map(int, bounds)) - (0 if first is None else int(first[1]))
 
 
 def fused_instructions(text: str) -> Iterator[tuple[str, str, int]]:

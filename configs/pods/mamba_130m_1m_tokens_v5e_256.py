@@ -1,13 +1,22 @@
 """Mamba-130M on sequences of a million tokens, on a pod of TPU v5e.
 
 A batch is one sequence of 1,048,576 tokens, twice the tokens of a batch of configs/mamba_130m.py, and the run half of
-its steps. Each chip works on 4,096 tokens; the states at their ends travel once through the pod for every layer.
+its steps. Each chip works on 4,096 tokens; the states at their ends meet in 8 rounds of exchange a layer.
 
 Command:   python train.py configs/pods/mamba_130m_1m_tokens_v5e_256.py --distributed --data.tokenizer.path FILE.json
 Hardware:  v5litepod-256, a slice of 16x16 chips; the command runs on every host.
 Data:      as in configs/mamba_130m.py; documents follow each other without a reset of the state.
 Compiled:  python train.py configs/pods/mamba_130m_1m_tokens_v5e_256.py --compile-only --topology v5e:16x16
-Report:
+Report:    of the compiler and published figures; nothing was run.
+  total               0.844 GiB of 16 GiB
+  all-gather              81 times     1060.5 MiB
+  all-reduce             148 times      859.7 MiB
+  collective-permute    1152 times       57.6 MiB
+  model operations of a step: 8.291e+14, of a device 3.239e+12, at the peak 16.4 ms
+  time of a step: XLA's operations by the compiler's estimate 56.5 ms, kernels by their schedules 49.7 ms,
+  exchange at the speed of the links 10.4 ms
+  expected between 106.1 and 116.5 ms,
+  model FLOPs utilisation at most 15.5%
 """
 
 import dataclasses

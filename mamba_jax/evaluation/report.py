@@ -29,6 +29,7 @@ class EvaluationRequest:
         batch_size: sequences of a batch; None takes that of the training run, or 8.
         max_batches: read only so many batches, spread over the text; None reads all.
         step: which checkpoint of a training run; None is the newest.
+        weights: those of the last update, or their average if the run keeps one.
         prompt: text to continue; None writes no sample.
         num_tokens: most tokens of the continuation.
         sampling: how they are drawn.
@@ -42,6 +43,7 @@ class EvaluationRequest:
     batch_size: int | None = None
     max_batches: int | None = None
     step: int | None = None
+    weights: Literal["weights", "average"] = "weights"
     prompt: str | None = None
     num_tokens: int = 256
     sampling: SamplingConfig = SamplingConfig()
@@ -73,7 +75,7 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
     Raises:
         InputError: one line about what is wrong.
     """
-    loaded = load_model(checkpoint, step=request.step)
+    loaded = load_model(checkpoint, step=request.step, weights=request.weights)
     data = _data_config(loaded, request, checkpoint)
     tokenizer = make_tokenizer(data.tokenizer if data is not None else request.tokenizer)
     if tokenizer.vocab_size > loaded.config.padded_vocab_size:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mamba_jax.checkpoint import load_params
 from mamba_jax.config import ExperimentConfig, ModelConfig
@@ -30,12 +30,15 @@ class LoadedCheckpoint:
     extra: dict[str, Any]
 
 
-def load_model(path: str | Path, *, step: int | None = None) -> LoadedCheckpoint:
+def load_model(
+    path: str | Path, *, step: int | None = None, weights: Literal["weights", "average"] = "weights"
+) -> LoadedCheckpoint:
     """Reads a training run's directory, or a folder with `config.json` and safetensors.
 
     Args:
         path: the folder.
         step: which checkpoint of a training run; None is the newest.
+        weights: of a training run: those of the last update, or their moving average.
 
     Raises:
         InputError: the folder is neither, is damaged, or has no such step.
@@ -44,7 +47,7 @@ def load_model(path: str | Path, *, step: int | None = None) -> LoadedCheckpoint
     if not path.is_dir():
         raise InputError(f"no checkpoint folder {path}")
     if (path / "checkpoints").is_dir():
-        run = load_params(path, step)
+        run = load_params(path, step, weights=weights)
         return LoadedCheckpoint(
             config=run.config.model, params=run.params, experiment=run.config, step=run.step, extra={}
         )

@@ -36,8 +36,14 @@ def check_run_directory(config: ExperimentConfig) -> None:
     """Makes sure that the run directory is free, or that the run in it is the one that `config` describes.
 
     Raises:
-        InputError: the folder holds something else, or a run whose result would differ; the message names the fields.
+        InputError: it is no folder, or holds something else, or a run whose result would differ; the message names the
+            fields.
     """
+    if "://" in config.train.run_dir:
+        raise InputError(
+            f"train.run_dir {config.train.run_dir} is an address, but a folder is needed: mount the storage and name "
+            "the folder (docs/running_on_a_pod.md)"
+        )
     run_dir = Path(config.train.run_dir)
     stored_path = run_dir / _CONFIG
     if stored_path.is_file():

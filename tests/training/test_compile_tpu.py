@@ -175,7 +175,7 @@ class PodConfig:
         )
         place = re.search(rf"\nCompiled:  {command}", text)
         assert place is not None, "the docstring names the command that compiles the config for its pod"
-        lines = text.split("\nReport:")[1].splitlines()
+        lines = text.split("\nReport:")[1].splitlines()[1:]
         return cls(
             config=load_config(str(path), []),
             topology=place[1],

@@ -288,12 +288,18 @@ def test_foreign_directory_is_refused(make_config: MakeConfig) -> None:
         ({"mesh": MeshConfig(data=8), "accumulation_steps": 2}, "4 sequences cannot be split over 8"),
         ({"mesh": MeshConfig(data=1, tensor=8), "vocab_multiple": 1}, "embedding/table: dimension vocab of size 257"),
         ({"init_from": "nowhere"}, "nowhere"),
+        ({"run_dir": "gs://bucket/run"}, "gs://bucket/run is an address"),
+        ({"mesh": MeshConfig(data=1, sequence=8), "seq_len": 20}, "20"),
+        ({"seq_len": 24, "windows": 4, "mesh": MeshConfig(data=1, sequence=4)}, "sequence"),
     ],
 )
 def test_bad_input_is_one_line(make_config: MakeConfig, fields: dict[str, Any], message: str) -> None:
     config = make_config(**fields)
     with pytest.raises(InputError) as error:
-        loop.train(config, devices=jax.devices()[: None if config.mesh.data != 1 else config.mesh.tensor])
+        loop.train(
+            config,
+            devices=jax.devices()[: None if config.mesh.data != 1 else config.mesh.tensor * config.mesh.sequence],
+        )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not Path(config.train.run_dir).exists()

@@ -7,8 +7,8 @@ import pytest
 from mamba_jax.training.pod_compile import count_instructions
 from mamba_jax.training.step_report import CHIPS, CORES, GIB, KERNELS, MIB, StepReport
 
-# The form of the TPU compiler's texts, with what matters here: a loop of 3 turns around one of 8, a gather that goes on
-# beside another fusion, a sum of which a device keeps its part, and a sum over two slices.
+# The form of the TPU compiler's texts, with what matters here: a loop of 3 turns around one that counts from 1 to 8, a
+# gather that goes on beside another fusion, a sum of which a device keeps its part, and a sum over two slices.
 PROGRAM = """
 %fused_start (p: bf16[8,16]) -> bf16[8,128] {
   %all-gather.1 = bf16[8,128]{1,0:T(8,128)} all-gather(%p), channel_id=5, replica_groups=[2,8]<=[16]
@@ -19,17 +19,22 @@ PROGRAM = """
 %all-reduce-scatter.1 (p: f32[64]) -> f32[8] {
   %all-reduce.1 = f32[64]{0} all-reduce(%p), channel_id=6, replica_groups=[2,8]<=[16]
 }
-%inner_cond (p: (u32[])) -> pred[] {
+%inner_cond (p: (f32[], u32[])) -> pred[] {
+  %get-tuple-element.1 = u32[]{:T(128)} get-tuple-element(%p), index=1
   %constant.1 = u32[]{:T(128)} constant(8)
 }
 %inner_body (p: (u32[])) -> (u32[]) {
   %collective-permute-done = bf16[4,16]{1,0} collective-permute-done(%q)
 }
 %outer_cond (p: (s32[])) -> pred[] {
+  %get-tuple-element.2 = s32[]{:T(128)} get-tuple-element(%p), index=0
   %constant.2 = s32[]{:T(128)} constant(3)
 }
 %outer_body (p: (s32[])) -> (s32[]) {
-  %while.1 = (u32[]) while(%p), condition=%inner_cond, body=%inner_body
+  %constant.3 = u32[]{:T(128)} constant(1)
+  %copy.1 = u32[]{:T(128)} copy(%constant.3)
+  %tuple.1 = (f32[]{:T(128)}, u32[]{:T(128)}) tuple(%p, /*index=1*/%copy.1)
+  %while.1 = (f32[], u32[]) while(%tuple.1), condition=%inner_cond, body=%inner_body
   %start = bf16[8,128] fusion(%p), kind=kCustom, calls=%fused_start, backend_config={"estimated_cycles":"100"}
   %beside = bf16[8,128] fusion(%p), kind=kOutput, calls=%fused_beside, backend_config={"estimated_cycles":"50"}
   %causal_conv1d_pallas_tpu_forward.3 = bf16[2,64,1024]{2,1,0} custom-call(%p), custom_call_target="tpu_custom_call"
@@ -47,13 +52,13 @@ def test_counts() -> None:
     counts = count_instructions(PROGRAM, num_slices=2)
     assert counts.cycles == 3 * (100 + 50) + 7
     assert dict(counts.calls) == {
-        "collective-permute": 3 * 8,
+        "collective-permute": 3 * 7,
         "all-gather": 3,
         "reduce-scatter": 1,
         "causal_conv1d_pallas_tpu_forward": 3,
     }
     assert dict(counts.arrived) == {
-        "collective-permute": 3 * 8 * 4 * 16 * 2,
+        "collective-permute": 3 * 7 * 4 * 16 * 2,
         "all-gather": 3 * 8 * 128 * 2,
         "reduce-scatter": 64 * 4,
     }
