@@ -2,8 +2,7 @@
 
 A checkpoint holds one item for each part of the state, such as `params` and `rest`, the resolved experiment as JSON
 (`config`), and a fingerprint of every array (`fingerprints`): Orbax itself reads flipped bits without complaint.
-Evaluation and export read `params`, or the average `ema`, and `config` alone. Saving is asynchronous; a step directory
-appears under its final name only when it is complete.
+Saving is asynchronous; a step directory appears under its final name only when it is complete.
 """
 
 import contextlib
@@ -30,6 +29,9 @@ from mamba_jax.models.parameters import Params, define
 _FOLDER, _DAMAGED = "checkpoints", "damaged"
 _ARRAYS, _TEXTS = ("params", "rest", "ema"), ("config", "fingerprints")
 _ITEM = {"weights": "params", "average": "ema"}
+_MESSAGE_BYTES = 1000
+# Statuses of a store that cannot be read now; they say nothing about what is in it.
+_NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
 
 
 class SaveFailed(Exception):
@@ -71,9 +73,10 @@ class Restored:
 class Checkpointer:
     """Saves and restores the training state of one run directory.
 
-    With several processes, each makes the same calls. They agree after every attempt to restore, and only the first
-    touches folders. What damages a checkpoint for one process damages it for all, as they share the storage; should a
-    single process fail inside Orbax, the others wait there until the watchdog ends them.
+    With several processes, each makes the same calls, on storage that all of them see. Reading waits for no other
+    process: each reads its part, then all take the same decision, on the worst that any of them found. Only the first
+    moves and removes folders. A background save that fails in one process fails in all, in the others once Orbax's
+    deadline of 20 minutes has passed. A failure before that, in starting to save or to move a folder, ends the job.
     """
 
     def __init__(
@@ -96,13 +99,11 @@ class Checkpointer:
         return max(self._steps(), default=None)
 
     def save(self, step: int, items: Mapping[str, Any], config: ExperimentConfig) -> None:
-        """Starts to save; the arrays may be donated or changed as soon as this returns.
-
-        A save before this one that failed in the background is reported to `on_event`.
+        """Starts to save; a save before this one that failed in the background is reported to `on_event`.
 
         Args:
             step: updates done; a step that is already saved is left alone.
-            items: trees of arrays by name: "params", "rest", "ema".
+            items: trees of arrays by name: "params", "rest", "ema"; they may be donated as soon as this returns.
             config: the resolved experiment.
 
         Raises:
@@ -113,19 +114,13 @@ class Checkpointer:
             self.wait()
         except SaveFailed as error:
             self._on_event("save_failed", step=before, reason=str(error))
-        if step in self._steps():
+        if _from_first(int(step in self._steps())):
             return
-        prints = fingerprints(dict(items))
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args["config"] = ocp.args.JsonSave(json.loads(to_json(config)))
+        args["fingerprints"] = ocp.args.JsonSave(fingerprints(dict(items)))
         with self._failure_in_one_line():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **arrays,
-                    config=ocp.args.JsonSave(json.loads(to_json(config))),
-                    fingerprints=ocp.args.JsonSave(prints),
-                ),
-            )
+            self._manager.save(step, args=ocp.args.Composite(**args))
             self._saving = step
 
     def wait(self) -> None:
@@ -150,20 +145,14 @@ class Checkpointer:
         Raises:
             InputError: a checkpoint is of another model, or all of them were damaged.
         """
-        steps = sorted(self._steps(), reverse=True)
-        for step in steps:
-            items, problem = None, ""
+        moved = 0
+        while (step := _from_first(max(self._steps(), default=-1))) >= 0:
             try:
-                items = self.restore(step, abstract)
+                return Restored(step=step, items=self.restore(step, abstract))
             except DamagedCheckpoint as error:
-                problem = str(error)
-            if jax.process_count() > 1:
-                agreed = bool(np.all(multihost_utils.process_allgather(np.array(items is not None))))
-                items, problem = (items, problem) if agreed else (None, problem or "another process could not read it")
-            if items is not None:
-                return Restored(step=step, items=items)
-            self._quarantine(step, problem)
-        if steps:
+                self._quarantine(step, str(error))
+                moved += 1
+        if moved:
             raise InputError(
                 f"all checkpoints of {self._run_dir} are damaged and were moved to {self._run_dir / _DAMAGED}: put a "
                 "good copy back, or choose another train.run_dir to start again"
@@ -177,14 +166,13 @@ class Checkpointer:
             DamagedCheckpoint: it cannot be read, or an array is not what was saved.
             InputError: an array is missing, unexpected or of another shape or dtype.
         """
-        _read_json(self._manager, step, "config")
-        return _read_arrays(self._manager, step, abstract)
+        with _reader(self._run_dir) as manager:
+            return _read_arrays(manager, step, abstract)
 
     def close(self) -> None:
-        """Waits for what is being saved, and stops."""
-        with contextlib.suppress(SaveFailed):
-            self.wait()
-        self._manager.close()
+        """Waits for what is being saved, and stops; unlike `wait`, this process alone, which may be on its way out."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def _open(self) -> None:
         if jax.process_index() == 0:
@@ -198,14 +186,23 @@ class Checkpointer:
     @contextlib.contextmanager
     def _failure_in_one_line(self) -> Iterator[None]:
         """Whatever goes wrong while writing, the manager is replaced: its threads may hold on to what failed."""
+        problem, cause, severity = "", None, 0
         try:
             yield
         except Exception as error:
+            # After a failure Orbax waits for the other processes; that it did so in vain says less than the failure.
+            root: BaseException = error
+            while inner := root.__cause__ or root.__context__:
+                root = inner
+            problem, cause = f"{type(root).__name__}: {_one_line(root)}", error
+            severity = 1 if "DEADLINE_EXCEEDED" in problem else 2
+        severity, problem = _worst(severity, problem)
+        if severity:
             self._saving = None
             with contextlib.suppress(Exception):
                 self._manager.close()
             self._open()
-            raise SaveFailed(f"{type(error).__name__}: {_one_line(error)}") from error
+            raise SaveFailed(problem) from cause
 
     def _quarantine(self, step: int, reason: str) -> None:
         self._manager.close()
@@ -214,8 +211,7 @@ class Checkpointer:
             target.parent.mkdir(exist_ok=True)
             taken = sum(1 for path in target.parent.iterdir() if path.name.split("-")[0] == str(step))
             (self._run_dir / _FOLDER / str(step)).rename(target.with_name(f"{step}-{taken}") if taken else target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"moved checkpoint {step}")
+        multihost_utils.sync_global_devices(f"moved checkpoint {step}")
         self._on_event("quarantined", step=step, reason=reason)
         self._open()
 
@@ -236,24 +232,28 @@ def load_params(
     """
     if not (Path(run_dir) / _FOLDER).is_dir():
         raise InputError(f"{run_dir} is no run directory: it has no folder {_FOLDER!r}")
-    with _manager(run_dir, read_only=True) as manager:
+    with _reader(run_dir) as manager:
         steps = sorted(manager.all_steps())
         if not steps:
             raise InputError(f"{run_dir} has no complete checkpoint yet")
         step = steps[-1] if step is None else step
         if step not in steps:
             raise InputError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-        stored = _read_json(manager, step, "config")
-        config = from_json(ExperimentConfig, json.dumps(stored), origin=f"checkpoint {manager.directory / str(step)}")
-        if weights == "average" and config.optimizer.ema_decay is None:
-            raise InputError(f"{run_dir} keeps no average of the weights: optimizer.ema_decay was not set")
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), define(config.model).params
-        )
-        item = _ITEM[weights]
-        params = _read_arrays(manager, step, {item: abstract})[item]
+        origin, item = f"checkpoint {manager.directory / str(step)}", _ITEM[weights]
+        try:
+            stored = _read_json(manager, step, "config")
+            config = from_json(ExperimentConfig, json.dumps(stored), origin=origin)
+            if weights == "average" and config.optimizer.ema_decay is None:
+                raise InputError(f"{run_dir} keeps no average of the weights: optimizer.ema_decay was not set")
+            params = _read_arrays(manager, step, {item: _on_first_device(define(config.model).params)})[item]
+        except DamagedCheckpoint as error:
+            raise InputError(f"{error}: move that folder away to use the one before it") from error
     return LoadedParams(config=config, params=params, step=step)
+
+
+def _on_first_device(abstract: Params) -> Params:
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -269,46 +269,91 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _read_arrays(manager: ocp.CheckpointManager, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Some items of a checkpoint, compared with their fingerprints."""
+    """Some items of a checkpoint, compared with their fingerprints; all processes return, or all raise the same."""
     origin = f"checkpoint {manager.directory / str(step)}"
-    expected = _read_json(manager, step, "fingerprints")
-    with _damage_in_one_line(origin):
-        metadata = manager.item_metadata(step)
-        stored = {name: metadata[name] for name in abstract}
-        if absent := [name for name, item in stored.items() if item is None]:
-            raise ValueError(f"the item {absent[0]!r} is missing")
+    with _same_for_all():
+        # A state without the experiment that made it is of no use to evaluation.
+        _read_json(manager, step, "config")
+        expected = _read_json(manager, step, "fingerprints")
         for name, tree in abstract.items():
-            _check_same(stored[name], tree, origin=f"{origin}, item {name!r},")
+            with _damage_in_one_line(origin, part=name):
+                # Orbax does not say which file it could not parse, and takes an item without this one for absent.
+                json.loads((manager.directory / str(step) / name / "_METADATA").read_text())
+                stored = manager.item_metadata(step)[name]
+            _check_same(stored, tree, origin=f"{origin}, item {name!r},")
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = manager.restore(step, args=ocp.args.Composite(**args))
-        items = {name: restored[name] for name in abstract}
-        for name, value in fingerprints(items).items():
-            if expected.get(name) != value:
-                raise ValueError(f"the array {name} is not what was saved: its fingerprint differs")
+        with _damage_in_one_line(origin):
+            items = dict(manager.restore(step, args=ocp.args.Composite(**args)))
+    # All processes take part in these sums, so all must have got here.
+    found = fingerprints(items)
+    with _same_for_all():
+        if differing := [name for name, value in found.items() if expected.get(name) != value]:
+            reason = f"the array {differing[0]} is not what was saved: its fingerprint differs"
+            raise DamagedCheckpoint(f"{origin} is damaged ({reason})")
     return items
 
 
 def _read_json(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
-    with _damage_in_one_line(f"checkpoint {manager.directory / str(step)}"):
+    with _damage_in_one_line(f"checkpoint {manager.directory / str(step)}", part=item):
         value = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
         if not isinstance(value, dict):
-            raise ValueError(f"the item {item!r} is not a JSON object")
+            raise ValueError("not a JSON object")
         return value
+
+
+def _reader(run_dir: str | Path) -> ocp.CheckpointManager:
+    """A manager of this process alone: it changes nothing and has no barriers, where others would wait for ever."""
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    return _manager(run_dir, read_only=True, create=False, multiprocessing_options=options)
+
+
+def _worst(severity: int, message: str) -> tuple[int, str]:
+    """Severity and message of the process whose severity is highest, the lowest such process; 0 is none."""
+    if jax.process_count() == 1:
+        return severity, message
+    own = bytes([severity]) + message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    everyone = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+    worst = everyone[np.argmax(everyone[:, 0])].tobytes()
+    return worst[0], worst[1:].rstrip(b"\0").decode(errors="ignore")
+
+
+@contextlib.contextmanager
+def _same_for_all() -> Iterator[None]:
+    """Raises in every process what one of them raised, damage first; nothing inside may wait for another process."""
+    own: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        own = error
+    severity = 0 if own is None else 2 if isinstance(own, DamagedCheckpoint) else 1
+    worst, message = _worst(severity, str(own or ""))
+    if worst:
+        raise (InputError, DamagedCheckpoint)[worst - 1](message) from own
+
+
+def _from_first(value: int) -> int:
+    """The value of the first process: listings of shared storage may be of different age."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Orbax would ask JAX's preemption service by step, which `StopRequests` asks by call: processes disagree."""
+        return False
 
 
 def _manager(run_dir: str | Path, **options: Any) -> ocp.CheckpointManager:
     # Orbax reports every option that it derives from another, and every step of every save.
     logging.getLogger("absl").setLevel(logging.ERROR)
     handlers = ocp.DefaultCheckpointHandlerRegistry()
-    for item in _ARRAYS:
-        handler = ocp.StandardCheckpointHandler()
-        handlers.add(item, ocp.args.StandardSave, handler)
-        handlers.add(item, ocp.args.StandardRestore, handler)
-    for item in _TEXTS:
-        text_handler = ocp.JsonCheckpointHandler()
-        handlers.add(item, ocp.args.JsonSave, text_handler)
-        handlers.add(item, ocp.args.JsonRestore, text_handler)
-    return ocp.CheckpointManager(
+    args = ocp.args
+    for item in _ARRAYS + _TEXTS:
+        kinds = (args.StandardSave, args.StandardRestore) if item in _ARRAYS else (args.JsonSave, args.JsonRestore)
+        handler = ocp.StandardCheckpointHandler() if item in _ARRAYS else ocp.JsonCheckpointHandler()
+        for kind in kinds:
+            handlers.add(item, kind, handler)
+    return _Manager(
         (Path(run_dir) / _FOLDER).absolute(),
         options=ocp.CheckpointManagerOptions(**options),
         handler_registry=handlers,
@@ -316,38 +361,40 @@ def _manager(run_dir: str | Path, **options: Any) -> ocp.CheckpointManager:
 
 
 @contextlib.contextmanager
-def _damage_in_one_line(origin: str) -> Iterator[None]:
+def _damage_in_one_line(origin: str, part: str = "") -> Iterator[None]:
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
-        raise DamagedCheckpoint(
-            f"{origin} is damaged ({type(error).__name__}: {_one_line(error)}): move that folder away to use the one "
-            "before it"
-        ) from error
+        # The outer exceptions of Orbax print its options; the innermost names the array and the file.
+        root: BaseException = error
+        while inner := root.__cause__:
+            root = inner
+        text = f"{part and part + ': '}{type(root).__name__}: {_one_line(root)}"
+        if isinstance(root, PermissionError | MemoryError) or str(root).startswith(_NOT_DAMAGE):
+            raise InputError(f"{origin} cannot be read now ({text}): see to that and start again") from error
+        raise DamagedCheckpoint(f"{origin} is damaged ({text})") from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    # What was done stands at the start, with long paths after it; why it failed, such as a full disk, at the end.
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-195:]}"
 
 
 def _check_same(stored: Any, expected: Any, *, origin: str) -> None:
     """Orbax would cast another dtype silently; shapes and names it reports one at a time and at length."""
 
-    def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    def leaves(tree: Any) -> dict[str, str]:
         flat = jax.tree.leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
         return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
             for path, leaf in flat
         }
 
-    stored_leaves, expected_leaves = leaves(stored), leaves(expected)
-    problems = [f"missing {name}" for name in expected_leaves if name not in stored_leaves]
-    problems += [f"unexpected {name}" for name in stored_leaves if name not in expected_leaves]
-    for name in expected_leaves.keys() & stored_leaves.keys():
-        if stored_leaves[name] != expected_leaves[name]:
-            (shape, dtype), (expected_shape, expected_dtype) = stored_leaves[name], expected_leaves[name]
-            problems.append(f"{name} is {dtype}{list(shape)}, expected {expected_dtype}{list(expected_shape)}")
+    found, wanted = leaves(stored), leaves(expected)
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    differing = [name for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
+    problems += [f"{name} is {found[name]}, expected {wanted[name]}" for name in differing]
     if problems:
         raise InputError(f"{origin} does not fit the model: {'; '.join(sorted(problems))}")
