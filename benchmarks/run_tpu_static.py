@@ -29,6 +29,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from mamba_jax.training import step_report
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
 from pallas_kernels.ahead_of_time import compile_for, compiled_instructions, tpu_devices
@@ -39,7 +40,21 @@ from pallas_kernels.tpu_tiles import GROUP, LANES
 
 MEGABYTE = 1e6
 DIRECTIONS = ("forward", "backward")
-SHAPES = {"selective_scan": "8x2048x1536x16", "causal_conv1d": "8x2048x1536x4", "selective_state_update": "128x1536x16"}
+SHAPES = dict.fromkeys(
+    ("selective_scan", "selective_scan_final_state", "selective_scan_initial_cotangent"), "8x2048x1536x16"
+) | {"causal_conv1d": "8x2048x1536x4", "selective_state_update": "128x1536x16"}
+# Arguments of the state at one edge.
+EDGE_STATES = {
+    "selective_scan_final_state": ("x", "dt", "A", "B", "dt_bias"),
+    "selective_scan_initial_cotangent": ("dy", "dt", "A", "C", "z", "dt_bias"),
+}
+# Passes of an op and the names of their kernels.
+KERNELS = {
+    "selective_scan": {direction: f"selective_scan_pallas_tpu_{direction}" for direction in DIRECTIONS},
+    "selective_scan_final_state": {"forward": "selective_scan_pallas_tpu_edge"},
+    "selective_scan_initial_cotangent": {"backward": "selective_scan_pallas_tpu_edge"},
+    "causal_conv1d": {direction: f"causal_conv1d_pallas_tpu_{direction}" for direction in DIRECTIONS},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,12 +136,15 @@ class Work:
     last_loop: float = 1.0
 
 
-def scan_work(shape: tuple[int, ...], chip: Generation) -> dict[str, Work]:
-    """The kernels of the selective scan."""
+def scan_work(op: str, shape: tuple[int, ...], chip: Generation) -> dict[str, Work]:
+    """The kernels of the selective scan and of its edge states."""
     batch, length, channels, states = shape
     sizes = {"batch": batch, "length": length, "groups": 1, "channels": channels, "states": states}
     geometry = choose_geometry(chip, **sizes)
     arrays = {
+        "selective_scan_final_state": {"forward": {"sequence": 2, "matrices": 1, "state": 1}},
+        "selective_scan_initial_cotangent": {"backward": {"sequence": 3, "matrices": 1, "state": 1}},
+    }.get(op) or {
         "forward": {"sequence": 4, "matrices": 1, "checkpoints": 1, "state": 1},
         "backward": {"sequence": 7, "matrices": 1, "checkpoints": 1, "dmatrices": 1, "state": 3},
     }
@@ -139,7 +157,7 @@ def scan_work(shape: tuple[int, ...], chip: Generation) -> dict[str, Work]:
                 count * array_bytes(geometry.shape(kind), 2 if kind in ("sequence", "matrices") else 4)
                 for kind, count in kinds.items()
             ),
-            last_loop=1 / geometry.blocks if direction == "backward" else 1.0,
+            last_loop=1 / geometry.blocks if op == "selective_scan" and direction == "backward" else 1.0,
         )
         for direction, kinds in arrays.items()
     }
@@ -188,6 +206,11 @@ def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Gener
             absent = dict.fromkeys(("initial_state", "segment_ids"))
             options = {"dt_softplus": True, "discretization": "euler", "chip": chip}
             run = functools.partial(pallas_tpu.selective_scan, **absent, **options)
+    if op in EDGE_STATES:
+        arrays["dy"] = arrays["x"]
+        taken = {name: arrays[name] for name in EDGE_STATES[op]}
+        run = functools.partial(getattr(pallas_kernels, op), dt_softplus=True, implementation=implementation)
+        return lambda arrays: run(**arrays), (taken,)
     if op == "selective_state_update":
         arrays["state"] = wide(*leading, channels, last)
         run = functools.partial(selective_state_update, dt_softplus=True, implementation=implementation)
@@ -227,7 +250,7 @@ def measure(op: str, chip: str, shape: tuple[int, ...], implementation: str, var
             temporaries = job.result()
         kernels = {}
         if implementation == "pallas_tpu":
-            kernels = {name: read_schedule(Path(folder), f"{op}_pallas_tpu_{name}") for name in DIRECTIONS}
+            kernels = {direction: read_schedule(Path(folder), name) for direction, name in KERNELS[op].items()}
         other = cycles_of_xla(Path(folder, "program.txt").read_text())
     return Program(kernels=kernels, other_cycles=other, temporaries=temporaries)
 
@@ -326,16 +349,12 @@ def table(op: str, chip: str, variants: Sequence[str]) -> list[str]:
     columns += ["over bound", "ms", "temporaries MB"]
     lines = [f"## {op} {SHAPES[op]}, {chip}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     entry = generation(tpu_devices(CHIPS[chip].topology)[0].device_kind)
-    if op == "selective_scan":
-        for variant in ("", *variants):
-            changed = varied(entry, variant)
-            label = f"pallas_tpu, up to {changed.tiles} tiles, {changed.tokens} tokens" + (
-                "" if variant else " (chosen)"
-            )
-            program = measure(op, chip, shape, "pallas_tpu", variant)
-            lines += kernel_rows(chip, program, scan_work(shape, changed), label)
-    elif op == "causal_conv1d":
-        lines += kernel_rows(chip, measure(op, chip, shape, "pallas_tpu"), convolution_work(shape), "pallas_tpu")
+    for variant in ("", *variants) if op == "selective_scan" else ("",) if op in KERNELS else ():
+        changed = varied(entry, variant)
+        label = f"pallas_tpu, up to {changed.tiles} tiles, {changed.tokens} tokens" + ("" if variant else " (chosen)")
+        works = convolution_work(shape) if op == "causal_conv1d" else scan_work(op, shape, changed)
+        label = label if op == "selective_scan" else "pallas_tpu"
+        lines += kernel_rows(chip, measure(op, chip, shape, "pallas_tpu", variant), works, label)
     lines += kernel_rows(chip, measure(op, chip, shape, "xla"), {}, "xla")
     print("\n".join(lines), flush=True)
     return [*lines, ""]
@@ -358,7 +377,8 @@ def main() -> None:
         f"{importlib.metadata.version('libtpu')}; nothing was run.",
         "",
         "Sizes are batch x length x channels x states or width (of the update: batch x channels x states); sequences "
-        "are bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward; of the state update forward only. "
+        "are bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward; of the state update forward only; "
+        "the edge states (final state, initial cotangent) are one pass each. "
         "The scan's forward kernel writes the states that its backward kernel starts from.",
         "",
         "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector "

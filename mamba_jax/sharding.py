@@ -103,13 +103,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise InputError(
             f"mesh {given}: the data axis of {sizes[0]} cannot be split over {slices} slices: make mesh.data a multiple"
         )
-    # A torus of v5e chips has two dimensions, fewer than the mesh may have axes.
-    options = {"allow_split_physical_axes": devices[0].device_kind in ("TPU v5 lite", "TPU v5e")}
+    # The sides of a torus are fewer than the mesh may have axes, and rarely of the same sizes.
     if slices > 1:
-        within = (sizes[0] // slices, *sizes[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, **options)
+        within, joined = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, joined, devices, allow_split_physical_axes=True)
     else:
-        grid = mesh_utils.create_device_mesh(sizes, devices, **options)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
@@ -297,9 +296,16 @@ def shard_count(axis: Axis) -> int:
     return jax.lax.axis_size(RULES.mesh_axes(axis))
 
 
-def from_earlier[T](tree: T, axis: Axis, *, distance: int) -> T:
-    """Inside `per_shard`: the arrays of the shard `distance` before this one; zeros where there is none."""
-    steps = [(source, source + distance) for source in range(shard_count(axis) - distance)]
+def from_shard[T](tree: T, axis: Axis, *, before: int) -> T:
+    """Inside `per_shard`: the arrays of the shard that is `before` shards earlier; zeros where there is none.
+
+    Args:
+        tree: of arrays.
+        axis: whose shards are meant.
+        before: distance; negative for a later shard.
+    """
+    count = shard_count(axis)
+    steps = [(source, source + before) for source in range(count) if 0 <= source + before < count]
     return jax.tree.map(lambda array: jax.lax.ppermute(array, RULES.mesh_axes(axis), steps), tree)
 
 

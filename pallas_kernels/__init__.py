@@ -3,6 +3,7 @@
 from pallas_kernels.causal_conv1d.api import causal_conv1d
 from pallas_kernels.causal_conv1d.signature import ConvOutput
 from pallas_kernels.selective_scan.api import selective_scan
+from pallas_kernels.selective_scan.edge_states import selective_scan_final_state, selective_scan_initial_cotangent
 from pallas_kernels.selective_scan.signature import ScanOutput
 from pallas_kernels.selective_state_update.api import selective_state_update
 from pallas_kernels.selective_state_update.signature import StateUpdateOutput
@@ -13,5 +14,7 @@ __all__ = [
     "StateUpdateOutput",
     "causal_conv1d",
     "selective_scan",
+    "selective_scan_final_state",
+    "selective_scan_initial_cotangent",
     "selective_state_update",
 ]

@@ -5,13 +5,16 @@ the shard before sends. The recurrence is linear and diagonal, so a shard turns 
 
     h_out = S + keep exp(A s) h_in,    s = sum_t dt_t
 
-S is what its own tokens leave behind, and keep is 0 if a document starts inside it, else 1. A first scan gives S; a
-prefix of the triples (keep, s, S) over the shards, in log2(P) exchanges between P of them, gives each the state that
-enters it; a second scan from there gives the output. Only s is sent, never the decays exp(A s), which are N times as
-many. Reverse mode follows from the two scans' own gradients and those of the exchanges.
+S is what its own tokens leave behind, and keep is 0 if a document starts inside it, else 1. S is a sum over tokens, not
+a recurrence. A prefix of the triples (keep, s, S) over the shards, in log2(P) exchanges between P of them, gives each
+the state that enters it, and one scan from there gives the output. Only s is sent, never the decays exp(A s), which are
+N times as many. The backward pass is the same in the other direction: what a shard's outputs make the cotangent of the
+state that enters is a sum too, a prefix from the last shard gives each the cotangent of the state that leaves it, and
+one backward scan from there gives every gradient.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +22,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from mamba_jax.sharding import Axis, from_earlier, from_last, parts, shard_count, shard_number
-from pallas_kernels import causal_conv1d, selective_scan
+from mamba_jax.sharding import Axis, from_last, from_shard, parts, shard_count, shard_number
+from pallas_kernels import (
+    causal_conv1d,
+    selective_scan,
+    selective_scan_final_state,
+    selective_scan_initial_cotangent,
+)
 
 Decay = Callable[[jax.Array], jax.Array]
+_Arrays = dict[str, Any]
+_Options = tuple[tuple[str, Any], ...]
 
 
 def is_split(length: int, *, past: int) -> bool:
@@ -96,22 +106,63 @@ def scan(
     Returns:
         Output of the shard, and the state after the last shard, on every device.
     """
-    common: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": True, "segment_ids": segment_ids, **options}
-    # Only the state is wanted, which C has no part in; with B in its place, C gets no second gradient to add.
-    left_behind = selective_scan(x, dt, A, B, B, **common).final_state
-    state = entering_state(
-        left_behind,
-        elapsed(dt, dt_bias),
-        segment_ids,
-        initial_state,
-        decay=lambda s_BE: jnp.exp(s_BE[:, :, None] * A[None]),
+    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "dt_bias": dt_bias, "state": initial_state, "D": D, "z": z}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    y, final_state = _scan(tuple(options.items()), arrays, segment_ids)
+    return y, from_last(final_state, Axis.LENGTH)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(options: _Options, arrays: _Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Output of the shard and the state after it."""
+    return _scan_forward(options, arrays, segment_ids)[0]
+
+
+def _scan_forward(options: _Options, arrays: _Arrays, segment_ids: jax.Array | None):
+    left_behind = selective_scan_final_state(
+        **{name: arrays[name] for name in ("x", "dt", "A", "B", "dt_bias")},
+        dt_softplus=True,
+        segment_ids=segment_ids,
+        **dict(options),
     )
-    output = selective_scan(x, dt, A, B, C, D=D, z=z, initial_state=state, **common)
-    return output.y, from_last(output.final_state, Axis.LENGTH)
+    s_BE = elapsed(arrays["dt"], arrays["dt_bias"])
+    entering = entering_state(left_behind, s_BE, segment_ids, arrays.get("state"), decay=_decay(arrays))
+
+    def scan_shard(arrays: _Arrays) -> tuple[jax.Array, jax.Array]:
+        arrays = {"initial_state" if name == "state" else name: array for name, array in arrays.items()}
+        output = selective_scan(**arrays, dt_softplus=True, segment_ids=segment_ids, **dict(options))
+        return output.y, output.final_state
+
+    outputs, scan_vjp = jax.vjp(scan_shard, arrays | {"state": entering})
+    return outputs, (scan_vjp, s_BE, arrays, segment_ids)
 
 
-# Cheap to compute again, while the slope of the softplus would be kept for the backward pass in float32.
-@jax.checkpoint
+def _scan_backward(options: _Options, residuals, cotangents):
+    scan_vjp, s_BE, arrays, segment_ids = residuals
+    dy, dfinal_state = cotangents
+    from_outputs = selective_scan_initial_cotangent(
+        dy,
+        **{name: arrays[name] for name in ("dt", "A", "C", "z", "dt_bias") if name in arrays},
+        dt_softplus=True,
+        segment_ids=segment_ids,
+        implementation=dict(options).get("implementation"),
+    )
+    dleaving = leaving_cotangent(from_outputs, s_BE, segment_ids, dfinal_state, decay=_decay(arrays))
+    (gradients,) = scan_vjp((dy, dleaving))
+    dentering = gradients.pop("state")
+    if "state" in arrays:
+        dstate = jnp.where(shard_number(Axis.LENGTH) == 0, dentering, 0)
+        gradients["state"] = dstate.astype(arrays["state"].dtype)
+    return gradients, None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _decay(arrays: _Arrays) -> Decay:
+    return lambda s_BE: jnp.exp(s_BE[:, :, None] * arrays["A"][None])
+
+
 def elapsed(dt: Float[jax.Array, "B L C"], dt_bias: Float[jax.Array, " C"]) -> Float[jax.Array, "B C"]:
     """Time that passes in the shard, s = sum_t softplus(dt_t + dt_bias), in float32 at least; C channels or heads.
 
@@ -149,7 +200,7 @@ def halo(
         is_end_BW = segment_ids[:, length - past : -1] != segment_ids[:, length - past + 1 :]
         ends_BW = jnp.cumsum(is_end_BW[:, ::-1], axis=1)[:, ::-1]
         last = jnp.where(jnp.pad(ends_BW, ((0, 0), (0, 1)))[:, :, None] == 0, last, 0)
-    received = from_earlier(last, Axis.LENGTH, distance=1)
+    received = from_shard(last, Axis.LENGTH, before=1)
     if segment_ids is not None:
         received = jnp.where(starts_document(segment_ids)[:, None, None], 0, received)
     return jnp.where(shard_number(Axis.LENGTH) == 0, window.astype(x.dtype), received)
@@ -161,7 +212,7 @@ def starts_document(segment_ids: Int[jax.Array, "B L"]) -> Bool[jax.Array, " B"]
     Args:
         segment_ids: document of each token of the shard, (B, L).
     """
-    before_B = from_earlier(segment_ids[:, -1], Axis.LENGTH, distance=1)
+    before_B = from_shard(segment_ids[:, -1], Axis.LENGTH, before=1)
     return (shard_number(Axis.LENGTH) > 0) & (before_B != segment_ids[:, 0])
 
 
@@ -183,12 +234,7 @@ def entering_state(
     *,
     decay: Decay,
 ) -> Float[jax.Array, "B C *state"]:
-    r"""The state before this shard's first token.
-
-        (S, s, keep) of two runs, one after the other:
-        S = S_2 + keep_2 exp(A s_2) S_1,    s = s_1 + s_2,    keep = keep_1 keep_2
-
-    Each round doubles the number of shards that are accounted for: after k, they are the 2^k - 1 before this one.
+    """The state before this shard's first token.
 
     Args:
         left_behind: S, the state after this shard's tokens from zero before them, float32.
@@ -196,33 +242,75 @@ def entering_state(
         segment_ids: document of each token of the shard, (B, L), or None.
         initial_state: before the whole sequence; None is zero.
         decay: exp(A s) of s, shaped to multiply a state.
+    """
+    starts_B, resets_B = _resets(segment_ids)
+    own = _Span(left_behind=left_behind, elapsed=elapsed, resets=_either(starts_B, resets_B))
+    before = _all_beyond(own, decay, direction=1)
+    state = before.left_behind
+    if initial_state is not None:
+        state += _kept(decay(before.elapsed) * initial_state.astype(state.dtype), before.resets)
+    return _kept(state, starts_B)
+
+
+def leaving_cotangent(
+    from_outputs: Float[jax.Array, "B C *state"],
+    elapsed: Float[jax.Array, "B C"],
+    segment_ids: Int[jax.Array, "B L"] | None,
+    dfinal_state: Float[jax.Array, "B C *state"],
+    *,
+    decay: Decay,
+) -> Float[jax.Array, "B C *state"]:
+    """The cotangent of the state after this shard's last token.
+
+    Args:
+        from_outputs: what the cotangents of the shard's outputs make that of the state before its first token, float32.
+        elapsed: s, sum of the shard's step sizes, (B, C), float32.
+        segment_ids: document of each token of the shard, (B, L), or None.
+        dfinal_state: cotangent of the state after this shard, but for what later shards make of it.
+        decay: exp(A s) of s, shaped to multiply a state.
+    """
+    starts_B, resets_B = _resets(segment_ids)
+    passed = from_outputs + _kept(decay(elapsed) * dfinal_state.astype(from_outputs.dtype), resets_B)
+    own = _Span(left_behind=_kept(passed, starts_B), elapsed=elapsed, resets=_either(starts_B, resets_B))
+    return dfinal_state + _all_beyond(own, decay, direction=-1).left_behind.astype(dfinal_state.dtype)
+
+
+def _all_beyond(own: _Span, decay: Decay, *, direction: int) -> _Span:
+    r"""What all shards before this one (direction 1), or all after it (-1), do together.
+
+        (S, s, keep) of two runs, the one that a state goes through first and the second:
+        S = S_2 + keep_2 exp(A s_2) S_1,    s = s_1 + s_2,    keep = keep_1 keep_2
+
+    Each round doubles the number of shards that are accounted for: after k, they are the 2^k - 1 next to this one.
 
     Source: the exclusive form of the prefix of Hillis and Steele, doi:10.1145/7902.7903.
     """
 
     def after(first: _Span, second: _Span) -> _Span:
-        resets = None if first.resets is None or second.resets is None else first.resets | second.resets
         return _Span(
             left_behind=second.left_behind + _kept(decay(second.elapsed) * first.left_behind, second.resets),
             elapsed=first.elapsed + second.elapsed,
-            resets=resets,
+            resets=_either(first.resets, second.resets),
         )
 
-    starts_B = resets_B = None
-    if segment_ids is not None:
-        starts_B = starts_document(segment_ids)
-        resets_B = starts_B | jnp.any(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1)
-    own = _Span(left_behind=left_behind, elapsed=elapsed, resets=resets_B)
-    before = jax.tree.map(jnp.zeros_like, own)
+    beyond = jax.tree.map(jnp.zeros_like, own)
     distance = 1
     while distance < shard_count(Axis.LENGTH):
-        run = own if distance == 1 else after(before, own)
-        before = after(from_earlier(run, Axis.LENGTH, distance=distance), before)
+        run = own if distance == 1 else after(beyond, own)
+        beyond = after(from_shard(run, Axis.LENGTH, before=direction * distance), beyond)
         distance *= 2
-    state = before.left_behind
-    if initial_state is not None:
-        state += _kept(decay(before.elapsed) * initial_state.astype(state.dtype), before.resets)
-    return _kept(state, starts_B)
+    return beyond
+
+
+def _resets(segment_ids: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Rows where a document starts at this shard's first token, and where one starts after it."""
+    if segment_ids is None:
+        return None, None
+    return starts_document(segment_ids), jnp.any(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1)
+
+
+def _either(first_B: jax.Array | None, second_B: jax.Array | None) -> jax.Array | None:
+    return None if first_B is None or second_B is None else first_B | second_B
 
 
 def _kept(state: jax.Array, resets_B: jax.Array | None) -> jax.Array:

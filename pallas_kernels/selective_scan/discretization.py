@@ -12,8 +12,8 @@ _PHI_DERIVATIVE_SERIES = tuple((k + 1) / math.factorial(k + 2) for k in range(11
 
 
 def step_size(dt: jax.Array, dt_bias: jax.Array | None, *, dt_softplus: bool) -> jax.Array:
-    """Step size dt_t in float32; `dt_bias` has the rank of `dt`."""
-    dt = dt.astype(jnp.float32)
+    """Step size dt_t in float32, or in float64 if `dt` is; `dt_bias` has the rank of `dt`."""
+    dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
     if dt_bias is not None:
         dt = dt + dt_bias
     return jax.nn.softplus(dt) if dt_softplus else dt

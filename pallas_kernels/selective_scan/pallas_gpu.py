@@ -31,6 +31,8 @@ from pallas_kernels.warpgroup import launch
 Arrays = dict[str, jax.Array]
 MAX_STATES = 256
 _SEQUENCES = ("x", "dt", "z")
+# Of the kernel for parts, forward and in reverse.
+_PART_INPUTS = (("x", "dt", "B", "A", "dt_bias", "starts"), ("dy", "z", "dt", "C", "A", "dt_bias", "starts"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,19 +77,62 @@ def selective_scan(
     """
     arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
     arrays = {name: array for name, array in arrays.items() if array is not None}
+    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, tilings=tilings)
+    y, final_state = _scan(options, arrays, segment_ids)
+    return ScanOutput(y=y, final_state=final_state)
+
+
+def edge_state(
+    inputs: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    matrix: jax.Array,
+    *,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    dt_softplus: bool,
+    discretization: Discretization,
+    segment_ids: jax.Array | None,
+    backwards: bool,
+    tilings: tuple[Tiling, Tiling] | None = None,
+) -> jax.Array:
+    """See `pallas_kernels.selective_scan.edge_states`; `inputs` and `matrix` are x and B, or backwards dy and C.
+
+    Raises:
+        NotImplementedError: as `selective_scan`.
+    """
+    arrays = {"x": inputs, "dt": dt, "z": z, "A": A, "B": matrix, "C": matrix, "dt_bias": dt_bias}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, tilings=tilings)
+    geometry, padded = _prepare(options, options.backward if backwards else options.forward, arrays, segment_ids)
+    if backwards:
+        padded["dy"] = padded.pop("x")
+    parts = geometry.tiling.parts
+    results = _run_parts(options, geometry, padded, parts)
+    states = results["part_states"].reshape(parts, geometry.batch, geometry.width, geometry.states)
+    steps = results["part_steps"].reshape(parts, geometry.batch, geometry.width, 1)
+    order = list(reversed(range(parts))) if backwards else list(range(parts))
+    state = states[order[0]]
+    for part in order[1:]:
+        state = jnp.exp(steps[part] * padded["A"][None]) * state + states[part]
+    return _unpadded_state(geometry, state, arrays)
+
+
+def _choose(
+    arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, tilings: tuple[Tiling, Tiling] | None
+) -> _Options:
+    """What is static about a scan of these arrays.
+
+    Raises:
+        NotImplementedError: see `selective_scan`.
+    """
     if target_platform() != "cpu" and (cuda_compute_capability() or 0) < 90:
         raise NotImplementedError(f"{OP}: 'pallas_gpu' needs an NVIDIA GPU of compute capability 9.0 or more")
     decline_unusual("pallas_gpu", arrays, discretization=discretization, max_states=MAX_STATES)
-    batch, length, channels = x.shape
-    forward, backward = tilings or choose_tilings(batch, length, channels, A.shape[1])
-    options = _Options(
-        dt_softplus=dt_softplus,
-        interpreted=target_platform() == "cpu",
-        forward=forward,
-        backward=backward,
-    )
-    y, final_state = _scan(options, arrays, segment_ids)
-    return ScanOutput(y=y, final_state=final_state)
+    batch, length, channels = arrays["x"].shape
+    forward, backward = tilings or choose_tilings(batch, length, channels, arrays["A"].shape[1])
+    is_interpreted = target_platform() == "cpu"
+    return _Options(dt_softplus=dt_softplus, interpreted=is_interpreted, forward=forward, backward=backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,8 +150,7 @@ def _run_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | Non
     """(y, final state), and the states at the starts of chunks, of the kernels' shape."""
     geometry, padded = _prepare(options, options.forward, arrays, segment_ids)
     if geometry.tiling.parts > 1:
-        names = [name for name in ("x", "dt", "B", "A", "dt_bias", "starts") if name in padded]
-        padded |= _run_parts(options, geometry, {name: padded[name] for name in names})
+        padded |= _run_parts(options, geometry, padded, geometry.tiling.parts - 1)
     outputs = {
         "y": jax.ShapeDtypeStruct(padded["x"].shape, arrays["x"].dtype),
         "final_state": jax.ShapeDtypeStruct((geometry.batch * geometry.width, geometry.states), jnp.float32),
@@ -129,8 +173,7 @@ def _scan_backward(options: _Options, residuals, cotangents):
     padded["dy"] = _padded_sequence(geometry, dy)
     parts = geometry.tiling.parts
     if parts > 1:
-        names = [name for name in ("dy", "z", "dt", "C", "A", "dt_bias", "starts") if name in padded]
-        padded |= _run_parts(options, geometry, {name: padded[name] for name in names})
+        padded |= _run_parts(options, geometry, padded, parts - 1)
     padded["checkpoints"] = checkpoints
     padded["dfinal_state"] = _padded_state(geometry, dfinal_state)
 
@@ -157,14 +200,16 @@ def _scan_backward(options: _Options, residuals, cotangents):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _run_parts(options: _Options, geometry: Geometry, inputs: Arrays) -> Arrays:
-    """What the parts of the sequence make of the state by themselves."""
+def _run_parts(options: _Options, geometry: Geometry, padded: Arrays, parts: int) -> Arrays:
+    """What the first parts of the sequence make of the state by themselves; with a "dy" the last, in reverse."""
+    names = _PART_INPUTS["dy" in padded]
     rows = geometry.tiling.parts * geometry.batch * geometry.width
     outputs = {
         "part_states": jax.ShapeDtypeStruct((rows, geometry.states), jnp.float32),
         "part_steps": jax.ShapeDtypeStruct((rows, 1), jnp.float32),
     }
-    return _call(options, pallas_gpu_parts, geometry, geometry.tiling.parts - 1, inputs, outputs)
+    inputs = {name: padded[name] for name in names if name in padded}
+    return _call(options, pallas_gpu_parts, geometry, parts, inputs, outputs)
 
 
 def _call(

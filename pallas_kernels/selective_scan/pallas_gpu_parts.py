@@ -34,8 +34,8 @@ def kernel(
 ) -> None:
     """Runs a block: the recurrence through one part, from a zero state.
 
-    Forward, for all parts but the last, h_t = a_t h_{t-1} + dt_t x_t B_t. In reverse, if there is a "dy", for all parts
-    but the first, d_{t-1} = a_t (d_t + dy_t C_t), with dy before the gate.
+    Forward h_t = a_t h_{t-1} + dt_t x_t B_t, for the first parts of the sequence, as many as the grid has. In reverse,
+    if there is a "dy", d_{t-1} = a_t (d_t + dy_t C_t), with dy before the gate, for the last parts.
 
     Args:
         geometry: sizes.
@@ -52,7 +52,9 @@ def kernel(
 class _Parts(Kernel):
     def run(self) -> None:
         self.is_reverse = "dy" in self.inputs
-        part = jax.lax.axis_index("part") + (1 if self.is_reverse else 0)
+        part = jax.lax.axis_index("part")
+        if self.is_reverse:
+            part += self.geometry.tiling.parts - jax.lax.axis_size("part")
         first = part * self.geometry.chunks_per_part
         stop = jnp.minimum(first + self.geometry.chunks_per_part, self.geometry.chunks)
         self.keep_constants()

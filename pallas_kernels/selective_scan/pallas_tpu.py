@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import target_device_kind, target_platform
 from pallas_kernels.register_math import LOG2_E
-from pallas_kernels.selective_scan import pallas_tpu_backward, pallas_tpu_forward
+from pallas_kernels.selective_scan import pallas_tpu_backward, pallas_tpu_edge, pallas_tpu_forward
 from pallas_kernels.selective_scan.argument_layout import (
     Features,
     decline_unusual,
@@ -95,24 +95,65 @@ def selective_scan(
         NotImplementedError: the target is no TPU, A is complex, B or C is constant over time, N is over 256, the
             discretization is not "euler", or a dtype is neither float32 nor bfloat16.
     """
-    if target_platform() not in ("cpu", "tpu"):
-        raise NotImplementedError(f"{OP}: 'pallas_tpu' needs a TPU")
     arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
     arrays = {name: array for name, array in arrays.items() if array is not None}
+    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, chip=chip)
+    y, final_state = _scan(options, arrays, segment_ids)
+    return ScanOutput(y=y, final_state=final_state)
+
+
+def edge_state(
+    inputs: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    matrix: jax.Array,
+    *,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    dt_softplus: bool,
+    discretization: Discretization,
+    segment_ids: jax.Array | None,
+    backwards: bool,
+    chip: Generation | None = None,
+) -> jax.Array:
+    """See `pallas_kernels.selective_scan.edge_states`; `inputs` and `matrix` are x and B, or backwards dy and C.
+
+    Raises:
+        NotImplementedError: as `selective_scan`.
+    """
+    arrays = {"x": inputs, "dt": dt, "z": z, "A": A, "B": matrix, "C": matrix, "dt_bias": dt_bias}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, chip=chip)
+    prepared = _prepare(options, arrays, segment_ids)
+    if backwards:
+        prepared["dy"] = prepared.pop("x")
+    output = "dinitial_state" if backwards else "final_state"
+    results = _call(
+        options, pallas_tpu_edge, prepared, {output: jnp.dtype(jnp.float32)}, checkpoints=False, is_reversed=backwards
+    )
+    return _state_of_blocks(options.geometry, results[output], arrays)
+
+
+def _choose(arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, chip: Generation | None) -> _Options:
+    """What is static about a scan of these arrays.
+
+    Raises:
+        NotImplementedError: see `selective_scan`.
+    """
+    if target_platform() not in ("cpu", "tpu"):
+        raise NotImplementedError(f"{OP}: 'pallas_tpu' needs a TPU")
     decline_unusual("pallas_tpu", arrays, discretization=discretization, max_states=MAX_STATES)
-    batch, length, channels = x.shape
-    groups = group_count(B, C)
+    batch, length, channels = arrays["x"].shape
+    groups = group_count(arrays["B"], arrays["C"])
     chip = chip or generation(target_device_kind())
-    options = _Options(
+    states = arrays["A"].shape[1]
+    sizes = {"batch": batch, "length": length, "groups": groups, "channels": channels // groups, "states": states}
+    return _Options(
         dt_softplus=dt_softplus,
-        geometry=choose_geometry(
-            chip, batch=batch, length=length, groups=groups, channels=channels // groups, states=A.shape[1]
-        ),
+        geometry=choose_geometry(chip, **sizes),
         vmem_bytes=chip.vmem_bytes,
         interpreted=target_platform() == "cpu",
     )
-    y, final_state = _scan(options, arrays, segment_ids)
-    return ScanOutput(y=y, final_state=final_state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

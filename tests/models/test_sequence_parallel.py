@@ -272,13 +272,11 @@ def test_memory_is_that_of_a_part(small_config: Callable[..., ModelConfig]) -> N
         return loss_program(config, mesh, batch)[0].memory_analysis().temp_size_in_bytes
 
     whole, part = temporaries(MeshConfig(data=1)), temporaries(MeshConfig(data=1, sequence=devices))
-    # The backward pass of the scan for the state alone adds its gradients of x and dt, the zeros that stand for that of
-    # its output, a state for every 16 tokens, and the gradients of B and C, for one layer at a time.
-    x_bytes = length // devices * config.d_inner * 4
-    second_scan = x_bytes * (3 + config.mixer.state_dim / 16 + 2 * config.mixer.state_dim / config.d_inner)
+    # The sums for the state at the edge work on step sizes, inputs and the gate, or what they are for, in float32.
+    edge = 3 * length // devices * config.d_inner * 4
     # What does not depend on the length is a few times the parameters.
     fixed = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(init(config, jax.random.key(0))))
-    assert part < whole / devices + second_scan + fixed
+    assert part < whole / devices + edge + fixed
     assert part < whole / 5
 
 

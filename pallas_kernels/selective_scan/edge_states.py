@@ -1,0 +1,126 @@
+r"""What a run of tokens does to the states at its two edges, without outputs: cheaper than the scan itself.
+
+Unrolled, the recurrence and its adjoint are sums over tokens. With s_jk the sum of the step sizes after token j, up to
+and with token k, the tokens 1..L leave behind, from a zero state,
+
+    h_L = sum_t exp(A s_tL) Bbar_t x_t
+
+and the cotangents of y alone make the cotangent of the state that enters
+
+    dh_0 = sum_t exp(A s_0t) C_t silu(z_t) dy_t
+
+Tokens with a segment's start between them and the edge contribute nothing. A device that holds a part of a sequence
+learns from these what it passes on to others, before it can start its own scan. Neither has a gradient of its own.
+"""
+
+from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
+from pallas_kernels.dispatch import Dispatcher
+from pallas_kernels.selective_scan import api, edge_states_xla, pallas_gpu, pallas_tpu
+from pallas_kernels.selective_scan.signature import Discretization
+
+# Each implementation of the scan has one here, so that one name chooses both.
+_dispatch = Dispatcher[StateBEN](
+    op="selective_scan_edge",
+    implementations=dict.fromkeys(api.IMPLEMENTATIONS, edge_states_xla.edge_state)
+    | {"pallas_gpu": pallas_gpu.edge_state, "pallas_tpu": pallas_tpu.edge_state},
+    platform_order={"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
+)
+
+
+def selective_scan_final_state(
+    x: SequenceBLE,
+    dt: SequenceBLE,
+    A: MatrixEN,
+    B: SequenceMatrix,
+    *,
+    dt_bias: ChannelE | None = None,
+    dt_softplus: bool = False,
+    discretization: Discretization = "euler",
+    segment_ids: SegmentsBL | None = None,
+    implementation: str | None = None,
+) -> StateBEN:
+    """The `final_state` of `selective_scan` from a zero initial state.
+
+    Args:
+        x: (B, L, E) input.
+        dt: (B, L, E) step size, before bias and softplus.
+        A: (E, N) decay rates.
+        B: (B, L, N), (B, L, G, N) or (E, N) input matrix.
+        dt_bias: (E,) added to dt; None is none.
+        dt_softplus: apply softplus to dt + dt_bias.
+        discretization: of B.
+        segment_ids: (B, L) document of each token, or None.
+        implementation: of `selective_scan`; None takes the platform's best that accepts the arguments.
+
+    Returns:
+        (B, E, N), float32 (complex64 for a complex A).
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: the named implementation does not take the arguments.
+
+    Source: arXiv 2312.00752, equation 2a unrolled.
+    """
+    return _dispatch(
+        x,
+        dt,
+        A,
+        B,
+        z=None,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        discretization=discretization,
+        segment_ids=segment_ids,
+        backwards=False,
+        implementation=implementation,
+    )
+
+
+def selective_scan_initial_cotangent(
+    dy: SequenceBLE,
+    dt: SequenceBLE,
+    A: MatrixEN,
+    C: SequenceMatrix,
+    *,
+    z: SequenceBLE | None = None,
+    dt_bias: ChannelE | None = None,
+    dt_softplus: bool = False,
+    segment_ids: SegmentsBL | None = None,
+    implementation: str | None = None,
+) -> StateBEN:
+    """The cotangent of the `initial_state` of `selective_scan`, where that of `final_state` is zero.
+
+    Args:
+        dy: (B, L, E) cotangent of y.
+        dt: (B, L, E) step size, before bias and softplus.
+        A: (E, N) decay rates.
+        C: (B, L, N), (B, L, G, N) or (E, N) output matrix.
+        z: (B, L, E) gate; None is none.
+        dt_bias: (E,) added to dt; None is none.
+        dt_softplus: apply softplus to dt + dt_bias.
+        segment_ids: (B, L) document of each token, or None.
+        implementation: of `selective_scan`; None takes the platform's best that accepts the arguments.
+
+    Returns:
+        (B, E, N), float32 (complex64 for a complex A).
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: the named implementation does not take the arguments.
+
+    Source: the adjoint of arXiv 2312.00752, equations 2a and 2b, unrolled.
+    """
+    # The discretization has no part in the decay.
+    return _dispatch(
+        dy,
+        dt,
+        A,
+        C,
+        z=z,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        discretization="euler",
+        segment_ids=segment_ids,
+        backwards=True,
+        implementation=implementation,
+    )
