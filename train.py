@@ -27,8 +27,6 @@ def main() -> None:
         result = train(config)
     if result.stop_signal is not None:
         raise SystemExit(128 + result.stop_signal)
-    if result.validation is not None and result.is_complete:
-        print(f"{result.validation.bits_per_byte:.4f} bits per byte on held-out text; see {config.train.run_dir}")
 
 
 def compile_only(path: str, overrides: list[str]) -> None:

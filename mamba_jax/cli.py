@@ -3,7 +3,9 @@
 import contextlib
 import importlib.util
 import io
+import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -49,6 +51,7 @@ def parse[T](
 
 def _one_line(report: str) -> str:
     """The first statement of tyro's report, which it sets in a box on a terminal, and its best suggestion."""
+    report = re.sub(r"\[/?bold\]", "", report)
     paragraphs: list[list[str]] = [[]]
     for line in (line.strip("│╭╮╰╯|+ ") for line in report.splitlines()):
         if line.startswith("─") or (line and not line.strip("-")):
@@ -72,18 +75,41 @@ def load_config(path: str, overrides: Sequence[str]) -> ExperimentConfig:
         overrides: command-line flags.
 
     Raises:
-        InputError: the file is missing, has no `get_config`, or it returns something else.
+        InputError: the file is missing, cannot be run, has no `get_config`, or it returns something else.
     """
     if not Path(path).is_file():
         raise InputError(f"no config file {path!r}; configs/ holds the ones that come with the project")
+    try:
+        config = _run_config_file(path)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"config {path!r} cannot be run{_place(error, path)}: {_describe(error)}") from error
+    if not isinstance(config, ExperimentConfig):
+        raise InputError(f"get_config() of {path!r} returned {type(config).__name__}, expected ExperimentConfig")
+    return parse(ExperimentConfig, overrides, default=config, prog=f"train.py {path}")
+
+
+def _run_config_file(path: str) -> object:
     spec = importlib.util.spec_from_file_location("mamba_jax_run_config", path)
     if spec is None or spec.loader is None:
         raise InputError(f"config {path!r} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    if not callable(getattr(module, "get_config", None)):
         raise InputError(f"config {path!r} defines no get_config()")
-    config = module.get_config()
-    if not isinstance(config, ExperimentConfig):
-        raise InputError(f"get_config() of {path!r} returned {type(config).__name__}, expected ExperimentConfig")
-    return parse(ExperimentConfig, overrides, default=config, prog=f"train.py {path}")
+    return module.get_config()
+
+
+def _place(error: BaseException, path: str) -> str:
+    """Where in the config file it happened; empty if that is not known."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    lines = [line for file, line in places if line is not None and Path(file) == Path(path).absolute()]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _describe(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}"

@@ -9,7 +9,9 @@ are in tokens and sequences; learning rates are per optimizer step; fractions li
 
 import dataclasses
 import difflib
+import functools
 import math
+import typing
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -17,6 +19,7 @@ import pydantic
 from mamba_jax.errors import InputError
 
 DType = Literal["float32", "bfloat16", "float16"]
+ScanName = Literal["reference", "pallas_gpu", "pallas_tpu", "triton", "xla", "xla_sequential", "xla_associative"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,24 +27,44 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+@functools.cache
+def _field_types(cls: Any) -> type[pydantic.BaseModel]:
+    """A model with the fields of a config class; it takes no text for a number, and no infinity."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {field.name: (hints[field.name], ...) for field in dataclasses.fields(cls)}
+    rules = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+    return pydantic.create_model(cls.__name__, __config__=rules, **fields)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Config:
-    """What every config class shares: unknown JSON keys are refused, and two range checks that name the field."""
+    """What every config class shares: checks of its fields, and that unknown JSON keys are refused."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        try:
+            checked = _field_types(type(self)).model_validate(vars(self))
+        except pydantic.ValidationError as error:
+            problems = (f"{type(self).__name__}.{_describe(detail)}" for detail in error.errors())
+            raise InputError("; ".join(problems)) from None
+        for name, value in checked:
+            object.__setattr__(self, name, value)  # a scalar of numpy is a plain number from here on
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses values that no run can have; types are right by then, and numbers finite."""
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            _require(value > 0, f"{type(self).__name__}.{name} must be positive, got {value}")
+            _require(value is None or value > 0, f"{type(self).__name__}.{name} must be positive, got {value}")
 
-    def _require_fraction(self, *names: str) -> None:
+    def _require_fraction(self, *names: str, below_one: bool = False) -> None:
         for name in names:
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{type(self).__name__}.{name} must lie in [0, 1], got {value}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- model
+            value, end = getattr(self, name), ")" if below_one else "]"
+            fits = value is None or 0 <= value < 1 or (value == 1 and not below_one)
+            _require(fits, f"{type(self).__name__}.{name} must lie in [0, 1{end}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +110,10 @@ class Mamba1Config(_Config):
     selective: tuple[Literal["dt", "B", "C"], ...] = ("dt", "B", "C")
     discretization: Literal["euler", "zoh"] = "euler"
     a_init: Literal["s4d_real", "constant", "random"] = "s4d_real"
-    scan_implementation: str | None = None
+    scan_implementation: ScanName | None = None
 
-    def __post_init__(self) -> None:
-        self._require_positive("state_dim", "conv_width", "expand", "dt_min", "dt_scale", "dt_init_floor")
-        _require(
-            self.dt_rank is None or self.dt_rank > 0,
-            f"Mamba1Config.dt_rank must be positive or None, got {self.dt_rank}",
-        )
+    def _check(self) -> None:
+        self._require_positive("state_dim", "conv_width", "expand", "dt_rank", "dt_min", "dt_scale", "dt_init_floor")
         _require(
             self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})"
         )
@@ -138,7 +157,7 @@ class ModelConfig(_Config):
     compute_dtype: DType = "bfloat16"
     remat: Literal["none", "block", "dots"] = "block"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_positive("vocab_size", "d_model", "num_layers", "vocab_multiple", "norm_eps", "embedding_std")
 
     @property
@@ -157,9 +176,6 @@ class ModelConfig(_Config):
         return self.mixer.dt_rank if self.mixer.dt_rank is not None else math.ceil(self.d_model / 16)
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(_Config):
     """How text becomes token ids.
@@ -174,7 +190,7 @@ class TokenizerConfig(_Config):
     path: str | None = None
     end_of_document: str = "<|endoftext|>"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(
             (self.kind == "hf_json") == (self.path is not None),
             f"TokenizerConfig: kind={self.kind!r}, path={self.path!r}; 'hf_json' needs a path and 'byte' takes none",
@@ -214,7 +230,7 @@ class TextFolderSource(_Config):
     part: Literal["all", "train", "validation"] = "all"
     validation_fraction: float = 0.05
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_fraction("validation_fraction")
 
 
@@ -268,11 +284,8 @@ class DataConfig(_Config):
     cache_dir: str = "runs/data_cache"
     prefetch: int = 2
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_positive("seq_len", "global_batch", "prefetch")
-
-
-# ------------------------------------------------------------------------------------------------------------- training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,7 +305,7 @@ class MeshConfig(_Config):
     sequence: int = 1
     tensor: int = 1
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         sizes = (self.data, self.fsdp, self.sequence, self.tensor)
         _require(
             all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
@@ -314,7 +327,7 @@ class CosineSchedule(_Config):
     warmup_fraction: float = 0.1
     final_lr: float = 1e-5
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_fraction("warmup_fraction")
         _require(self.final_lr >= 0, f"CosineSchedule.final_lr must not be negative, got {self.final_lr}")
 
@@ -335,7 +348,7 @@ class WarmupStableDecaySchedule(_Config):
     decay_fraction: float = 0.2
     final_lr: float = 0.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_fraction("warmup_fraction", "decay_fraction")
         total = self.warmup_fraction + self.decay_fraction
         _require(
@@ -376,11 +389,9 @@ class OptimizerConfig(_Config):
     muon_momentum: float = 0.95
     ema_decay: float | None = None
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_positive("peak_lr", "eps", "clip_norm")
-        self._require_fraction("b1", "b2", "muon_momentum")
-        if self.ema_decay is not None:
-            self._require_fraction("ema_decay")
+        self._require_fraction("b1", "b2", "muon_momentum", "ema_decay", below_one=True)
         _require(self.weight_decay >= 0, f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}")
 
 
@@ -420,12 +431,14 @@ class TrainConfig(_Config):
     init_from: str | None = None
     profile_steps: tuple[int, int] | None = None
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_positive("num_steps", "accumulation_steps", "windows", "loss_chunk", "log_every", "sample_tokens")
         _require(self.z_loss >= 0, f"TrainConfig.z_loss must not be negative, got {self.z_loss}")
         _require(self.sample_every >= 0, f"TrainConfig.sample_every must not be negative, got {self.sample_every}")
+        _require(self.num_steps < 2**31, f"TrainConfig.num_steps must be below 2**31, got {self.num_steps}")
         first, last = self.profile_steps or (1, 1)
-        _require(1 <= first <= last, f"TrainConfig.profile_steps must be 1 <= first <= last, got ({first}, {last})")
+        fits = 1 <= first <= last <= self.num_steps
+        _require(fits, f"TrainConfig.profile_steps must be 1 <= first <= last <= num_steps, got ({first}, {last})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -440,7 +453,7 @@ class CheckpointConfig(_Config):
     every: int = 1000
     keep: int = 3
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_positive("every", "keep")
 
 
@@ -458,11 +471,9 @@ class EvaluationConfig(_Config):
     max_batches: int | None = None
     batch_size: int | None = None
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.every >= 0, f"EvaluationConfig.every must not be negative, got {self.every}")
-        for name in ("max_batches", "batch_size"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"EvaluationConfig.{name} must be positive or None, got {value}")
+        self._require_positive("max_batches", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -486,8 +497,10 @@ class FaultsConfig(_Config):
     deadline_seconds: float = 1800.0
     startup_seconds: float = 7200.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         self._require_positive("max_skipped", "spike_window", "deadline_seconds", "startup_seconds")
+        longest = max(self.deadline_seconds, self.startup_seconds)
+        _require(longest <= 1e9, f"FaultsConfig: deadlines must not exceed 1e9 seconds, got {longest}")
         _require(
             self.spike_factor is None or self.spike_factor > 1,
             f"FaultsConfig.spike_factor must be above 1 or None, got {self.spike_factor}",
@@ -527,7 +540,8 @@ class ExperimentConfig(_Config):
         """Sequences of an evaluation batch."""
         return self.evaluation.batch_size or self.data.global_batch
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
+        _require(0 <= self.seed < 2**32, f"ExperimentConfig.seed must lie in 0 .. 2**32 - 1, got {self.seed}")
         batch, parts = self.data.global_batch, self.train.accumulation_steps
         _require(
             batch % parts == 0,
@@ -538,9 +552,6 @@ class ExperimentConfig(_Config):
             length % windows == 0,
             f"data.seq_len ({length}) must be divisible by train.windows ({windows}): change one of them",
         )
-
-
-# ----------------------------------------------------------------------------------------------------------------- JSON
 
 
 def to_json(config: _Config, *, indent: int | None = 2) -> str:
@@ -579,7 +590,7 @@ def _describe(detail: Any) -> str:
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     value = (
-        f", got {detail['input']!r}" if isinstance(detail["input"], str | int | float | bool | None) and path else ""
+        f", got {detail['input']!r}" if isinstance(detail["input"], str | int | float | list | None) and path else ""
     )
     return f"{path}: {detail['msg']}{value}" if path else detail["msg"]
 

@@ -1,13 +1,19 @@
 """Configs survive JSON unchanged, and every kind of mistake gets one line that names it."""
 
 import dataclasses
+import math
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mamba_jax import config as c
 from mamba_jax.cli import load_config, one_line_errors
 from mamba_jax.errors import InputError
+from pallas_kernels.selective_scan.api import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,22 +57,111 @@ def test_json_mistakes_get_one_line(old: str, new: str, expected: str) -> None:
     assert "\n" not in message
 
 
+def data(**fields: object) -> c.DataConfig:
+    return c.DataConfig(**{"train": c.ShardSource(path="s"), "seq_len": 16, "global_batch": 4, **fields})
+
+
+def train(**fields: object) -> c.TrainConfig:
+    return c.TrainConfig(**{"num_steps": 3, "run_dir": "run", **fields})
+
+
+def optimizer(**fields: object) -> c.OptimizerConfig:
+    return c.OptimizerConfig(**{"peak_lr": 1e-3, **fields})
+
+
 @pytest.mark.parametrize(
-    "build",
+    ("build", "expected"),
     [
-        lambda: c.Mamba1Config(dt_min=0.2, dt_max=0.1),
-        lambda: c.Mamba1Config(selective=("dt", "dt")),
-        lambda: c.TokenizerConfig(kind="hf_json"),
-        lambda: c.TokenizerConfig(path="x.json"),
-        lambda: c.MeshConfig(data=-1, fsdp=-1),
-        lambda: c.WarmupStableDecaySchedule(warmup_fraction=0.6, decay_fraction=0.6),
-        lambda: c.OptimizerConfig(peak_lr=0.0),
-        lambda: c.EvaluationConfig(batch_size=0),
+        (lambda: c.Mamba1Config(dt_min=0.2, dt_max=0.1), "dt_max (0.1) must not be below dt_min (0.2)"),
+        (lambda: c.Mamba1Config(dt_max=math.inf), "dt_max: Input should be a finite number, got inf"),
+        (lambda: c.Mamba1Config(dt_rank=0), "Mamba1Config.dt_rank must be positive, got 0"),
+        (lambda: c.Mamba1Config(selective=("dt", "dt")), "names a projection twice: ('dt', 'dt')"),
+        (lambda: c.TokenizerConfig(kind="hf_json"), "'hf_json' needs a path"),
+        (lambda: c.TokenizerConfig(path="x.json"), "'byte' takes none"),
+        (lambda: c.TextFolderSource(path="t", validation_fraction=1.5), "must lie in [0, 1], got 1.5"),
+        (lambda: c.MeshConfig(data=-1, fsdp=-1), "at most one -1"),
+        (lambda: c.MeshConfig(sequence=0), "sizes must be positive"),
+        (lambda: c.CosineSchedule(final_lr=-1e-5), "CosineSchedule.final_lr must not be negative"),
+        (lambda: c.WarmupStableDecaySchedule(warmup_fraction=0.6, decay_fraction=0.6), "must not exceed 1, got 1.2"),
+        (lambda: optimizer(peak_lr=0.0), "OptimizerConfig.peak_lr must be positive, got 0.0"),
+        (lambda: optimizer(peak_lr=-1e-3), "OptimizerConfig.peak_lr must be positive, got -0.001"),
+        (lambda: optimizer(peak_lr=math.nan), "peak_lr: Input should be a finite number, got nan"),
+        (lambda: optimizer(peak_lr=math.inf), "peak_lr: Input should be a finite number, got inf"),
+        (lambda: optimizer(clip_norm=math.inf), "clip_norm: Input should be a finite number, got inf"),
+        (lambda: optimizer(b1=1.0), "OptimizerConfig.b1 must lie in [0, 1), got 1.0"),
+        (lambda: optimizer(b2=1.0), "OptimizerConfig.b2 must lie in [0, 1), got 1.0"),
+        (lambda: optimizer(muon_momentum=1.0), "OptimizerConfig.muon_momentum must lie in [0, 1), got 1.0"),
+        (lambda: optimizer(ema_decay=1.0), "OptimizerConfig.ema_decay must lie in [0, 1), got 1.0"),
+        (lambda: optimizer(ema_decay=-0.1), "OptimizerConfig.ema_decay must lie in [0, 1), got -0.1"),
+        (lambda: optimizer(weight_decay=-0.1), "OptimizerConfig.weight_decay must not be negative, got -0.1"),
+        (lambda: data(seq_len=0), "DataConfig.seq_len must be positive, got 0"),
+        (lambda: data(global_batch=-4), "DataConfig.global_batch must be positive, got -4"),
+        (lambda: train(num_steps=2**31), "TrainConfig.num_steps must be below 2**31, got 2147483648"),
+        (lambda: train(windows=0), "TrainConfig.windows must be positive, got 0"),
+        (lambda: train(z_loss=-1.0), "TrainConfig.z_loss must not be negative, got -1.0"),
+        (lambda: train(sample_every=-1), "TrainConfig.sample_every must not be negative, got -1"),
+        (lambda: train(profile_steps=(3, 2)), "1 <= first <= last <= num_steps, got (3, 2)"),
+        (lambda: train(profile_steps=(0, 2)), "1 <= first <= last <= num_steps, got (0, 2)"),
+        (lambda: train(profile_steps=(2, 4)), "1 <= first <= last <= num_steps, got (2, 4)"),
+        (lambda: c.CheckpointConfig(keep=0), "CheckpointConfig.keep must be positive, got 0"),
+        (lambda: c.EvaluationConfig(batch_size=0), "EvaluationConfig.batch_size must be positive, got 0"),
+        (lambda: c.FaultsConfig(spike_factor=1.0), "FaultsConfig.spike_factor must be above 1 or None, got 1.0"),
+        (lambda: c.FaultsConfig(spike_factor=math.nan), "spike_factor: Input should be a finite number, got nan"),
+        (lambda: c.FaultsConfig(deadline_seconds=1e300), "deadlines must not exceed 1e9 seconds, got 1e+300"),
+        (lambda: dataclasses.replace(make_config(), seed=-1), "ExperimentConfig.seed must lie in 0 .. 2**32 - 1"),
+        (lambda: dataclasses.replace(make_config(), seed=2**32), "seed must lie in 0 .. 2**32 - 1, got 4294967296"),
+        (lambda: dataclasses.replace(make_config(), train=train(windows=5)), "divisible by train.windows (5)"),
     ],
 )
-def test_impossible_values_are_refused(build) -> None:
-    with pytest.raises(InputError):
+def test_impossible_values_are_refused(build: Callable[[], object], expected: str) -> None:
+    with pytest.raises(InputError) as raised:
         build()
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+# The annotations are checked by the test run itself, ahead of the library: these calls need a process of their own.
+WRONG_TYPES = {
+    "ShardSource(path=3)": "ShardSource.path: Input should be a valid string, got 3",
+    "DATA(seq_len='16')": "DataConfig.seq_len: Input should be a valid integer, got '16'",
+    "DATA(seq_len=16.5)": "DataConfig.seq_len: Input should be a valid integer, got 16.5",
+    "DATA(train=None)": "DataConfig.train: Input should be a valid dictionary or object",
+    "DATA(documents='glued')": "DataConfig.documents: Input should be 'packed' or 'concatenated', got 'glued'",
+    "TRAIN(num_steps=True)": "TrainConfig.num_steps: Input should be a valid integer, got True",
+    "TRAIN(run_dir=None)": "TrainConfig.run_dir: Input should be a valid string, got None",
+    "TRAIN(profile_steps=[1, 2])": "TrainConfig.profile_steps: Input should be a valid tuple, got [1, 2]",
+    "OptimizerConfig(peak_lr='1e-3')": "OptimizerConfig.peak_lr: Input should be a valid number, got '1e-3'",
+    "OptimizerConfig(peak_lr=None)": "OptimizerConfig.peak_lr: Input should be a valid number, got None",
+    "OptimizerConfig(peak_lr='x', b1='y')": "got 'x'; OptimizerConfig.b1: Input should be a valid number, got 'y'",
+    "OptimizerConfig(peak_lr=1e-3, schedule=None)": "OptimizerConfig.schedule: ",
+    "Mamba1Config(scan_implementation='cuda')": "'xla_sequential' or 'xla_associative', got 'cuda'",
+    "ModelConfig(vocab_size=257, d_model=8, num_layers=1, remat='all')": "Input should be 'none', 'block' or 'dots'",
+    "OptimizerConfig(peak_lr=numpy.float32(0.5), b1=0).__dict__": "'peak_lr': 0.5, ",
+}
+_SCRIPT = """
+import functools, sys, numpy
+from mamba_jax.config import *
+from mamba_jax.errors import InputError
+DATA = functools.partial(DataConfig, **dict(train=ShardSource(path="s"), seq_len=16, global_batch=4))
+TRAIN = functools.partial(TrainConfig, **dict(num_steps=3, run_dir="run"))
+for text in sys.argv[1:]:
+    try:
+        print(eval(text))
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_wrong_types_are_refused() -> None:
+    command = [sys.executable, "-c", _SCRIPT, *WRONG_TYPES]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for line, (text, expected) in zip(result.stdout.splitlines(), WRONG_TYPES.items(), strict=True):
+        assert expected in line, f"{text}: {line}"
+
+
+def test_every_scan_can_be_chosen() -> None:
+    assert set(get_args(c.ScanName)) == set(IMPLEMENTATIONS)
 
 
 def test_derived_sizes() -> None:
@@ -121,6 +216,33 @@ def test_missing_and_wrong_config_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text("def get_config():\n    return 3\n")
     with pytest.raises(InputError, match="returned int, expected ExperimentConfig"):
         load_config(str(tmp_path / "wrong.py"), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1\ndef get_config(:\n", "line 2: SyntaxError: invalid syntax"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("from mamba_jax.config import Nothing\n", "line 1: ImportError: cannot import name 'Nothing'"),
+        ("get_config = 3\n", "defines no get_config()"),
+        ("def get_config(name):\n    return name\n", "TypeError: get_config() missing 1 required positional argument"),
+        ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    raise OSError('two\\nlines')\n", "line 2: OSError: two lines"),
+        ("raise SystemExit(0)\n", "line 1: SystemExit: 0"),
+        ("def get_config():\n    return dict(seq_length=3)\n", "returned dict, expected ExperimentConfig"),
+        ("\0", "SyntaxError: "),
+        ("exec(compile('a b', 'other.py', 'exec'))\n", "line 1: SyntaxError: invalid syntax"),
+    ],
+)
+def test_config_files_that_cannot_be_run(tmp_path: Path, text: str, expected: str, capsys) -> None:
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        load_config(str(tmp_path / "broken.py"), [])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert expected in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[a-z]*.py")), ids=lambda path: path.stem)

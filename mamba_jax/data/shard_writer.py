@@ -76,13 +76,16 @@ class ShardWriter:
             ends_document: the end-of-document token follows.
 
         Raises:
-            InputError: an id lies outside the vocabulary, or the disk is full.
+            InputError: an id lies outside the vocabulary or is no whole number, or the disk is full.
         """
-        self._pending.append(ids)
+        if ids.dtype.kind not in "iu":
+            raise InputError(f"token ids must be whole numbers, got {ids.dtype}: convert them")
+        # Signed and unsigned ids would be joined to floating-point ones.
+        self._pending.append(ids.astype(np.int64, copy=False))
         self._pending_tokens += len(ids)
         self._num_bytes += num_bytes
         if ends_document:
-            self._pending.append(np.array([self._tokenizer.end_of_document], dtype=np.int32))
+            self._pending.append(np.array([self._tokenizer.end_of_document], dtype=np.int64))
             self._pending_tokens += 1
             self._documents += 1
         if self._pending_tokens >= _FLUSH_TOKENS:
@@ -120,7 +123,7 @@ class ShardWriter:
         return index
 
     def _flush(self, *, last: bool) -> None:
-        ids = np.concatenate([*self._pending, np.empty(0, np.int32)])
+        ids = np.concatenate([*self._pending, np.empty(0, np.int64)])
         bad = np.flatnonzero((ids < 0) | (ids >= self._tokenizer.vocab_size))
         if bad.size:
             raise InputError(

@@ -163,12 +163,15 @@ class TokenDataset:
         return self._readers[shard]
 
     def _decode(self, record: bytes, entry: ShardEntry, position: int) -> np.ndarray:
-        size = self.index.block_tokens
-        ids = np.frombuffer(record, dtype=np.dtype(self.index.dtype).newbyteorder("<"))
+        size, dtype = self.index.block_tokens, np.dtype(self.index.dtype).newbyteorder("<")
         expected = min(size, entry.tokens - position * size)
         path = self._folder / entry.file
-        if len(ids) != expected:
-            raise InputError(f"{path}: record {position} holds {len(ids)} tokens, the index says {expected}")
+        if len(record) != expected * dtype.itemsize:
+            raise InputError(
+                f"{path}: record {position} holds {len(record)} bytes, the index says {expected} tokens of "
+                f"{self.index.dtype}; prepare it again"
+            )
+        ids = np.frombuffer(record, dtype=dtype)
         if ids.max() >= self.index.vocab_size:
             offset = int(np.argmax(ids >= self.index.vocab_size))
             raise InputError(
@@ -203,13 +206,21 @@ def _check_totals(path: Path, index: ShardIndex) -> None:
     size = index.block_tokens
     consistent = (
         size > 0
-        and sum(tokens) == index.tokens > 0
+        and min(tokens, default=0) > 0
+        and sum(tokens) == index.tokens
         and all(shard.records == -(-shard.tokens // size) for shard in index.shards)
         and all(count % size == 0 for count in tokens[:-1])
         and 0 <= index.end_of_document < index.vocab_size
     )
     if not consistent:
         raise InputError(f"{path} contradicts itself: its shards do not add up; prepare the folder again")
+    if index.vocab_size > 2 ** (8 * np.dtype(index.dtype).itemsize):
+        raise InputError(
+            f"{path} contradicts itself: {index.dtype} cannot hold {index.vocab_size} ids, so large ones have wrapped; "
+            "prepare the folder again"
+        )
+    if index.num_bytes <= 0:
+        raise InputError(f"{path} says that its text has {index.num_bytes} bytes: prepare the folder again")
 
 
 def _check_shard(path: Path, entry: ShardEntry) -> None:

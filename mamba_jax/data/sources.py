@@ -110,7 +110,7 @@ def _folder(source: TextFolderSource) -> Path:
         # `importlib.resources` would import the package, and with it everything the package imports.
         try:
             spec = importlib.util.find_spec(source.package)
-        except ModuleNotFoundError:
+        except (ImportError, ValueError):
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise InputError(f"no package {source.package!r} is installed, which should hold the text: pip install it")

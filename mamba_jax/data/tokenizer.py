@@ -34,7 +34,7 @@ class Tokenizer(abc.ABC):
         """Token ids of each text, without beginning or end markers.
 
         Raises:
-            InputError: a text holds a lone surrogate and so has no UTF-8 form.
+            InputError: a text holds a lone surrogate and so has no UTF-8 form, or what the vocabulary has no ids for.
         """
 
     @abc.abstractmethod
@@ -43,6 +43,15 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Token ids of one text, without beginning or end markers."""
         return self.encode_batch([text])[0]
+
+    def check_prompt(self, prompt: str) -> None:
+        """Makes sure that a prompt has ids; an empty one stands for the start of a document.
+
+        Raises:
+            InputError: it has no UTF-8 form, or only characters that the vocabulary lacks.
+        """
+        if prompt and not len(self.encode(prompt)):
+            raise InputError(f"the tokenizer has no id for anything in the prompt {prompt!r}: choose another prompt")
 
     def decode(self, ids: Int[np.ndarray | jax.Array, " T"] | Sequence[int]) -> str:
         """The text of token ids; end-of-document ids are left out, invalid UTF-8 becomes U+FFFD.
@@ -53,7 +62,10 @@ class Tokenizer(abc.ABC):
         Raises:
             InputError: an id lies outside the vocabulary.
         """
-        ids = np.asarray(ids, dtype=np.int64)
+        ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise InputError(f"token ids must be whole numbers, got {ids.dtype}: convert them")
+        ids = ids.astype(np.int64)
         bad = ids[(ids < 0) | (ids >= self.vocab_size)]
         if bad.size:
             raise InputError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size} ids")
@@ -123,7 +135,10 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
         for text in texts:
             _utf8(text)
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise InputError(f"text that the tokenizer cannot encode: {error}; use one that knows all bytes") from None
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str:

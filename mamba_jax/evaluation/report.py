@@ -54,6 +54,8 @@ class EvaluationRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed must lie in 0 .. 2**32 - 1, got {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
             f"the tokenizer has {tokenizer.vocab_size} ids but {checkpoint} only {loaded.config.padded_vocab_size}: "
             "give the tokenizer it was trained with"
         )
+    if request.prompt is not None:
+        tokenizer.check_prompt(request.prompt)
     perplexity = _perplexity(loaded, data, request, tokenizer) if data is not None else None
     sample = None
     if request.prompt is not None:
@@ -128,6 +132,7 @@ def _perplexity(
     loaded: LoadedCheckpoint, data: DataConfig, request: EvaluationRequest, tokenizer: Tokenizer
 ) -> Perplexity:
     dataset = open_source(data.train, data, tokenizer)
+    # Sequences stay whole, so any length will do, whatever the mesh of the training run was.
     mesh = make_mesh(MeshConfig())
     batch_size = -(-data.global_batch // batch_shards(mesh)) * batch_shards(mesh)
     return evaluate(

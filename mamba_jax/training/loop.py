@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -64,6 +66,8 @@ def train(config: ExperimentConfig, *, devices: Sequence[jax.Device] | None = No
     """
     tokenizer = make_tokenizer(config.data.tokenizer)
     _check_model(config, tokenizer)
+    if config.train.sample_every:
+        tokenizer.check_prompt(config.train.sample_prompt)
     check_run_directory(config)
     initial = _initial_params(config)
     mesh = make_mesh(config.mesh, devices)
@@ -92,6 +96,10 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
 def _initial_params(config: ExperimentConfig) -> Params | None:
     if config.train.init_from is None:
         return None
+    if not Path(config.train.init_from).is_dir():
+        raise InputError(
+            f"train.init_from: no folder {config.train.init_from!r}; give one with config.json and weights"
+        )
     loaded = huggingface.load(config.train.init_from)
     expected = define(config.model).params
     same_tree = jax.tree.structure(loaded.params) == jax.tree.structure(expected)
@@ -104,6 +112,27 @@ def _initial_params(config: ExperimentConfig) -> Params | None:
             f"{config.model.num_layers}, {config.model.d_model}, {config.model.padded_vocab_size}"
         )
     return loaded.params
+
+
+def _check_scan(config: ExperimentConfig, train_step: Any, abstract: TrainState, mesh: Mesh) -> None:
+    """Traces the step, where a kernel that was asked for by name says that it does not run here."""
+    name = config.model.mixer.scan_implementation
+    if name is None:
+        return
+    try:
+        with jax.set_mesh(mesh):
+            train_step.trace(abstract, abstract_batch(config, mesh))
+    except NotImplementedError as error:
+        raise InputError(
+            f"model.mixer.scan_implementation {name!r} cannot run this: {error}; None lets the platform decide"
+        ) from error
+
+
+def _open_checkpoints(config: ExperimentConfig, run_dir: Path, reporter: Reporter) -> Checkpointer:
+    try:
+        return Checkpointer(run_dir, config.checkpoint, on_event=reporter.event)
+    except OSError as error:
+        raise InputError(f"cannot keep checkpoints in {run_dir} ({error.strerror}): make room there") from error
 
 
 class _Run:
@@ -128,10 +157,11 @@ class _Run:
         optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=self.definition)
         abstract = train_state.abstract_state(config, self.definition, optimizer, mesh)
         train_step = make_train_step(config, self.definition, optimizer, abstract)
+        _check_scan(config, train_step, abstract, mesh)
         self.run_dir = claim_run_directory(config)
         self.reporter = Reporter(config, mesh, self.run_dir)
         with self.reporter.measure("init"):
-            self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, on_event=self.reporter.event)
+            self.checkpointer = _open_checkpoints(config, self.run_dir, self.reporter)
             restored = self.checkpointer.restore_newest(abstract.items())
             self.first_step = 0 if restored is None else restored.step
             if restored is None:
@@ -164,6 +194,8 @@ class _Run:
             self.reporter.end(step, is_complete=is_complete)
         if not is_complete:
             self.reporter.note(f"stopped and saved at step {step}; run the same command again to go on")
+        elif (found := self.last_validation) is not None:
+            self.reporter.note(f"{found.bits_per_byte:.4f} bits per byte on held-out text; see {self.run_dir}")
         return TrainResult(
             step=step,
             is_complete=is_complete,
@@ -212,15 +244,23 @@ class _Run:
         with self.reporter.measure("data"):
             batch = put_batch(self.mesh, next(batches))
         if step + 1 == first:
-            jax.profiler.start_trace(str(self.run_dir / "profile"))
+            self._call_profiler(jax.profiler.start_trace, str(self.run_dir / "profile"))
         with self.reporter.measure("step"), jax.set_mesh(self.mesh):
             self.state, metrics = self.train_step(self.state, batch)
             if step + 1 == last and first > self.first_step:
                 jax.block_until_ready(metrics)
-        if step + 1 == last and first > self.first_step:
-            jax.profiler.stop_trace()
+        if step + 1 == last and first > self.first_step and self._call_profiler(jax.profiler.stop_trace):
             self.reporter.event("profile", first=first, last=last, folder="profile")
         return metrics
+
+    def _call_profiler(self, call: Callable[..., None], *args: str) -> bool:
+        """Whether it worked; a run does not end for want of a profile."""
+        try:
+            call(*args)
+        except (OSError, RuntimeError) as error:
+            self.reporter.note(f"no profile: {' '.join(str(error).split())}")
+            return False
+        return True
 
     def _report(self, pending: tuple[int, StepMetrics] | None) -> None:
         if pending is None:

@@ -1,5 +1,6 @@
 """The loss curve of a run as a picture."""
 
+import contextlib
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -8,7 +9,7 @@ from mamba_jax.training.metric_writer import read_metrics
 
 
 def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
-    """Draws training and validation loss over the steps into `loss_curve.png`.
+    """Draws training and validation loss over the steps into `loss_curve.png`, all or nothing.
 
     Args:
         run_dir: holds `metrics.jsonl`.
@@ -16,6 +17,9 @@ def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
 
     Returns:
         Path of the picture; None if nothing was logged.
+
+    Raises:
+        OSError: it cannot be written.
     """
     records = read_metrics(run_dir)
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -24,7 +28,7 @@ def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
         ("train", "cross_entropy", "training", ""),
         ("validation", "loss", "held-out", "o"),
     ):
-        points = [(record["step"], record[field]) for record in records if record["kind"] == kind]
+        points = [(record["step"], record[field]) for record in records if record["kind"] == kind and field in record]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.0)
     if not axes.lines:
@@ -32,6 +36,11 @@ def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = run_dir / "loss_curve.png"
-    figure.savefig(path, dpi=120)
-    return path
+    path, temporary = run_dir / "loss_curve.png", run_dir / ".loss_curve.png"
+    try:
+        figure.savefig(temporary, dpi=120)
+        return temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,14 +37,8 @@ class MetricWriter:
         """
         self._metrics = AppendOnlyFile(run_dir / "metrics.jsonl")
         self._samples = AppendOnlyFile(run_dir / "samples.txt")
-        kept = [
-            record
-            for record in read_metrics(run_dir)
-            if record["step"] < first_step or (record["step"] == first_step and record["kind"] == "train")
-        ]
-        _replace(run_dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-        kept_samples = (_sample(step, text) for step, text in read_samples(run_dir) if step < first_step)
-        _replace(run_dir / "samples.txt", "".join(kept_samples))
+        _rewrite(run_dir / "metrics.jsonl", lambda: _metrics_until(run_dir, first_step))
+        _rewrite(run_dir / "samples.txt", lambda: _samples_before(run_dir, first_step))
         self._tensorboard = _TensorBoard(run_dir / "tensorboard", first_step)
 
     def write(self, kind: Kind, step: int, values: Mapping[str, float | None]) -> None:
@@ -70,7 +64,11 @@ class MetricWriter:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl`, oldest first; a last line that was cut off is passed over."""
-    return [record for record in read_records(run_dir / "metrics.jsonl") if {"kind", "step"} <= record.keys()]
+    return [
+        record
+        for record in read_records(run_dir / "metrics.jsonl")
+        if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    ]
 
 
 def read_samples(run_dir: Path) -> list[tuple[int, str]]:
@@ -86,16 +84,28 @@ def _sample(step: int, text: str) -> str:
     return f"{_SAMPLE_HEADER.format(step)}{text}\n\n"
 
 
-def _replace(path: Path, text: str) -> None:
-    """Gives a file that exists another content; if that cannot be written, it keeps the one it has."""
-    if not path.is_file():
-        return
+def _metrics_until(run_dir: Path, first_step: int) -> str:
+    return "".join(
+        json.dumps(record) + "\n"
+        for record in read_metrics(run_dir)
+        if record["step"] < first_step or (record["step"] == first_step and record["kind"] == "train")
+    )
+
+
+def _samples_before(run_dir: Path, first_step: int) -> str:
+    return "".join(_sample(step, text) for step, text in read_samples(run_dir) if step < first_step)
+
+
+def _rewrite(path: Path, make_text: Callable[[], str]) -> None:
+    """Gives a file that exists another content; if that cannot be made or written, it keeps the one it has."""
     temporary = path.with_name(f".{path.name}")
     try:
-        temporary.write_text(text)
-        temporary.replace(path)
+        if path.is_file():
+            temporary.write_text(make_text())
+            temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         warnings.warn(f"cannot rewrite {path} ({error.strerror}); it keeps records of steps done again", stacklevel=3)
 
 
@@ -136,7 +146,7 @@ class _TensorBoard:
 
 
 class StatusDisplay:
-    """A progress bar on a terminal; elsewhere a line per report."""
+    """A progress bar on a terminal; elsewhere a line per report, which a full disk costs after one warning."""
 
     def __init__(self, total: int, completed: int, *, enabled: bool = True) -> None:
         """Prepares the display.
@@ -148,6 +158,7 @@ class StatusDisplay:
         """
         self._console = Console(highlight=False, quiet=not enabled, soft_wrap=True)
         self._total = total
+        self._has_warned = False
         self._is_live = self._console.is_terminal and enabled
         self._progress = Progress(
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -174,11 +185,16 @@ class StatusDisplay:
             status += f" | {format_seconds(seconds_left)} left"
         self._progress.update(self._task, status=status)
         if not self._is_live:
-            self._console.print(f"step {step}/{self._total} | {status}", markup=False)
+            self.note(f"step {step}/{self._total} | {status}")
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(text, markup=False)
+        """Prints a line, above the bar if there is one."""
+        try:
+            self._console.print(text, markup=False)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(f"cannot print what the run does ({error.strerror}); it goes on", stacklevel=2)
 
 
 def format_seconds(seconds: float) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -141,7 +142,10 @@ class Reporter:
         self.goodput(step)
         self.event("finished" if is_complete else "preempted", step=step)
         if self._writer is not None:
-            plot_loss_curve(self.run_dir, title=self.config.name)
+            try:
+                plot_loss_curve(self.run_dir, title=self.config.name)
+            except OSError as error:
+                warnings.warn(f"no loss curve in {self.run_dir}: it cannot be written ({error.strerror})", stacklevel=2)
 
     def close(self) -> None:
         """Flushes what is buffered."""

@@ -1,5 +1,6 @@
 """The folder of a run: who may write there, and whether a config may continue what is in it."""
 
+import contextlib
 import dataclasses
 import uuid
 from pathlib import Path
@@ -36,18 +37,26 @@ def check_run_directory(config: ExperimentConfig) -> None:
     """Makes sure that the run directory is free, or that the run in it is the one that `config` describes.
 
     Raises:
-        InputError: it is no folder, or holds something else, or a run whose result would differ; the message names the
-            fields.
+        InputError: it is no folder, cannot be read, or holds something else, or a run whose result would differ; the
+            message names the fields.
     """
     if "://" in config.train.run_dir:
         raise InputError(
             f"train.run_dir {config.train.run_dir} is an address, but a folder is needed: mount the storage and name "
             "the folder (docs/running_on_a_pod.md)"
         )
-    run_dir = Path(config.train.run_dir)
+    try:
+        _check_content(config, Path(config.train.run_dir))
+    except OSError as error:
+        raise InputError(
+            f"cannot read train.run_dir {config.train.run_dir} ({error.strerror}): choose another folder"
+        ) from None
+
+
+def _check_content(config: ExperimentConfig, run_dir: Path) -> None:
     stored_path = run_dir / _CONFIG
     if stored_path.is_file():
-        stored = from_json(ExperimentConfig, stored_path.read_text(), origin=str(stored_path))
+        stored = from_json(ExperimentConfig, stored_path.read_text(errors="replace"), origin=str(stored_path))
         if changes := _result_changes(stored, config):
             raise InputError(
                 f"{run_dir} holds a run with another config ({'; '.join(changes)}): choose another train.run_dir, "
@@ -61,14 +70,29 @@ def claim_run_directory(config: ExperimentConfig) -> Path:
     """Creates the run directory if need be and stores the config there; later calls must agree with it.
 
     Call it when nothing can be wrong any more: a config with a mistake would keep its correction out.
+
+    Raises:
+        InputError: the folder cannot be created or written to; what it held stays as it was.
     """
     run_dir = Path(config.train.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     # All processes of a run do this at the same time in the same folder.
     temporary = run_dir / f".{_CONFIG}.{uuid.uuid4().hex}"
-    temporary.write_text(to_json(config) + "\n")
-    temporary.replace(run_dir / _CONFIG)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(to_json(config) + "\n")
+        temporary.replace(run_dir / _CONFIG)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write train.run_dir {run_dir} ({_reason(error)}): make room there or choose another folder"
+        ) from None
     return run_dir
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """What a call of the system, or a text with a character that files cannot hold, says in one line."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else ascii(str(error))
 
 
 def _is_unfinished(path: Path) -> bool:

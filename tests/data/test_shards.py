@@ -1,6 +1,7 @@
 """A token stream survives the disk, and every kind of damage gets one line that names the file."""
 
 import dataclasses
+import inspect
 import json
 import os
 import resource
@@ -82,6 +83,31 @@ def test_ids_outside_the_vocabulary_are_not_written(tmp_path: Path, bad: int) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1.0, 2.0], "token ids must be whole numbers, got float64"),
+        ([1.0, np.nan], "token ids must be whole numbers, got float64"),
+        (np.array([1.5], np.float32), "token ids must be whole numbers, got float32"),
+        ([True, False], "token ids must be whole numbers, got bool"),
+        (np.array([3, 2**64 - 1], np.uint64), "token 1 of the stream is -1, outside the vocabulary of 257"),
+        (np.array([3, 2**32 + 5], np.int64), "token 1 of the stream is 4294967301, outside the vocabulary of 257"),
+    ],
+)
+def test_what_is_no_id_is_not_written(tmp_path: Path, ids: object, expected: str) -> None:
+    """Without a check, a cast would make ids of all of them. The annotation is more strict, but only in tests."""
+
+    def write_ids() -> None:
+        with ShardWriter(tmp_path / "s", ByteTokenizer()) as writer:
+            inspect.unwrap(ShardWriter.add)(writer, np.asarray(ids), num_bytes=2, ends_document=True)
+            writer.finish()
+
+    with pytest.raises(InputError) as raised:
+        write_ids()
+    assert str(raised.value).startswith(expected)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_failure_leaves_nothing_behind(tmp_path: Path, documents: list[np.ndarray]) -> None:
     def fail_half_way() -> Iterator[np.ndarray]:
         yield from documents * 20
@@ -143,6 +169,19 @@ def edit_index(**changes: object) -> Callable[[Path], None]:
     return damage
 
 
+def edit_tokens(first: int) -> Callable[[Path], None]:
+    """Moves tokens between the entries of two shards, so that the sum is as before."""
+
+    def damage(folder: Path) -> None:
+        a, b = json.loads((folder / "index.json").read_text())["shards"][:2]
+        total = a["tokens"] + b["tokens"]
+        a.update(tokens=first, records=-(-first // BLOCK_TOKENS))
+        b.update(tokens=total - first, records=-(-(total - first) // BLOCK_TOKENS))
+        edit_index(shards=[a, b], tokens=total)(folder)
+
+    return damage
+
+
 def truncate(folder: Path) -> None:
     path = folder / "tokens-00000.array_record"
     path.write_bytes(path.read_bytes()[:-1])
@@ -168,6 +207,13 @@ def remove_key(folder: Path) -> None:
         (edit_index(tokens=5), "index.json contradicts itself"),
         (edit_index(block_tokens=1000), "index.json contradicts itself"),
         (edit_index(shards=[]), "index.json contradicts itself"),
+        (edit_index(dtype="float32"), "index.json is no index of token shards: dtype: Input should be 'uint16'"),
+        (edit_index(vocab_size=70_000), "uint16 cannot hold 70000 ids, so large ones have wrapped"),
+        (edit_index(vocab_size=256), "index.json contradicts itself"),
+        (edit_index(end_of_document=-1), "index.json contradicts itself"),
+        (edit_index(num_bytes=0), "index.json says that its text has 0 bytes"),
+        (edit_tokens(0), "index.json contradicts itself"),
+        (edit_tokens(-BLOCK_TOKENS), "index.json contradicts itself"),
         (lambda folder: (folder / "tokens-00001.array_record").unlink(), r"tokens-00001\.array_record is missing"),
         (truncate, r"tokens-00000\.array_record has \d+ bytes, its index says \d+"),
         (
@@ -198,20 +244,40 @@ def test_flipped_bit_is_found_on_reading(tmp_path: Path, documents: list[np.ndar
     assert "\n" not in str(raised.value)
 
 
-def test_foreign_ids_are_found_on_reading(tmp_path: Path) -> None:
-    """A file of the right size with an id that the vocabulary lacks, as a foreign writer might leave."""
-    ids = np.zeros(2 * BLOCK_TOKENS, dtype=np.int32)
-    write(tmp_path / "s", [ids[:-1]])
-    index = TokenDataset(tmp_path / "s").index
-    ids[BLOCK_TOKENS + 7] = 300
-    path = tmp_path / "s" / "tokens-00000.array_record"
+def foreign_shards(folder: Path, records: list[bytes]) -> TokenDataset:
+    """Two blocks of tokens whose records another writer has replaced, with the right size of the file."""
+    write(folder, [np.zeros(2 * BLOCK_TOKENS - 1, dtype=np.int32)])
+    index = TokenDataset(folder).index
+    path = folder / "tokens-00000.array_record"
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,zstd:3")
-    for block in ids.astype("<u2").reshape(2, -1):
-        writer.write(block.tobytes())
+    for record in records:
+        writer.write(record)
     writer.close()
     shard = dataclasses.replace(index.shards[0], size=path.stat().st_size)
-    edit_index(shards=[dataclasses.asdict(shard)])(tmp_path / "s")
-    dataset = TokenDataset(tmp_path / "s")
+    edit_index(shards=[dataclasses.asdict(shard)])(folder)
+    return TokenDataset(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2 * BLOCK_TOKENS - 1, 2 * BLOCK_TOKENS - 2, 2 * BLOCK_TOKENS + 2])
+def test_records_of_another_length_are_found_on_reading(tmp_path: Path, size: int) -> None:
+    dataset = foreign_shards(tmp_path / "s", [bytes(2 * BLOCK_TOKENS), bytes(size)])
+    with pytest.raises(InputError, match=rf"record 1 holds {size} bytes, the index says 4096 tokens") as raised:
+        dataset.read(np.array([5000]), length=3)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_records_are_found_on_reading(tmp_path: Path) -> None:
+    dataset = foreign_shards(tmp_path / "s", [bytes(2 * BLOCK_TOKENS)])
+    with pytest.raises(InputError, match=r"tokens-00000\.array_record is damaged") as raised:
+        dataset.read(np.array([5000]), length=3)
+    assert "\n" not in str(raised.value)
+
+
+def test_foreign_ids_are_found_on_reading(tmp_path: Path) -> None:
+    """A file of the right size with an id that the vocabulary lacks, as a foreign writer might leave."""
+    ids = np.zeros(2 * BLOCK_TOKENS, dtype="<u2")
+    ids[BLOCK_TOKENS + 7] = 300
+    dataset = foreign_shards(tmp_path / "s", [block.tobytes() for block in ids.reshape(2, -1)])
     np.testing.assert_array_equal(dataset.read(np.array([5]), length=3), [[0, 0, 0]])
     with pytest.raises(InputError, match=r"tokens-00000\.array_record: token 4103 is 300, outside the vocabulary"):
         dataset.read(np.array([5000]), length=3)

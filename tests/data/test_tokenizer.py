@@ -1,5 +1,6 @@
 """Text survives the round trip, ids stay in range, and no text can forge a document's end."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -67,6 +68,36 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer, bad: int) 
 def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="lone surrogate at character 2"):
         tokenizer.encode("ab\ud800")
+
+
+@pytest.mark.parametrize("ids", [[65.0], [65.5], np.array([np.nan]), [True]])
+def test_what_is_no_id_is_not_decoded(tokenizer: Tokenizer, ids: object) -> None:
+    with pytest.raises(InputError, match="token ids must be whole numbers"):
+        inspect.unwrap(Tokenizer.decode)(tokenizer, ids)
+    assert tokenizer.decode([]) == ""
+
+
+def test_prompts(tokenizer: Tokenizer) -> None:
+    for prompt in TEXTS:
+        tokenizer.check_prompt(prompt)
+    with pytest.raises(InputError, match="lone surrogate at character 0"):
+        tokenizer.check_prompt("\udcff")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (models.WordLevel({"a": 0, "b": 1}, unk_token="?"), "text that the tokenizer cannot encode: .*; use one that"),
+        (models.BPE({"a": 0, "b": 1}, []), "no id for anything in the prompt '漢': choose another prompt"),
+    ],
+)
+def test_characters_outside_the_vocabulary(tmp_path: Path, model: models.Model, expected: str) -> None:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(tmp_path / "small.json"))
+    with pytest.raises(InputError, match=expected) as raised:
+        make_tokenizer(TokenizerConfig(kind="hf_json", path=str(tmp_path / "small.json"))).check_prompt("漢")
+    assert "\n" not in str(raised.value)
 
 
 def test_byte_vocabulary() -> None:

@@ -4,10 +4,13 @@ import dataclasses
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
 
-from mamba_jax.config import TokenizerConfig
+from mamba_jax.checkpoint import Checkpointer
+from mamba_jax.config import MeshConfig, TokenizerConfig
 from mamba_jax.errors import InputError
+from mamba_jax.evaluation import report
 from mamba_jax.evaluation.report import EvaluationRequest, evaluate_checkpoint
 from mamba_jax.export import huggingface
 from mamba_jax.generation.sampling import SamplingConfig
@@ -83,24 +86,57 @@ def test_command_line(saved_run: SavedRun, monkeypatch: pytest.MonkeyPatch, caps
         (["{run}", "--batch-size", "0"], "must be positive, got 0"),
         (["{run}", "--seq-len", "0"], "must be positive, got 0"),
         (["{run}", "--max-batches", "0"], "must be positive, got 0"),
+        (["{run}", "--seq-len", "12.5"], "--seq-len"),
+        (["{run}", "--seed", "-1"], "--seed must lie in 0 .. 2**32 - 1, got -1"),
+        (["{run}", "--seed", "99999999999999999999"], "--seed must lie in 0 .. 2**32 - 1"),
+        (["{run}", "--prompt", "a\udcff"], "lone surrogate at character 1"),
+        (["{run}", "--weights", "average"], "keeps no average of the weights"),
+        (["{run}/checkpoints"], "neither a training run (no folder 'checkpoints') nor a model (no 'config.json')"),
+        (["{run}/checkpoints/3/config/metadata"], "no checkpoint folder"),
+        (["{empty}"], "neither a training run"),
+        (["{unfinished}"], "has no complete checkpoint yet"),
+        (["{run}", "--text", "{empty}"], "no file in {empty} matches"),
+        (["{exported}", "--prompt", "a", "--tokenizer.kind", "hf_json"], "'hf_json' needs a path"),
     ],
 )
 def test_bad_input_is_one_line(
     saved_run: SavedRun,
     exported: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     message: str,
 ) -> None:
-    places = {"run": saved_run.folder, "exported": exported}
+    monkeypatch.setattr(report, "evaluate", lambda *args, **kwargs: pytest.fail("the text was read"))
+    places = {"run": saved_run.folder, "exported": exported, "empty": tmp_path, "unfinished": tmp_path / "unfinished"}
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     with pytest.raises(SystemExit) as stop:
         evaluate_on_command_line(monkeypatch, *(argument.format(**places) for argument in arguments))
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert message in error
+    assert message.format(**places) in error
+
+
+def test_length_need_not_divide_over_the_mesh_of_the_run(saved_run: SavedRun) -> None:
+    """Evaluation splits the batch only: 13 tokens on eight devices, of a run that split 16 over them."""
+    config = dataclasses.replace(
+        saved_run.config,
+        data=dataclasses.replace(saved_run.config.data, seq_len=16),
+        mesh=MeshConfig(data=1, sequence=8),
+    )
+    folder = saved_run.folder.with_name("split")
+    checkpointer = Checkpointer(folder, config.checkpoint)
+    checkpointer.save(3, {"params": saved_run.params, "rest": {"step": jax.numpy.int32(3)}}, config)
+    checkpointer.close()
+    request = EvaluationRequest(seq_len=13, batch_size=3)
+    result = evaluate_checkpoint(str(folder), request).perplexity
+    assert result == evaluate_checkpoint(str(saved_run.folder), request).perplexity
+    assert result is not None
+    tokens = sum(len(path.read_bytes()) + 1 for path in saved_run.folder.parent.glob("validation/*.txt"))
+    assert result.num_tokens == tokens - 1
 
 
 def test_tokenizer_of_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
