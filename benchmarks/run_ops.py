@@ -29,7 +29,13 @@ import numpy as np
 
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
-from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
+from pallas_kernels import (
+    causal_conv1d,
+    selective_scan,
+    selective_scan_final_state,
+    selective_scan_initial_cotangent,
+    selective_state_update,
+)
 from pallas_kernels.ahead_of_time import cuda_devices, described, tracing_for
 from pallas_kernels.arg_spec import DType
 
@@ -148,6 +154,14 @@ def peer_scan(x, dt, A, B, C, *, D, z, dt_bias):
     return mamba1(C, B, x, dt, A, d=D, z=z, dt_bias=dt_bias, dt_softplus=True)[0]
 
 
+def edge_state(edge, implementation, *, x, dt, A, B, C, D, z, dt_bias):
+    """The state at one edge of a sequence; for the cotangent x stands for that of y."""
+    common = {"dt_bias": dt_bias, "dt_softplus": True, "implementation": implementation}
+    if edge == "final state":
+        return selective_scan_final_state(x, dt, A, B, **common)
+    return selective_scan_initial_cotangent(x, dt, A, C, z=z, **common)
+
+
 def chained_updates(*, state, x, dt, **others) -> jax.Array:
     """Updates that follow each other: each takes the state, x and dt from the one before."""
 
@@ -172,7 +186,10 @@ def candidates(op: OpName, shape: tuple[int, ...], kind: str) -> dict[str, Calla
     match op:
         case "selective_scan":
             names = ("pallas_gpu", "triton", "xla") if on_gpu else ("reference", "xla_sequential", "xla_associative")
-            functions = through_api(selective_scan, names, dt_softplus=True)
+            functions = through_api(selective_scan, names, dt_softplus=True) | {
+                f"{names[0]}, {edge} alone": functools.partial(edge_state, edge, names[0])
+                for edge in ("final state", "initial cotangent")
+            }
             if not on_gpu or math.prod(shape) <= UNCHUNKED_ELEMENTS:
                 functions["unchunked associative_scan"] = unchunked_associative_scan
             if on_gpu and importlib.util.find_spec("jla"):
@@ -292,7 +309,7 @@ def table(op: OpName, shape: tuple[int, ...], dtype: DType, options: Options) ->
     repeats = UPDATES if op == "selective_state_update" and kind == "gpu" else 1
     for name, function in candidates(op, shape, kind).items():
         for i, (direction, (program, args)) in enumerate(programs(function, arrays).items()):
-            if repeats > 1 and direction != "forward":
+            if direction != "forward" and (repeats > 1 or name.endswith(" alone")):
                 continue
             with tracing_for(device) if device else contextlib.nullcontext():
                 cost = measure(program, args, seconds=options.seconds, in_a_row=kind == "gpu", repeats=repeats)

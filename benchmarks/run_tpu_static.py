@@ -386,6 +386,7 @@ def main() -> None:
         "Over bound: the larger of schedule and memory, over the largest of vector unit, exponential unit and memory.",
         "",
     ]
+    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"tpu_static_{datetime.date.today()}.md"
     for op in options.ops:
         for chip in options.chips:

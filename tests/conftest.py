@@ -21,3 +21,5 @@ install_import_hook(["mamba_jax", "pallas_kernels"], "beartype.beartype")
 import jax  # noqa: E402  the environment and the import hook must come first
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Bounds are those of float32; a GPU rounds factors of float32 products to 11 bits unless told otherwise.
+jax.config.update("jax_default_matmul_precision", "highest")

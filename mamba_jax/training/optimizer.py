@@ -1,5 +1,6 @@
 """AdamW with the recipe of the Mamba paper, and Muon."""
 
+import functools
 from typing import Any
 
 import jax
@@ -83,9 +84,9 @@ def make_optimizer(
 def matrix_dimensions(definition: ModelDefinition) -> Params:
     """Which parameters Muon updates: the matrices inside the blocks.
 
-    These are the parameters with weight decay, except embeddings, which are a vector for each token, and convolutions,
-    which are a filter for each channel. Not counting the layers, the first dimension is the input and the last the
-    output. All other dimensions number matrices that are orthogonalised apart: x and z of the input projection are two.
+    These are the parameters of layers with weight decay, except convolutions, which are a filter for each channel. Not
+    counting the layers, the first dimension is the input and the last the output. All other dimensions number matrices
+    that are orthogonalised apart: x and z of the input projection are two.
 
     Args:
         definition: of the model.
@@ -95,10 +96,9 @@ def matrix_dimensions(definition: ModelDefinition) -> Params:
     """
 
     def dimensions(leaf: Any, decay: bool, axes: tuple[Axis | None, ...]) -> Any:
-        if not decay or Axis.VOCAB in axes or Axis.CONV in axes:
+        if not decay or axes[0] != Axis.LAYERS or Axis.CONV in axes:
             return optax.MaskedNode()
-        first = int(axes[0] == Axis.LAYERS)
-        return MuonDimensionNumbers(reduction_axis=first, output_axis=len(leaf.shape) - 1)
+        return MuonDimensionNumbers(reduction_axis=1, output_axis=len(leaf.shape) - 1)
 
     return jax.tree.map(dimensions, definition.params, definition.decay, definition.axes)
 
@@ -111,10 +111,28 @@ def _orthogonal_momentum(config: OptimizerConfig, matrices: Params) -> optax.Gra
             return update
         return update * (_ADAMW_RMS * max(update.shape[dims.reduction_axis], update.shape[dims.output_axis]) ** 0.5)
 
+    of_a_layer = jax.tree.map(
+        lambda dims: dims if isinstance(dims, optax.MaskedNode) else MuonDimensionNumbers(*(dim - 1 for dim in dims)),
+        matrices,
+        is_leaf=_is_entry,
+    )
+    muon = scale_by_muon(beta=config.muon_momentum, nesterov=True, weight_dimension_numbers=of_a_layer)
     return optax.chain(
-        scale_by_muon(beta=config.muon_momentum, nesterov=True, weight_dimension_numbers=matrices),
+        optax.GradientTransformation(muon.init, functools.partial(_one_layer_at_a_time, muon)),
         optax.stateless(lambda updates, _: jax.tree.map(to_adamw_rms, matrices, updates, is_leaf=_is_entry)),
     )
+
+
+def _one_layer_at_a_time(muon: optax.GradientTransformation, updates: Any, state: Any, params: Any = None) -> Any:
+    """Muon's update in a loop over the layers, whose matrices are gathered and orthogonalised one after the other."""
+
+    def update_layer(layer: tuple[Any, Any]) -> tuple[Any, Any]:
+        updates, momentum = layer
+        updates, after = muon.update(updates, state._replace(mu=momentum))
+        return updates, (after.mu, after.count)
+
+    updates, (momentum, counts) = jax.lax.map(update_layer, (updates, state.mu))
+    return updates, state._replace(mu=momentum, count=counts[0])
 
 
 def _is_entry(node: Any) -> bool:

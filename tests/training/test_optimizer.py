@@ -295,6 +295,30 @@ def test_the_update_does_not_depend_on_the_mesh() -> None:
         np.testing.assert_allclose(by_name(many)[name], update, rtol=0, atol=2 * 0.2 * ROUNDING, err_msg=name)
 
 
+def test_one_layer_is_gathered_at_a_time() -> None:
+    """A layer more costs its shards, which the loop over layers copies, and not its whole matrices."""
+    mesh = MeshConfig(data=1, fsdp=8)
+
+    def temporaries(num_layers: int) -> int:
+        config = experiment(mesh)
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, d_model=128, num_layers=num_layers)
+        )
+        abstract, optimizer = sharded(config)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, (abstract.params, abstract.opt_state))
+        update = jax.jit(optimizer.update, out_shardings=layout, donate_argnums=(0, 1))
+        memory = update.lower(abstract.params, abstract.opt_state, abstract.params).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    layer = parameters.define(dataclasses.replace(MODEL, d_model=128, num_layers=1)).params["layers"]
+    layer_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(layer))
+    growth = (temporaries(12) - temporaries(4)) / 8
+    # Clipped gradients, momentum and updates: three shards.
+    assert growth < 3 * layer_bytes / 8
+    assert growth < layer_bytes / 2
+
+
 def test_muon_trains() -> None:
     """Random tokens seen again and again: ten updates on eight devices learn more than half of them."""
     config = experiment(MeshConfig(data=2, fsdp=2, tensor=2))

@@ -1,0 +1,92 @@
+"""Trains the quickstart's model with AdamW and with Muon at several peak learning rates, and writes a table.
+
+    python benchmarks/run_optimizers.py
+    python benchmarks/run_optimizers.py --num-steps 1200 --peak-lrs 5e-3
+
+Everything but the optimizer is that of `configs/quickstart.py`, the seed and so the order of the text included.
+"""
+
+import dataclasses
+import datetime
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from configs import quickstart
+from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.config import ExperimentConfig
+from mamba_jax.training.loop import train
+
+ALGORITHMS: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to train.
+
+    Attributes:
+        num_steps: updates of each run; the schedule is stretched to them.
+        peak_lrs: learning rates.
+        output: folder for the table.
+    """
+
+    num_steps: int = 300
+    peak_lrs: tuple[float, ...] = (1.5e-3, 5e-3, 1.5e-2)
+    output: Path = Path(__file__).parent / "results"
+
+
+def experiment(
+    algorithm: Literal["adamw", "muon"], peak_lr: float, *, num_steps: int, run_dir: Path
+) -> ExperimentConfig:
+    """The quickstart with another optimizer; evaluated once, at the end."""
+    config = quickstart.get_config()
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, algorithm=algorithm, peak_lr=peak_lr),
+        train=dataclasses.replace(config.train, num_steps=num_steps, run_dir=str(run_dir), sample_every=0),
+        checkpoint=dataclasses.replace(config.checkpoint, every=num_steps, keep=1),
+        evaluation=dataclasses.replace(config.evaluation, every=num_steps),
+    )
+
+
+def main() -> None:
+    """Command-line entry."""
+    with one_line_errors():
+        options = parse(Options, prog="benchmarks/run_optimizers.py")
+        day = datetime.date.today().isoformat()
+        lines = [
+            f"# Optimizers, {day}",
+            "",
+            f"Hardware: {os.cpu_count()} CPU cores; losses do not depend on their speed.",
+            f"Software: Python {platform.python_version()}, jax {jax.__version__}.",
+            f"Command: `python {shlex.join(['benchmarks/run_optimizers.py', *sys.argv[1:]])}`",
+            "",
+            f"The model and data of `configs/quickstart.py`, {options.num_steps} updates, one seed. Held-out text: "
+            "nats per token and bits per byte, over 16 batches of 16 windows.",
+            "",
+            "| peak learning rate | optimizer | nats per token | bits per byte |",
+            "|---|---|---|---|",
+        ]
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / f"optimizers_{day}.md"
+        for peak_lr in options.peak_lrs:
+            for algorithm in ALGORITHMS:
+                with tempfile.TemporaryDirectory() as folder:
+                    run_dir = Path(folder) / "run"
+                    result = train(experiment(algorithm, peak_lr, num_steps=options.num_steps, run_dir=run_dir))
+                assert result.validation is not None, "the last step is evaluated"
+                nats, bits = result.validation.loss, result.validation.bits_per_byte
+                lines.append(f"| {peak_lr:g} | {algorithm} | {nats:.4f} | {bits:.4f} |")
+                print(lines[-1], flush=True)
+                path.write_text("\n".join(lines) + "\n")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
