@@ -18,8 +18,7 @@ from typing import Literal
 
 import jax
 
-from configs import quickstart
-from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.cli import load_config, one_line_errors, parse
 from mamba_jax.config import ExperimentConfig
 from mamba_jax.training.loop import train
 
@@ -45,7 +44,7 @@ def experiment(
     algorithm: Literal["adamw", "muon"], peak_lr: float, *, num_steps: int, run_dir: Path
 ) -> ExperimentConfig:
     """The quickstart with another optimizer; evaluated once, at the end."""
-    config = quickstart.get_config()
+    config = load_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py"), [])
     return dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, algorithm=algorithm, peak_lr=peak_lr),

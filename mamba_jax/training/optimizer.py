@@ -128,7 +128,8 @@ def _one_layer_at_a_time(muon: optax.GradientTransformation, updates: Any, state
 
     def update_layer(layer: tuple[Any, Any]) -> tuple[Any, Any]:
         updates, momentum = layer
-        updates, after = muon.update(updates, state._replace(mu=momentum))
+        result: Any = muon.update(updates, state._replace(mu=momentum))
+        updates, after = result
         return updates, (after.mu, after.count)
 
     updates, (momentum, counts) = jax.lax.map(update_layer, (updates, state.mu))

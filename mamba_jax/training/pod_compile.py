@@ -152,6 +152,7 @@ def count_instructions(text: str, num_slices: int) -> Counts:
     """
     counts = Counts()
     _count_collectives(counts, text)
+    operand_types = dict(re.findall(r"%([\w.\-]+) = (\w+\[[\d,]*\])", text))
     for line, times in ahead_of_time.compiled_instructions(text):
         if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
             counts.cycles += times * int(estimate[1])
@@ -161,10 +162,12 @@ def count_instructions(text: str, num_slices: int) -> Counts:
             share = 2 * (num_slices - 1) / num_slices if kind == "all-reduce" else 1
             counts.transfers[kind] += times
             counts.received[kind] += times * round(share * _type_bytes(found[1]))
-        if found := re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\(", line):
+        if found := re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\((.*?)\)", line):
             counts.calls[found[1]] += times
-            batch, length, channels = (int(size) for size in re.findall(r"\[([\d,]+)\]", found[2])[0].split(","))
-            counts.kernel_elements[found[1]] += times * batch * length * channels
+            types = [found[2], *(operand_types.get(name, "") for name in re.findall(r"%([\w.\-]+)", found[3]))]
+            # What has three dimensions is a sequence: (batch, length, channels).
+            sequence = next(sizes for type_ in types for sizes in re.findall(r"\[(\d+,\d+,\d+)\]", type_))
+            counts.kernel_elements[found[1]] += times * math.prod(int(size) for size in sequence.split(","))
     return counts
 
 

@@ -22,6 +22,7 @@ KERNELS = (
     "selective_scan_pallas_tpu_backward",
     "causal_conv1d_pallas_tpu_forward",
     "causal_conv1d_pallas_tpu_backward",
+    "selective_scan_pallas_tpu_edge",
 )
 
 
@@ -75,11 +76,12 @@ def _cycles(*cycles: float) -> dict[str, float]:
     return dict(zip(KERNELS, cycles, strict=True))
 
 
-# Kernels: benchmarks/results/tpu_static_2026-11-24.md. The clocks of newer kinds are not published.
+# Kernels: benchmarks/results/tpu_static_2026-11-24.md, and for the state at an edge the mean of both directions in
+# tpu_static_edge_states_2026-11-24.md. The clocks of newer kinds are not published.
 CORES = {
-    "TPU v4": Cores(clock_hz=1.05e9, number=2, kernel_cycles=_cycles(152.9, 456.6, 13.5, 30.1)),
-    "TPU v5 lite": Cores(clock_hz=1.5e9, number=1, kernel_cycles=_cycles(47.5, 140.8, 8.1, 17.3)),
-    "TPU v5": Cores(clock_hz=1.75e9, number=2, kernel_cycles=_cycles(48.0, 143.0, 8.2, 17.8)),
+    "TPU v4": Cores(clock_hz=1.05e9, number=2, kernel_cycles=_cycles(152.9, 456.6, 13.5, 30.1, 80.5)),
+    "TPU v5 lite": Cores(clock_hz=1.5e9, number=1, kernel_cycles=_cycles(47.5, 140.8, 8.1, 17.3, 33.2)),
+    "TPU v5": Cores(clock_hz=1.75e9, number=2, kernel_cycles=_cycles(48.0, 143.0, 8.2, 17.8, 34.7)),
 }
 Exchanges = dict[str, tuple[int, int]]
 

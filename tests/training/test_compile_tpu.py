@@ -101,7 +101,8 @@ def check_report(report: StepReport) -> None:
     """The state is updated in place, everything fits, and the kernels run apart on every device."""
     assert report.reused >= report.memory["parameters"] + report.memory["optimizer state"]
     assert report.capacity is None or report.total_memory < report.capacity
-    assert report.kernels.keys() == set(KERNELS)
+    # Only parts of a sequence pass on the state at their edges.
+    assert report.kernels.keys() == set(KERNELS) - {"selective_scan_pallas_tpu_edge"}
     # An exchange in a kernel's scope would be one for every layer.
     assert not [line for line in report.collective_lines if "selective_scan" in line or "causal_conv1d" in line]
 

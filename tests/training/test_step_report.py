@@ -38,6 +38,8 @@ PROGRAM = """
   %start = bf16[8,128] fusion(%p), kind=kCustom, calls=%fused_start, backend_config={"estimated_cycles":"100"}
   %beside = bf16[8,128] fusion(%p), kind=kOutput, calls=%fused_beside, backend_config={"estimated_cycles":"50"}
   %causal_conv1d_pallas_tpu_forward.3 = bf16[2,64,1024]{2,1,0} custom-call(%p), custom_call_target="tpu_custom_call"
+  %x = bf16[1,32,512]{2,1,0} copy(%p)
+  %selective_scan_pallas_tpu_edge.1 = f32[1,1,16,512]{3,2,1,0} custom-call(%x, %p), custom_call_target="tpu_custom_call"
 }
 ENTRY %main (p: f32[8]) -> f32[8] {
   %while.2 = (s32[]) while(%p), condition=%outer_cond, body=%outer_body
@@ -56,6 +58,7 @@ def test_counts() -> None:
         "all-gather": 3,
         "reduce-scatter": 1,
         "causal_conv1d_pallas_tpu_forward": 3,
+        "selective_scan_pallas_tpu_edge": 3,
     }
     assert dict(counts.arrived) == {
         "collective-permute": 3 * 7 * 4 * 16 * 2,
@@ -64,7 +67,10 @@ def test_counts() -> None:
     }
     assert dict(counts.transfers) == {"all-reduce": 1}
     assert dict(counts.received) == {"all-reduce": 2 * 128 * 4}
-    assert dict(counts.kernel_elements) == {"causal_conv1d_pallas_tpu_forward": 3 * 2 * 64 * 1024}
+    assert dict(counts.kernel_elements) == {
+        "causal_conv1d_pallas_tpu_forward": 3 * 2 * 64 * 1024,
+        "selective_scan_pallas_tpu_edge": 3 * 32 * 512,
+    }
 
 
 def test_sum_over_more_slices_moves_more() -> None:
