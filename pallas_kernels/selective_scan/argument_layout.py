@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.selective_scan.signature import OP, Discretization
 
+SLOWEST = 1e-30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
@@ -58,6 +60,15 @@ def round_up(size: int, multiple: int) -> int:
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
     """(B, L), whether the state is zero before a token; the first token continues the initial state."""
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def decay_rates(A: jax.Array) -> jax.Array:
+    """A in float32, nowhere slower than SLOWEST: a state that does not decay ends at a segment's start all the same.
+
+    The kernels mark such a start by a step size of 3e38, whose decay must be zero.
+    """
+    A = A.astype(jnp.float32)
+    return jnp.where(jnp.abs(A) < SLOWEST, -SLOWEST, A)
 
 
 def decline_unusual(

@@ -15,6 +15,7 @@ from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
 from pallas_kernels.selective_scan.argument_layout import (
     Features,
+    decay_rates,
     decline_unusual,
     group_count,
     pad_channels,
@@ -254,7 +255,7 @@ def _prepare(
     )
     padded = {name: _padded_sequence(geometry, arrays[name]) for name in _SEQUENCES if name in arrays}
     padded |= {name: _padded_matrix(geometry, arrays[name]) for name in ("B", "C")}
-    padded["A"] = _padded_state(geometry, arrays["A"][None].astype(jnp.float32))
+    padded["A"] = _padded_state(geometry, decay_rates(arrays["A"])[None])
     for name in ("D", "dt_bias"):
         if name in arrays:
             padded[name] = _padded_channels(geometry, arrays[name][None].astype(jnp.float32))

@@ -12,7 +12,7 @@ CHUNK = 16
 SLICE = 16
 # Tokens whose sums over states are exchanged between lanes together.
 GROUP = 4
-# exp2(RESET * A) is exactly zero for every decay rate below -5e-37.
+# exp2(RESET * A) is exactly zero for every decay rate from `decay_rates`.
 RESET = 3.0e38
 # Threads that share a token at the edges of a chunk.
 EDGE_LANES = THREADS // CHUNK

@@ -18,6 +18,7 @@ from pallas_kernels.register_math import LOG2_E
 from pallas_kernels.selective_scan import pallas_tpu_backward, pallas_tpu_edge, pallas_tpu_forward
 from pallas_kernels.selective_scan.argument_layout import (
     Features,
+    decay_rates,
     decline_unusual,
     group_count,
     pad_channels,
@@ -25,7 +26,7 @@ from pallas_kernels.selective_scan.argument_layout import (
     segment_starts,
     unpad_channels,
 )
-from pallas_kernels.selective_scan.pallas_tpu_geometry import SLOWEST, Geometry
+from pallas_kernels.selective_scan.pallas_tpu_geometry import Geometry
 from pallas_kernels.selective_scan.pallas_tpu_tilings import Generation, choose_geometry, generation
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 
@@ -245,10 +246,7 @@ def _prepare(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -
     inputs = {name: _padded_sequence(geometry, arrays[name]) for name in ("x", "z") if name in arrays}
     inputs["dt"] = _padded_sequence(geometry, arrays["dt"], tail=_NEVER if options.dt_softplus else 0.0)
     inputs["matrices"] = _matrices(geometry, arrays["B"], arrays["C"], segment_ids)
-    # A channel that does not decay is forgotten at a segment's start all the same.
-    rates = arrays["A"].astype(jnp.float32)
-    rates = jnp.where(jnp.abs(rates) < SLOWEST, -SLOWEST, rates * LOG2_E)
-    inputs["A"] = _state_in_blocks(geometry, rates[None])[0]
+    inputs["A"] = _state_in_blocks(geometry, decay_rates(arrays["A"])[None] * LOG2_E)[0]
     for name in ("D", "dt_bias"):
         if name in arrays:
             padded = pad_channels(arrays[name].astype(jnp.float32), groups=geometry.groups, channels=geometry.channels)

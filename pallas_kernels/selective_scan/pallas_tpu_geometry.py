@@ -8,8 +8,8 @@ from pallas_kernels.tpu_tiles import GROUP, LANES, SUBLANES
 
 # States that are carried in registers at the same time.
 SLICE = 16
-# exp2(RESET * A) is exactly zero for every decay rate below -SLOWEST.
-RESET, SLOWEST = 3.0e38, 1e-30
+# exp2(RESET * A) is exactly zero for every decay rate from `decay_rates`.
+RESET = 3.0e38
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,14 +84,15 @@ def test_zero_step_keeps_the_state() -> None:
     test_selective_scan.check_zero_step_keeps_the_state("pallas_tpu")
 
 
-def test_state_without_decay_ends_with_its_segment() -> None:
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
+def test_state_without_decay_ends_with_its_segment(implementation: str) -> None:
     call = make_call(SMALL)
     arrays = call.arrays | {"A": call.arrays["A"].at[0].set(0.0)}
     outputs = {
         name: selective_scan(**arrays, **call.integers, **call.static, implementation=name)
-        for name in ("reference", "pallas_tpu")
+        for name in ("reference", implementation)
     }
-    np.testing.assert_allclose(outputs["pallas_tpu"].y, outputs["reference"].y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs[implementation].y, outputs["reference"].y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("change", "reason"), test_selective_scan.DECLINED_BY_PALLAS, ids=str)

@@ -96,15 +96,19 @@ def test_accumulation_equals_the_large_batch(make_config: Callable[..., Experime
     ],
 )
 def test_mesh_does_not_change_the_losses(make_config: Callable[..., ExperimentConfig], mesh: MeshConfig) -> None:
-    one_state, one, _ = run_steps(make_config(z_loss=1e-3), 6)
-    eight_state, eight, step = run_steps(make_config(mesh=mesh, z_loss=1e-3), 6)
+    one_state, one, _ = run_steps(make_config(num_steps=20, z_loss=1e-3), 20)
+    eight_state, eight, step = run_steps(make_config(mesh=mesh, num_steps=20, z_loss=1e-3), 20)
     first_ratio = abs(float(eight[0].grad_norm) / float(one[0].grad_norm) - 1)
     assert first_ratio < REORDERING
-    # AdamW divides by the root of the second moment, so an entry whose gradient is mostly rounding error moves by up to
-    # the learning rate either way; such entries barely enter the loss, and the difference grows with the steps.
-    for index, (a, b) in enumerate(zip(one, eight, strict=True)):
-        np.testing.assert_allclose(b.cross_entropy, a.cross_entropy, rtol=(index + 1) * REORDERING)
-    assert int(eight_state.step) == int(one_state.step) == 6
+    # A loss is a sum of some 100 counted tokens: as many roundings by up to half a unit in the last place of the sum,
+    # of random sign, are 3 units (uniform errors: sqrt(100 / 12)) in each of two orders. The weights' own differences
+    # are far below that, and stay there.
+    units = [
+        abs(np.float32(a.cross_entropy).view(np.int32) - np.float32(b.cross_entropy).view(np.int32))
+        for a, b in zip(one, eight, strict=True)
+    ]
+    assert max(units) <= 4, units
+    assert int(eight_state.step) == int(one_state.step) == 20
     assert step._cache_size() == 1
 
 
