@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import flax
 import jax
+import optax
 
 from mamba_jax.cli import load_config, one_line_errors, parse
 from mamba_jax.config import ExperimentConfig
@@ -63,7 +65,8 @@ def main() -> None:
             f"# Optimizers, {day}",
             "",
             f"Hardware: {os.cpu_count()} CPU cores; losses do not depend on their speed.",
-            f"Software: Python {platform.python_version()}, jax {jax.__version__}.",
+            f"Software: Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, "
+            f"optax {optax.__version__}.",
             f"Command: `python {shlex.join(['benchmarks/run_optimizers.py', *sys.argv[1:]])}`",
             "",
             f"The model and data of `configs/quickstart.py`, {options.num_steps} updates, one seed. Held-out text: "

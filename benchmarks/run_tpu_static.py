@@ -351,9 +351,10 @@ def table(op: str, chip: str, variants: Sequence[str]) -> list[str]:
     entry = generation(tpu_devices(CHIPS[chip].topology)[0].device_kind)
     for variant in ("", *variants) if op == "selective_scan" else ("",) if op in KERNELS else ():
         changed = varied(entry, variant)
-        label = f"pallas_tpu, up to {changed.tiles} tiles, {changed.tokens} tokens" + ("" if variant else " (chosen)")
         works = convolution_work(shape) if op == "causal_conv1d" else scan_work(op, shape, changed)
-        label = label if op == "selective_scan" else "pallas_tpu"
+        label = "pallas_tpu"
+        if op == "selective_scan":
+            label += f", up to {changed.tiles} tiles, {changed.tokens} tokens{'' if variant else ' (chosen)'}"
         lines += kernel_rows(chip, measure(op, chip, shape, "pallas_tpu", variant), works, label)
     lines += kernel_rows(chip, measure(op, chip, shape, "xla"), {}, "xla")
     print("\n".join(lines), flush=True)

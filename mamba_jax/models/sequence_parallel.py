@@ -106,7 +106,8 @@ def scan(
     Returns:
         Output of the shard, and the state after the last shard, on every device.
     """
-    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "dt_bias": dt_bias, "state": initial_state, "D": D, "z": z}
+    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "dt_bias": dt_bias, "D": D, "z": z}
+    arrays["initial_state"] = initial_state
     arrays = {name: array for name, array in arrays.items() if array is not None}
     y, final_state = _scan(tuple(options.items()), arrays, segment_ids)
     return y, from_last(final_state, Axis.LENGTH)
@@ -126,14 +127,13 @@ def _scan_forward(options: _Options, arrays: _Arrays, segment_ids: jax.Array | N
         **dict(options),
     )
     s_BE = elapsed(arrays["dt"], arrays["dt_bias"])
-    entering = entering_state(left_behind, s_BE, segment_ids, arrays.get("state"), decay=_decay(arrays))
+    entering = entering_state(left_behind, s_BE, segment_ids, arrays.get("initial_state"), decay=_decay(arrays))
 
     def scan_shard(arrays: _Arrays) -> tuple[jax.Array, jax.Array]:
-        arrays = {"initial_state" if name == "state" else name: array for name, array in arrays.items()}
         output = selective_scan(**arrays, dt_softplus=True, segment_ids=segment_ids, **dict(options))
         return output.y, output.final_state
 
-    outputs, scan_vjp = jax.vjp(scan_shard, arrays | {"state": entering})
+    outputs, scan_vjp = jax.vjp(scan_shard, arrays | {"initial_state": entering})
     return outputs, (scan_vjp, s_BE, arrays, segment_ids)
 
 
@@ -149,10 +149,10 @@ def _scan_backward(options: _Options, residuals, cotangents):
     )
     dleaving = leaving_cotangent(from_outputs, s_BE, segment_ids, dfinal_state, decay=_decay(arrays))
     (gradients,) = scan_vjp((dy, dleaving))
-    dentering = gradients.pop("state")
-    if "state" in arrays:
+    dentering = gradients.pop("initial_state")
+    if "initial_state" in arrays:
         dstate = jnp.where(shard_number(Axis.LENGTH) == 0, dentering, 0)
-        gradients["state"] = dstate.astype(arrays["state"].dtype)
+        gradients["initial_state"] = dstate.astype(arrays["initial_state"].dtype)
     return gradients, None
 
 

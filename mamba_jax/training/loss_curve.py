@@ -1,11 +1,11 @@
 """The loss curve of a run as a picture."""
 
-import contextlib
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from mamba_jax.training.metric_writer import read_metrics
+from mamba_jax.training.replacement import replacement
 
 
 def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
@@ -36,11 +36,7 @@ def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    path, temporary = run_dir / "loss_curve.png", run_dir / ".loss_curve.png"
-    try:
+    path = run_dir / "loss_curve.png"
+    with replacement(path) as temporary:
         figure.savefig(temporary, dpi=120)
-        return temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    return path

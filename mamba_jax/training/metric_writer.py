@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from mamba_jax.training.event_log import AppendOnlyFile, read_records
+from mamba_jax.training.replacement import replacement
 
 Kind = Literal["train", "validation", "validation_ema"]
 
@@ -98,14 +99,11 @@ def _samples_before(run_dir: Path, first_step: int) -> str:
 
 def _rewrite(path: Path, make_text: Callable[[], str]) -> None:
     """Gives a file that exists another content; if that cannot be made or written, it keeps the one it has."""
-    temporary = path.with_name(f".{path.name}")
     try:
         if path.is_file():
-            temporary.write_text(make_text())
-            temporary.replace(path)
+            with replacement(path) as temporary:
+                temporary.write_text(make_text())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         warnings.warn(f"cannot rewrite {path} ({error.strerror}); it keeps records of steps done again", stacklevel=3)
 
 

@@ -1,6 +1,5 @@
 """The folder of a run: who may write there, and whether a config may continue what is in it."""
 
-import contextlib
 import dataclasses
 import uuid
 from pathlib import Path
@@ -9,6 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from mamba_jax.config import ExperimentConfig, from_json, to_json
 from mamba_jax.errors import InputError
+from mamba_jax.training.replacement import replacement
 
 _CONFIG = "config.json"
 
@@ -75,15 +75,12 @@ def claim_run_directory(config: ExperimentConfig) -> Path:
         InputError: the folder cannot be created or written to; what it held stays as it was.
     """
     run_dir = Path(config.train.run_dir)
-    # All processes of a run do this at the same time in the same folder.
-    temporary = run_dir / f".{_CONFIG}.{uuid.uuid4().hex}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(to_json(config) + "\n")
-        temporary.replace(run_dir / _CONFIG)
+        # All processes of a run do this at the same time in the same folder.
+        with replacement(run_dir / _CONFIG, mark=f".{uuid.uuid4().hex}") as temporary:
+            temporary.write_text(to_json(config) + "\n")
     except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink(missing_ok=True)
         raise InputError(
             f"cannot write train.run_dir {run_dir} ({_reason(error)}): make room there or choose another folder"
         ) from None

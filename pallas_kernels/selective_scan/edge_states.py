@@ -13,18 +13,24 @@ Tokens with a segment's start between them and the edge contribute nothing. A de
 learns from these what it passes on to others, before it can start its own scan. Neither has a gradient of its own.
 """
 
+import jax
+
 from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
 from pallas_kernels.dispatch import Dispatcher
 from pallas_kernels.selective_scan import api, edge_states_xla, pallas_gpu, pallas_tpu
 from pallas_kernels.selective_scan.signature import Discretization
 
-# Each implementation of the scan has one here, so that one name chooses both.
 _dispatch = Dispatcher[StateBEN](
     op="selective_scan_edge",
-    implementations=dict.fromkeys(api.IMPLEMENTATIONS, edge_states_xla.edge_state)
-    | {"pallas_gpu": pallas_gpu.edge_state, "pallas_tpu": pallas_tpu.edge_state},
+    implementations={
+        "pallas_gpu": pallas_gpu.edge_state,
+        "pallas_tpu": pallas_tpu.edge_state,
+        "xla": edge_states_xla.edge_state,
+    },
     platform_order={"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
 )
+# So that one name chooses the scan and this: those of the scan that have no kernel for it.
+_WITHOUT_KERNEL = frozenset(api.IMPLEMENTATIONS) - _dispatch.implementations.keys()
 
 
 def selective_scan_final_state(
@@ -50,7 +56,8 @@ def selective_scan_final_state(
         dt_softplus: apply softplus to dt + dt_bias.
         discretization: of B.
         segment_ids: (B, L) document of each token, or None.
-        implementation: of `selective_scan`; None takes the platform's best that accepts the arguments.
+        implementation: of `selective_scan`; those without a kernel for this take the one of XLA. None takes the
+            platform's best that accepts the arguments.
 
     Returns:
         (B, E, N), float32 (complex64 for a complex A).
@@ -61,18 +68,13 @@ def selective_scan_final_state(
 
     Source: arXiv 2312.00752, equation 2a unrolled.
     """
-    return _dispatch(
-        x,
-        dt,
-        A,
-        B,
-        z=None,
-        dt_bias=dt_bias,
+    return _edge_state(
+        {"x": x, "dt": dt, "A": A, "B": B, "C": B, "dt_bias": dt_bias},
+        segment_ids,
+        implementation,
         dt_softplus=dt_softplus,
         discretization=discretization,
-        segment_ids=segment_ids,
         backwards=False,
-        implementation=implementation,
     )
 
 
@@ -99,7 +101,8 @@ def selective_scan_initial_cotangent(
         dt_bias: (E,) added to dt; None is none.
         dt_softplus: apply softplus to dt + dt_bias.
         segment_ids: (B, L) document of each token, or None.
-        implementation: of `selective_scan`; None takes the platform's best that accepts the arguments.
+        implementation: of `selective_scan`; those without a kernel for this take the one of XLA. None takes the
+            platform's best that accepts the arguments.
 
     Returns:
         (B, E, N), float32 (complex64 for a complex A).
@@ -111,16 +114,31 @@ def selective_scan_initial_cotangent(
     Source: the adjoint of arXiv 2312.00752, equations 2a and 2b, unrolled.
     """
     # The discretization has no part in the decay.
-    return _dispatch(
-        dy,
-        dt,
-        A,
-        C,
-        z=z,
-        dt_bias=dt_bias,
+    return _edge_state(
+        {"x": dy, "dt": dt, "A": A, "B": C, "C": C, "z": z, "dt_bias": dt_bias},
+        segment_ids,
+        implementation,
         dt_softplus=dt_softplus,
         discretization="euler",
-        segment_ids=segment_ids,
         backwards=True,
-        implementation=implementation,
+    )
+
+
+def _edge_state(
+    arrays: dict[str, jax.Array | None],
+    segment_ids: jax.Array | None,
+    implementation: str | None,
+    *,
+    dt_softplus: bool,
+    discretization: Discretization,
+    backwards: bool,
+) -> jax.Array:
+    """Either of the two; backwards "x" is dy. The one matrix stands for both that a scan has."""
+    return _dispatch(
+        {name: array for name, array in arrays.items() if array is not None},
+        segment_ids,
+        dt_softplus=dt_softplus,
+        discretization=discretization,
+        backwards=backwards,
+        implementation="xla" if implementation in _WITHOUT_KERNEL else implementation,
     )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan.argument_layout import group_count, per_group, round_up, segment_starts
+from pallas_kernels.selective_scan.coefficients import Tree
 from pallas_kernels.selective_scan.discretization import step_size, zero_order_hold_gain
 from pallas_kernels.selective_scan.signature import Discretization
 
@@ -12,25 +13,21 @@ _CHUNK = 64
 
 
 def edge_state(
-    inputs: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    matrix: jax.Array,
+    arrays: Tree,
+    segment_ids: jax.Array | None,
     *,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
     dt_softplus: bool,
     discretization: Discretization,
-    segment_ids: jax.Array | None,
     backwards: bool,
 ) -> jax.Array:
-    """See `pallas_kernels.selective_scan.edge_states`; `inputs` and `matrix` are x and B, or backwards dy and C."""
-    batch, length, channels = inputs.shape
+    """See `pallas_kernels.selective_scan.edge_states`; backwards "x" is dy."""
+    A, matrix, dt_bias = arrays["A"], arrays["B"], arrays.get("dt_bias")
+    batch, length, channels = arrays["x"].shape
     states, groups = A.shape[1], group_count(matrix)
-    steps_BLE = step_size(dt, None if dt_bias is None else dt_bias[None, None], dt_softplus=dt_softplus)
-    weights_BLE = inputs.astype(steps_BLE.dtype)
-    if z is not None:
-        weights_BLE *= jax.nn.silu(z.astype(steps_BLE.dtype))
+    steps_BLE = step_size(arrays["dt"], None if dt_bias is None else dt_bias[None, None], dt_softplus=dt_softplus)
+    weights_BLE = arrays["x"].astype(steps_BLE.dtype)
+    if "z" in arrays:
+        weights_BLE *= jax.nn.silu(arrays["z"].astype(steps_BLE.dtype))
     if backwards and jnp.issubdtype(A.dtype, jnp.complexfloating):
         weights_BLE *= 2
     if not backwards and discretization == "euler":
@@ -51,27 +48,23 @@ def edge_state(
     if matrix.ndim > 2:
         tokens["matrix"] = chunks(per_group(matrix, groups).astype(dtype))
     if segment_ids is not None:
-        tokens["starts"] = chunks(segment_starts(segment_ids))
+        tokens["starts"] = chunks(segment_starts(segment_ids).astype(jnp.int32))
     rates = constant(A)
 
     def by_group(array_BTE: jax.Array) -> jax.Array:
         return array_BTE.reshape(*array_BTE.shape[:2], groups, 1, -1)
 
-    def advance(state_BGNF: jax.Array, tokens: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        to_edge_BTE = jax.lax.cumsum(tokens["steps"], axis=1, reverse=not backwards)
-        total_BE = to_edge_BTE[:, -1 if backwards else 0]
-        if not backwards:
-            # A token's input does not decay in its own step.
-            to_edge_BTE = jnp.pad(to_edge_BTE[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    def advance(state_BGNF: jax.Array, tokens: Tree) -> tuple[jax.Array, None]:
+        to_edge_BTE, total_BE = _to_edge(tokens["steps"], backwards=backwards)
         rows = tokens["matrix"][..., None] if "matrix" in tokens else constant(matrix)
         terms = jnp.exp(by_group(to_edge_BTE) * rates) * (by_group(tokens["weights"]) * rows)
         if not backwards and discretization == "zoh":
             terms *= zero_order_hold_gain(by_group(tokens["steps"]), rates)
         state_BGNF = jnp.exp(by_group(total_BE[:, None]) * rates)[:, 0] * state_BGNF
         if "starts" in tokens:
-            counts_BT, keeps_B = _reaching_the_edge(tokens["starts"], backwards=backwards)
-            terms = jnp.where(counts_BT[:, :, None, None, None], terms, 0)
-            state_BGNF = jnp.where(keeps_B[:, None, None, None], state_BGNF, 0)
+            starts_BT, starts_B = _to_edge(tokens["starts"], backwards=backwards)
+            terms = jnp.where(starts_BT[:, :, None, None, None] == 0, terms, 0)
+            state_BGNF = jnp.where(starts_B[:, None, None, None] == 0, state_BGNF, 0)
         return state_BGNF + jnp.sum(terms, axis=1), None
 
     start = jnp.zeros((batch, groups, states, channels // groups), dtype)
@@ -79,9 +72,12 @@ def edge_state(
     return jnp.swapaxes(state_BGNF, 2, 3).reshape(batch, channels, states)
 
 
-def _reaching_the_edge(starts_BT: jax.Array, *, backwards: bool) -> tuple[jax.Array, jax.Array]:
-    """Which tokens of a chunk have no segment's start between them and the edge, and whether the chunk has none."""
+def _to_edge(array: jax.Array, *, backwards: bool) -> tuple[jax.Array, jax.Array]:
+    """Sums of a chunk's (B, T, ...) from each token to the edge, and over the whole chunk.
+
+    Forward a token's own step is not on its way to the end, as its input does not decay in it.
+    """
+    sums = jax.lax.cumsum(array, axis=1, reverse=not backwards)
     if backwards:
-        return jnp.cumsum(starts_BT, axis=1) == 0, ~jnp.any(starts_BT, axis=1)
-    after_BT = jnp.pad(starts_BT[:, 1:], ((0, 0), (0, 1)))
-    return jax.lax.cumsum(after_BT.astype(jnp.int32), axis=1, reverse=True) == 0, ~jnp.any(starts_BT, axis=1)
+        return sums, sums[:, -1]
+    return jnp.pad(sums[:, 1:], ((0, 0), (0, 1), *((0, 0),) * (array.ndim - 2))), sums[:, 0]

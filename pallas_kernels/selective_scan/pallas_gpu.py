@@ -84,27 +84,19 @@ def selective_scan(
 
 
 def edge_state(
-    inputs: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    matrix: jax.Array,
+    arrays: Arrays,
+    segment_ids: jax.Array | None,
     *,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
     dt_softplus: bool,
     discretization: Discretization,
-    segment_ids: jax.Array | None,
     backwards: bool,
-    tilings: tuple[Tiling, Tiling] | None = None,
 ) -> jax.Array:
-    """See `pallas_kernels.selective_scan.edge_states`; `inputs` and `matrix` are x and B, or backwards dy and C.
+    """See `pallas_kernels.selective_scan.edge_states`; backwards "x" is dy.
 
     Raises:
         NotImplementedError: as `selective_scan`.
     """
-    arrays = {"x": inputs, "dt": dt, "z": z, "A": A, "B": matrix, "C": matrix, "dt_bias": dt_bias}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, tilings=tilings)
+    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization)
     geometry, padded = _prepare(options, options.backward if backwards else options.forward, arrays, segment_ids)
     if backwards:
         padded["dy"] = padded.pop("x")
@@ -120,7 +112,7 @@ def edge_state(
 
 
 def _choose(
-    arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, tilings: tuple[Tiling, Tiling] | None
+    arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, tilings: tuple[Tiling, Tiling] | None = None
 ) -> _Options:
     """What is static about a scan of these arrays.
 

@@ -104,27 +104,19 @@ def selective_scan(
 
 
 def edge_state(
-    inputs: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    matrix: jax.Array,
+    arrays: Arrays,
+    segment_ids: jax.Array | None,
     *,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
     dt_softplus: bool,
     discretization: Discretization,
-    segment_ids: jax.Array | None,
     backwards: bool,
-    chip: Generation | None = None,
 ) -> jax.Array:
-    """See `pallas_kernels.selective_scan.edge_states`; `inputs` and `matrix` are x and B, or backwards dy and C.
+    """See `pallas_kernels.selective_scan.edge_states`; backwards "x" is dy.
 
     Raises:
         NotImplementedError: as `selective_scan`.
     """
-    arrays = {"x": inputs, "dt": dt, "z": z, "A": A, "B": matrix, "C": matrix, "dt_bias": dt_bias}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, chip=chip)
+    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization)
     prepared = _prepare(options, arrays, segment_ids)
     if backwards:
         prepared["dy"] = prepared.pop("x")
@@ -135,7 +127,9 @@ def edge_state(
     return _state_of_blocks(options.geometry, results[output], arrays)
 
 
-def _choose(arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, chip: Generation | None) -> _Options:
+def _choose(
+    arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, chip: Generation | None = None
+) -> _Options:
     """What is static about a scan of these arrays.
 
     Raises:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.register_math import softplus
 from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_tpu_geometry import RESET, Geometry
-from pallas_kernels.tpu_tiles import GROUP, LANES, SUBLANES, Refs, group_tokens, reciprocal, sequence
+from pallas_kernels.tpu_tiles import GROUP, LANES, SUBLANES, Refs, group_tokens, reciprocal, sequence, sigmoid
 
 
 def matrix_scratch(geometry: Geometry) -> dict[str, tuple[int, ...]]:
@@ -69,3 +69,19 @@ def step_size(features: Features, refs: Refs, group, lanes: slice, block) -> jax
     """Dt of a group of tokens."""
     dt = step_argument(refs, group, lanes, block)
     return softplus(dt, reciprocal) if features.softplus else dt
+
+
+def enter_steps(features: Features, refs: Refs, group, lanes: slice, block, resets: jax.Array) -> jax.Array:
+    """Leaves the steps of the decays of a group of tokens in "steps"; returns Dt."""
+    dt = step_size(features, refs, group, lanes, block)
+    # Rows are read back one at a time, each into all rows of a register.
+    refs["steps"][:, lanes] = jnp.maximum(dt, resets)
+    return dt
+
+
+def gated(refs: Refs, values: jax.Array, group, lanes: slice) -> jax.Array:
+    """Values of a group of tokens times silu(z), if there is a gate."""
+    if "z" not in refs:
+        return values
+    z = sequence(refs, "z", group, lanes)
+    return values * (z * sigmoid(z))

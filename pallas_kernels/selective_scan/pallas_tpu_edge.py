@@ -1,21 +1,21 @@
 """The kernel for TPUs that takes a state, or its gradient, through all tokens and leaves only what comes out."""
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_tpu_common import (
     column_of,
+    enter_steps,
+    gated,
     matrix_scratch,
     numbered,
     slice_rows,
-    step_size,
     turn_matrices,
 )
 from pallas_kernels.selective_scan.pallas_tpu_forward import TOGETHER
 from pallas_kernels.selective_scan.pallas_tpu_geometry import Geometry
-from pallas_kernels.tpu_tiles import GROUP, LANES, Refs, over, sequence, sigmoid, tile_lanes
+from pallas_kernels.tpu_tiles import GROUP, LANES, Refs, over, sequence, tile_lanes
 
 
 def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
@@ -28,7 +28,7 @@ def kernel(geometry: Geometry, features: Features, refs: Refs) -> None:
     """Takes a block of channels through a chunk of tokens; the state stays in the output from chunk to chunk.
 
     h_t = a_t h_{t-1} + dt_t x_t B_t into "final_state", or if there is a "dy", from the last chunk to the first,
-    dh_{t-1} = a_t (dh_t + dy_t C_t) into "dinitial_state", with dy before the gate.
+    dh_{t-1} = a_t (dh_t + dy_t C_t) into "dinitial_state", with dy before the gate; C is in the place of B.
     """
     chunk, block = pl.program_id(2), pl.program_id(3)
     groups = geometry.tiling.tokens // GROUP
@@ -54,11 +54,11 @@ def _advance(geometry: Geometry, features: Features, refs: Refs, group, block) -
     tiles = [tile_lanes(tile) for tile in range(geometry.tiling.tiles)]
     resets = turn_matrices(geometry, refs, group)
     for lanes in tiles:
-        dt = step_size(features, refs, group, lanes, block)
-        refs["steps"][:, lanes] = jnp.maximum(dt, resets)
-        refs["inputs"][:, lanes] = (
-            _ungated(refs, group, lanes) if "dy" in refs else dt * sequence(refs, "x", group, lanes)
-        )
+        dt = enter_steps(features, refs, group, lanes, block, resets)
+        if "dy" in refs:
+            refs["inputs"][:, lanes] = gated(refs, sequence(refs, "dy", group, lanes), group, lanes)
+        else:
+            refs["inputs"][:, lanes] = dt * sequence(refs, "x", group, lanes)
 
     def advance_slice(index, carry):
         for first in range(0, len(tiles), TOGETHER):
@@ -68,14 +68,6 @@ def _advance(geometry: Geometry, features: Features, refs: Refs, group, block) -
     over(geometry.slices, advance_slice)
 
 
-def _ungated(refs: Refs, group, lanes: slice) -> jax.Array:
-    dy = sequence(refs, "dy", group, lanes)
-    if "z" not in refs:
-        return dy
-    z = sequence(refs, "z", group, lanes)
-    return dy * (z * sigmoid(z))
-
-
 def _advance_tiles(geometry: Geometry, refs: Refs, block, index, tiles: dict[int, slice]) -> None:
     """The way of a slice of states over a group of tokens, in a few tiles, given by number."""
     state, is_reversed = refs[_output(refs)], "dy" in refs
@@ -83,7 +75,7 @@ def _advance_tiles(geometry: Geometry, refs: Refs, block, index, tiles: dict[int
     h = {i: state[block, rows, lanes] for i, lanes in tiles.items()}
     rates = {i: refs["A"][block, rows, lanes] for i, lanes in tiles.items()}
     for t in reversed(range(GROUP)) if is_reversed else range(GROUP):
-        column = column_of(geometry, refs, "C" if is_reversed else "B", index, t)
+        column = column_of(geometry, refs, "B", index, t)
         for i, lanes in tiles.items():
             decay = jnp.exp2(refs["steps"][t : t + 1, lanes] * rates[i])
             more = refs["inputs"][t : t + 1, lanes] * column

@@ -7,11 +7,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.selective_scan.argument_layout import Features
 from pallas_kernels.selective_scan.pallas_tpu_common import (
     column_of,
+    enter_steps,
+    gated,
     matrix_scratch,
     numbered,
     row_sums,
     slice_rows,
-    step_size,
     turn_matrices,
 )
 from pallas_kernels.selective_scan.pallas_tpu_geometry import Geometry
@@ -24,7 +25,6 @@ from pallas_kernels.tpu_tiles import (
     group_tokens,
     over,
     sequence,
-    sigmoid,
     tile_lanes,
 )
 
@@ -64,9 +64,7 @@ def _advance(geometry: Geometry, features: Features, refs: Refs, group, block) -
     tiles = [tile_lanes(tile) for tile in range(geometry.tiling.tiles)]
     resets = turn_matrices(geometry, refs, group)
     for lanes in tiles:
-        dt = step_size(features, refs, group, lanes, block)
-        # Rows are read back one at a time, each into all rows of a register.
-        refs["steps"][:, lanes] = jnp.maximum(dt, resets)
+        dt = enter_steps(features, refs, group, lanes, block, resets)
         refs["inputs"][:, lanes] = dt * sequence(refs, "x", group, lanes)
 
     def add_slice(index, y):
@@ -103,7 +101,4 @@ def _leave(refs: Refs, group, lanes: slice, block, y: jax.Array) -> None:
     """Writes y of a group of tokens and a tile, with skip connection and gate."""
     if "D" in refs:
         y = y + refs["D"][block, :, lanes] * sequence(refs, "x", group, lanes)
-    if "z" in refs:
-        z = sequence(refs, "z", group, lanes)
-        y = y * (z * sigmoid(z))
-    refs["y"][group_tokens(group), lanes] = y.astype(refs["y"].dtype)
+    refs["y"][group_tokens(group), lanes] = gated(refs, y, group, lanes).astype(refs["y"].dtype)

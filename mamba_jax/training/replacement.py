@@ -1,0 +1,26 @@
+"""Writing a file so that it has its old content or the new one, and never a part."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacement(path: Path, *, mark: str = "") -> Iterator[Path]:
+    """Gives a path to write to, beside `path`, which takes its place when the block ends without an error.
+
+    Args:
+        path: of the file.
+        mark: tells apart writers of the same file; whoever is killed leaves what they have written under this name.
+
+    Raises:
+        OSError: it cannot take the place; `path` is as it was, as after any error in the block.
+    """
+    temporary = path.with_name(f".{path.name}{mark}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
