@@ -8,67 +8,21 @@ are in tokens and sequences; learning rates are per optimizer step; fractions li
 """
 
 import dataclasses
-import difflib
-import functools
 import math
-import typing
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
-from mamba_jax.errors import InputError
+from mamba_jax.config_base import Config, require
+from mamba_jax.config_base import from_json as from_json
+from mamba_jax.config_base import to_json as to_json
 
 DType = Literal["float32", "bfloat16", "float16"]
 ScanName = Literal["reference", "pallas_gpu", "pallas_tpu", "triton", "xla", "xla_sequential", "xla_associative"]
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-@functools.cache
-def _field_types(cls: Any) -> type[pydantic.BaseModel]:
-    """A model with the fields of a config class; it takes no text for a number, and no infinity."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields: dict[str, Any] = {field.name: (hints[field.name], ...) for field in dataclasses.fields(cls)}
-    rules = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-    return pydantic.create_model(cls.__name__, __config__=rules, **fields)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Config:
-    """What every config class shares: checks of its fields, and that unknown JSON keys are refused."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
-
-    def __post_init__(self) -> None:
-        try:
-            checked = _field_types(type(self)).model_validate(vars(self))
-        except pydantic.ValidationError as error:
-            problems = (f"{type(self).__name__}.{_describe(detail)}" for detail in error.errors())
-            raise InputError("; ".join(problems)) from None
-        for name, value in checked:
-            object.__setattr__(self, name, value)  # a scalar of numpy is a plain number from here on
-        self._check()
-
-    def _check(self) -> None:
-        """Refuses values that no run can have; types are right by then, and numbers finite."""
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"{type(self).__name__}.{name} must be positive, got {value}")
-
-    def _require_fraction(self, *names: str, below_one: bool = False) -> None:
-        for name in names:
-            value, end = getattr(self, name), ")" if below_one else "]"
-            fits = value is None or 0 <= value < 1 or (value == 1 and not below_one)
-            _require(fits, f"{type(self).__name__}.{name} must lie in [0, 1{end}, got {value}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mamba1Config(_Config):
+class Mamba1Config(Config):
     """The Mamba-1 mixer (arXiv 2312.00752, sections 3.2-3.6) and the ablations of its section 4.6.
 
     Attributes:
@@ -114,17 +68,17 @@ class Mamba1Config(_Config):
 
     def _check(self) -> None:
         self._require_positive("state_dim", "conv_width", "expand", "dt_rank", "dt_min", "dt_scale", "dt_init_floor")
-        _require(
+        require(
             self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})"
         )
-        _require(
+        require(
             len(set(self.selective)) == len(self.selective),
             f"Mamba1Config.selective names a projection twice: {self.selective}",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Config):
+class ModelConfig(Config):
     """A language model: embedding, `num_layers` pre-norm residual blocks, final RMSNorm, head.
 
     Attributes:
@@ -159,6 +113,9 @@ class ModelConfig(_Config):
 
     def _check(self) -> None:
         self._require_positive("vocab_size", "d_model", "num_layers", "vocab_multiple", "norm_eps", "embedding_std")
+        require(
+            self.padded_vocab_size < 2**31, f"ModelConfig.vocab_size must stay below 2**31 ids, got {self.vocab_size}"
+        )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -177,7 +134,7 @@ class ModelConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig(_Config):
+class TokenizerConfig(Config):
     """How text becomes token ids.
 
     Attributes:
@@ -191,14 +148,14 @@ class TokenizerConfig(_Config):
     end_of_document: str = "<|endoftext|>"
 
     def _check(self) -> None:
-        _require(
+        require(
             (self.kind == "hf_json") == (self.path is not None),
             f"TokenizerConfig: kind={self.kind!r}, path={self.path!r}; 'hf_json' needs a path and 'byte' takes none",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardSource(_Config):
+class ShardSource(Config):
     """Token shards that `python -m mamba_jax.data.prepare` wrote.
 
     Attributes:
@@ -211,7 +168,7 @@ class ShardSource(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextFolderSource(_Config):
+class TextFolderSource(Config):
     """A folder of UTF-8 text files, one document a file, tokenised once into a cache before the run starts.
 
     Attributes:
@@ -235,7 +192,7 @@ class TextFolderSource(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TfdsSource(_Config):
+class TfdsSource(Config):
     """A TensorFlow Datasets set prepared as array_record (reading needs no TensorFlow), tokenised once into a cache.
 
     Attributes:
@@ -257,7 +214,7 @@ Source = ShardSource | TextFolderSource | TfdsSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(_Config):
+class DataConfig(Config):
     """Which text, how it is cut, and how large a batch is.
 
     Attributes:
@@ -289,7 +246,7 @@ class DataConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig(_Config):
+class MeshConfig(Config):
     """Sizes of the device mesh axes; one of them may be -1, "all remaining devices".
 
     Attributes:
@@ -307,14 +264,14 @@ class MeshConfig(_Config):
 
     def _check(self) -> None:
         sizes = (self.data, self.fsdp, self.sequence, self.tensor)
-        _require(
+        require(
             all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
             f"MeshConfig: sizes must be positive with at most one -1, got (data, fsdp, sequence, tensor) = {sizes}",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CosineSchedule(_Config):
+class CosineSchedule(Config):
     """Linear warm-up from 0, then half a cosine down to `final_lr` at the last step (the paper's appendix E.2).
 
     Attributes:
@@ -329,11 +286,11 @@ class CosineSchedule(_Config):
 
     def _check(self) -> None:
         self._require_fraction("warmup_fraction")
-        _require(self.final_lr >= 0, f"CosineSchedule.final_lr must not be negative, got {self.final_lr}")
+        require(self.final_lr >= 0, f"CosineSchedule.final_lr must not be negative, got {self.final_lr}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmupStableDecaySchedule(_Config):
+class WarmupStableDecaySchedule(Config):
     """Linear warm-up from 0, a constant plateau, then a linear decay to `final_lr` at the last step.
 
     Attributes:
@@ -351,7 +308,7 @@ class WarmupStableDecaySchedule(_Config):
     def _check(self) -> None:
         self._require_fraction("warmup_fraction", "decay_fraction")
         total = self.warmup_fraction + self.decay_fraction
-        _require(
+        require(
             total <= 1, f"WarmupStableDecaySchedule: warmup_fraction + decay_fraction must not exceed 1, got {total}"
         )
 
@@ -360,7 +317,7 @@ Schedule = CosineSchedule | WarmupStableDecaySchedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(_Config):
+class OptimizerConfig(Config):
     """The update rule; by default AdamW with the paper's recipe (arXiv 2312.00752, appendix E.2.1).
 
     Attributes:
@@ -392,11 +349,15 @@ class OptimizerConfig(_Config):
     def _check(self) -> None:
         self._require_positive("peak_lr", "eps", "clip_norm")
         self._require_fraction("b1", "b2", "muon_momentum", "ema_decay", below_one=True)
-        _require(self.weight_decay >= 0, f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}")
+        require(self.weight_decay >= 0, f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}")
+        require(
+            self.clip_norm <= 1e18,
+            f"OptimizerConfig.clip_norm must not exceed 1e18, whose square float32 still holds, got {self.clip_norm}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Config):
+class TrainConfig(Config):
     """The training loop.
 
     Attributes:
@@ -433,16 +394,16 @@ class TrainConfig(_Config):
 
     def _check(self) -> None:
         self._require_positive("num_steps", "accumulation_steps", "windows", "loss_chunk", "log_every", "sample_tokens")
-        _require(self.z_loss >= 0, f"TrainConfig.z_loss must not be negative, got {self.z_loss}")
-        _require(self.sample_every >= 0, f"TrainConfig.sample_every must not be negative, got {self.sample_every}")
-        _require(self.num_steps < 2**31, f"TrainConfig.num_steps must be below 2**31, got {self.num_steps}")
+        require(self.z_loss >= 0, f"TrainConfig.z_loss must not be negative, got {self.z_loss}")
+        require(self.sample_every >= 0, f"TrainConfig.sample_every must not be negative, got {self.sample_every}")
+        require(self.num_steps < 2**31, f"TrainConfig.num_steps must be below 2**31, got {self.num_steps}")
         first, last = self.profile_steps or (1, 1)
         fits = 1 <= first <= last <= self.num_steps
-        _require(fits, f"TrainConfig.profile_steps must be 1 <= first <= last <= num_steps, got ({first}, {last})")
+        require(fits, f"TrainConfig.profile_steps must be 1 <= first <= last <= num_steps, got ({first}, {last})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(_Config):
+class CheckpointConfig(Config):
     """When training state is saved.
 
     Attributes:
@@ -458,7 +419,7 @@ class CheckpointConfig(_Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(_Config):
+class EvaluationConfig(Config):
     """Perplexity on the validation source.
 
     Attributes:
@@ -472,12 +433,12 @@ class EvaluationConfig(_Config):
     batch_size: int | None = None
 
     def _check(self) -> None:
-        _require(self.every >= 0, f"EvaluationConfig.every must not be negative, got {self.every}")
+        require(self.every >= 0, f"EvaluationConfig.every must not be negative, got {self.every}")
         self._require_positive("max_batches", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FaultsConfig(_Config):
+class FaultsConfig(Config):
     """What a run puts up with.
 
     Attributes:
@@ -500,15 +461,15 @@ class FaultsConfig(_Config):
     def _check(self) -> None:
         self._require_positive("max_skipped", "spike_window", "deadline_seconds", "startup_seconds")
         longest = max(self.deadline_seconds, self.startup_seconds)
-        _require(longest <= 1e9, f"FaultsConfig: deadlines must not exceed 1e9 seconds, got {longest}")
-        _require(
+        require(longest <= 1e9, f"FaultsConfig: deadlines must not exceed 1e9 seconds, got {longest}")
+        require(
             self.spike_factor is None or self.spike_factor > 1,
             f"FaultsConfig.spike_factor must be above 1 or None, got {self.spike_factor}",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(_Config):
+class ExperimentConfig(Config):
     """Everything that decides a run's result.
 
     Attributes:
@@ -541,60 +502,34 @@ class ExperimentConfig(_Config):
         return self.evaluation.batch_size or self.data.global_batch
 
     def _check(self) -> None:
-        _require(0 <= self.seed < 2**32, f"ExperimentConfig.seed must lie in 0 .. 2**32 - 1, got {self.seed}")
+        require(0 <= self.seed < 2**32, f"ExperimentConfig.seed must lie in 0 .. 2**32 - 1, got {self.seed}")
         batch, parts = self.data.global_batch, self.train.accumulation_steps
-        _require(
+        require(
             batch % parts == 0,
             f"data.global_batch ({batch}) must be divisible by train.accumulation_steps ({parts}): change one of them",
         )
         length, windows = self.data.seq_len, self.train.windows
-        _require(
+        require(
             length % windows == 0,
             f"data.seq_len ({length}) must be divisible by train.windows ({windows}): change one of them",
         )
+        self._check_recipe()
 
+    def _check_recipe(self) -> None:
+        """Weights and moments stay finite as long as gradients are.
 
-def to_json(config: _Config, *, indent: int | None = 2) -> str:
-    """The config as JSON text that `from_json` reads back to an equal value."""
-    return pydantic.TypeAdapter(type(config)).dump_json(config, indent=indent).decode()
-
-
-def from_json[T: _Config](cls: type[T], text: str, *, origin: str) -> T:
-    """Reads a config strictly.
-
-    Args:
-        cls: class of the result.
-        text: JSON.
-        origin: file name for error messages.
-
-    Returns:
-        The validated config.
-
-    Raises:
-        InputError: one line that lists every unknown key (with the closest known one), missing key and bad value.
-    """
-    try:
-        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
-    except pydantic.ValidationError as error:
-        problems = "; ".join(_describe(detail) for detail in error.errors())
-        raise InputError(f"{origin}: {problems}") from None
-
-
-def _describe(detail: Any) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "unexpected_keyword_argument":
-        close = difflib.get_close_matches(str(detail["loc"][-1]), _field_names(), n=1)
-        return f"unknown key {path!r}" + (f", did you mean {close[0]!r}?" if close else "")
-    if detail["type"] == "missing":
-        return f"missing key {path!r}"
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
-    value = (
-        f", got {detail['input']!r}" if isinstance(detail["input"], str | int | float | list | None) and path else ""
-    )
-    return f"{path}: {detail['msg']}{value}" if path else detail["msg"]
-
-
-def _field_names() -> list[str]:
-    """Names of all fields of all config classes; a suggestion need not know where in the tree a key belongs."""
-    return sorted({field.name for config in _Config.__subclasses__() for field in dataclasses.fields(config)})
+        No element of a clipped gradient exceeds clip_norm, so neither does a mean of them, and Adam's direction is at
+        most clip_norm / eps; Muon's is far smaller. Decay alone brings a weight nearer to 0.
+        """
+        recipe = self.optimizer
+        largest_lr = max(recipe.peak_lr, recipe.schedule.final_lr)
+        decay, way = largest_lr * recipe.weight_decay, self.train.num_steps * largest_lr * recipe.clip_norm / recipe.eps
+        require(
+            decay <= 1,
+            f"optimizer.peak_lr * weight_decay = {decay:.3g} must not exceed 1: weights would change their sign",
+        )
+        require(
+            way <= 1e37,
+            f"train.num_steps * optimizer.peak_lr * clip_norm / eps = {way:.3g}: weights could exceed what float32 "
+            "holds; lower peak_lr or clip_norm, or raise eps",
+        )

@@ -150,6 +150,16 @@ def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
         )
 
 
+def repeatable(mesh: Mesh) -> dict[str, bool]:
+    """Options for `jax.jit` under which a program gives the same bits whenever it is compiled and run on this mesh.
+
+    XLA for GPUs otherwise times several kernels for each matrix product while it compiles and takes the fastest, and
+    they differ in the order of their sums. On TPUs and CPUs it has nothing to choose.
+    """
+    is_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return {"xla_gpu_exclude_nondeterministic_ops": True} if is_gpu else {}
+
+
 def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """Which rows of a batch a process has to supply: (index, count), the run `index` of `count` equal runs.
 
@@ -236,8 +246,8 @@ def constrain(x: jax.Array, *axes: Logical) -> jax.Array:
 def per_shard[*Outputs](
     function: Callable[..., tuple[*Outputs]],
     arrays: Mapping[str, jax.Array | None],
-    axes: Mapping[str, Sequence[Axis | None]],
-    out_axes: Sequence[Sequence[Axis | None]],
+    axes: Mapping[str, Sequence[Logical]],
+    out_axes: Sequence[Sequence[Logical]],
 ) -> tuple[*Outputs]:
     """Calls an operation on every device's part of its arguments, under the mesh of `jax.set_mesh`.
 
@@ -268,7 +278,7 @@ def per_shard[*Outputs](
         if dim % RULES.parts(mesh, axis)
     }
 
-    def spec(axes: Sequence[Axis | None]) -> PartitionSpec:
+    def spec(axes: Sequence[Logical]) -> PartitionSpec:
         return RULES.spec([None if axis in uneven else axis for axis in axes])
 
     return jax.shard_map(

@@ -14,6 +14,7 @@ LAYERS = {
     "pallas_kernels": 0,
     "mamba_jax.errors": 1,
     "mamba_jax.config": 2,
+    "mamba_jax.config_base": 2,
     "mamba_jax.cli": 3,
     "mamba_jax.distributed": 3,
     "mamba_jax.sharding": 3,
@@ -99,7 +100,7 @@ def test_models_call_public_kernels_only() -> None:
 @pytest.mark.parametrize("path", _source_files(), ids=_module_name)
 def test_files_are_short(path: Path) -> None:
     lines = path.read_text().count("\n")
-    limit = {"train.py": 60, "eval.py": 60, "config.py": 600}.get(path.name, 400)
+    limit = {"train.py": 60, "eval.py": 60, "config.py": 550}.get(path.name, 400)
     assert lines <= limit, f"{path} has {lines} lines, limit {limit}"
 
 

@@ -69,6 +69,14 @@ def optimizer(**fields: object) -> c.OptimizerConfig:
     return c.OptimizerConfig(**{"peak_lr": 1e-3, **fields})
 
 
+def model(**fields: object) -> c.ModelConfig:
+    return c.ModelConfig(**{"vocab_size": 257, "d_model": 64, "num_layers": 2, **fields})
+
+
+def experiment(**recipe: object) -> c.ExperimentConfig:
+    return dataclasses.replace(make_config(), optimizer=optimizer(**recipe))
+
+
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
@@ -88,6 +96,17 @@ def optimizer(**fields: object) -> c.OptimizerConfig:
         (lambda: optimizer(peak_lr=math.nan), "peak_lr: Input should be a finite number, got nan"),
         (lambda: optimizer(peak_lr=math.inf), "peak_lr: Input should be a finite number, got inf"),
         (lambda: optimizer(clip_norm=math.inf), "clip_norm: Input should be a finite number, got inf"),
+        (lambda: optimizer(clip_norm=1e19), "clip_norm must not exceed 1e18"),
+        (lambda: optimizer(eps=1e-40), "OptimizerConfig.eps = 1e-40 is beyond float32, which holds 0 and 1.18e-38"),
+        (lambda: optimizer(peak_lr=1e39), "OptimizerConfig.peak_lr = 1e+39 is beyond float32"),
+        (lambda: optimizer(b2=1 - 1e-9), "OptimizerConfig.b2 must lie in [0, 1), got 0.999999999"),
+        (lambda: optimizer(ema_decay=1 - 1e-9), "OptimizerConfig.ema_decay must lie in [0, 1), got 0.999999999"),
+        (lambda: experiment(peak_lr=11.0), "optimizer.peak_lr * weight_decay = 1.1 must not exceed 1"),
+        (
+            lambda: experiment(peak_lr=1.0, eps=1e-37),
+            "clip_norm / eps = 3e+37: weights could exceed what float32 holds",
+        ),
+        (lambda: model(vocab_size=2**31), "ModelConfig.vocab_size must stay below 2**31 ids, got 2147483648"),
         (lambda: optimizer(b1=1.0), "OptimizerConfig.b1 must lie in [0, 1), got 1.0"),
         (lambda: optimizer(b2=1.0), "OptimizerConfig.b2 must lie in [0, 1), got 1.0"),
         (lambda: optimizer(muon_momentum=1.0), "OptimizerConfig.muon_momentum must lie in [0, 1), got 1.0"),

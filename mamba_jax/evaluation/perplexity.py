@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.sharding import put_batch
+from mamba_jax.sharding import put_batch, repeatable
 from mamba_jax.training.loss import next_token_loss
 
 
@@ -57,7 +57,8 @@ def evaluate(
     """
     with jax.set_mesh(mesh):
         # Nothing is read back before the end, so that the devices need not wait for the host.
-        sums = [_summed_loss(definition, loss_chunk, params, put_batch(mesh, batch)) for batch in batches]
+        program = _program(mesh)
+        sums = [program(definition, loss_chunk, params, put_batch(mesh, batch)) for batch in batches]
     loss_sum = math.fsum(float(batch_sum) for batch_sum, _ in sums)
     num_tokens = sum(int(batch_tokens) for _, batch_tokens in sums)
     if num_tokens == 0:
@@ -71,7 +72,11 @@ def evaluate(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.cache
+def _program(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(_summed_loss, static_argnums=(0, 1), compiler_options=repeatable(mesh))
+
+
 def _summed_loss(
     definition: ModelDefinition, loss_chunk: int, params: Params, batch: LMBatch
 ) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from mamba_jax.models.initializers import Initializer, ones
+from mamba_jax.models.lookup import look_up
 from mamba_jax.sharding import Axis, constrain
 
 
@@ -87,5 +88,4 @@ class Embedding(nnx.Module):
         """Looks up the vectors of `tokens`, in float32."""
         # Split by the width too, the table would make the partitioner move the vectors instead.
         table = constrain(self.table[...], Axis.VOCAB, None)
-        vectors = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return vectors.astype(jnp.float32)
+        return look_up(table.shape[0], table, tokens).astype(jnp.float32)

@@ -15,7 +15,7 @@ from mamba_jax.config import ExperimentConfig, FaultsConfig
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.models.recurrent_state import STATE_AXES, LMState, init_state, reset_rows
-from mamba_jax.sharding import Axis, batch_sharding, constrain
+from mamba_jax.sharding import Axis, batch_sharding, constrain, repeatable
 from mamba_jax.training.loss import next_token_loss
 from mamba_jax.training.optimizer import learning_rate
 from mamba_jax.training.train_state import SkipState, TrainState
@@ -73,7 +73,8 @@ def make_train_step(
     number of counted tokens of the whole batch, so the result is that of the undivided batch.
 
     A step whose loss or gradient is not finite, or whose gradient is a spike, leaves parameters, moments and average
-    as they were; see `FaultsConfig`.
+    as they were; see `FaultsConfig`. A finite gradient keeps them finite: `ExperimentConfig` refuses recipes whose
+    updates could add up to more than float32 holds.
 
     With `data.order="streams"` every row starts from the state that the step before left it in. Gradients reach back
     to the start of the step, not beyond it: truncated back-propagation through time.
@@ -89,7 +90,12 @@ def make_train_step(
     # state could not be reused, and the next call would compile again.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=repeatable(shardings.step.mesh),
+    )
     def train_step(state: TrainState, batch: LMBatch) -> tuple[TrainState, StepMetrics]:
         parts, gradient, recurrent = _whole_batch(config, definition, state, batch)
         grad_norm = optax.tree.norm(gradient)

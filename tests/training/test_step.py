@@ -18,7 +18,7 @@ from mamba_jax.models.parameters import define
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training import train_state
 from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.step import StepMetrics, make_train_step
+from mamba_jax.training.step import StepMetrics, abstract_batch, make_train_step
 from mamba_jax.training.train_state import TrainState
 
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -156,3 +156,17 @@ def test_metrics(make_config: Callable[..., ExperimentConfig]) -> None:
         assert abs(float(metrics.cross_entropy) - np.log(257)) < 0.5
     assert history[0].learning_rate == np.float32(config.optimizer.peak_lr)
     assert history[1].learning_rate < history[0].learning_rate
+
+
+def test_on_gpus_no_sum_is_taken_in_a_free_order(make_config: Callable[..., ExperimentConfig]) -> None:
+    """A scatter on a GPU adds with atomic operations, unless no two of its places are the same."""
+    config = make_config(mesh=ALL_AXES, accumulation_steps=2, ema_decay=0.9, order="streams")
+    mixer = dataclasses.replace(config.model.mixer, scan_implementation="xla")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer=mixer))
+    device_mesh, state, step = set_up(config)
+    with jax.set_mesh(device_mesh):
+        traced = step.trace(state, abstract_batch(config, device_mesh))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    scatters = re.findall(r'"stablehlo\.(?:select_and_)?scatter"\(.*?\}\) :', text, re.DOTALL)
+    assert scatters
+    assert not [scatter for scatter in scatters if "unique_indices = true" not in scatter]

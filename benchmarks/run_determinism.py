@@ -1,0 +1,269 @@
+"""Shows on GPUs that a run gives the same bits again, and what that costs.
+
+    python benchmarks/run_determinism.py
+    python benchmarks/run_determinism.py --num-devices 2
+
+- The compiled step, from one state over the same batches: twice in a process, and in a second process that compiles
+  anew. Compared are every metric and a fingerprint of every array of the state, after every step.
+- `train.py`: uninterrupted, against killed and resumed. Compared are every value in `metrics.jsonl` that is not a
+  speed, and the fingerprints in the last checkpoint.
+
+The first is done with and without what makes it so: rows of the embedding summed in one order, and kernels of matrix
+products that are not chosen by timing them.
+"""
+
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jaxlib
+import numpy as np
+
+from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TextFolderSource,
+    TrainConfig,
+    to_json,
+)
+from mamba_jax.data.batch import LMBatch
+from mamba_jax.errors import InputError
+from mamba_jax.fingerprints import fingerprints
+from mamba_jax.models import lookup, parameters
+from mamba_jax.sharding import make_mesh, put_batch
+from mamba_jax.training import step as step_module
+from mamba_jax.training import train_state
+from mamba_jax.training.optimizer import make_optimizer
+from mamba_jax.training.step import make_train_step
+
+Variant = Literal["free", "repeatable"]
+_SPEEDS = ("tokens_per_second", "mfu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        num_devices: GPUs, over which the batch is split.
+        d_model: width of the residual stream.
+        num_layers: blocks.
+        vocab_size: token ids.
+        batch: sequences.
+        length: tokens of a sequence.
+        num_steps: compared in a process.
+        seconds: time to spend on timing.
+        text: folder of text files for `train.py`; None leaves that part out.
+        run_steps: of `train.py`; it saves at every third of them and is killed after two thirds.
+        output: folder for the table.
+    """
+
+    num_devices: int = 1
+    d_model: int = 768
+    num_layers: int = 24
+    vocab_size: int = 50280
+    batch: int = 8
+    length: int = 2048
+    num_steps: int = 12
+    seconds: float = 5.0
+    text: Path | None = None
+    run_steps: int = 60
+    output: Path = Path(__file__).parent / "results"
+
+    def experiment(self, *, run_dir: str = "none", num_steps: int = 1000) -> ExperimentConfig:
+        """The run of this model on the text, if there is any."""
+        text = TextFolderSource(path=str(self.text))
+        return ExperimentConfig(
+            name="determinism",
+            model=ModelConfig(vocab_size=self.vocab_size, d_model=self.d_model, num_layers=self.num_layers),
+            data=DataConfig(
+                train=text,
+                validation=text,
+                seq_len=self.length,
+                global_batch=self.batch,
+                cache_dir=f"{run_dir}_cache",
+            ),
+            optimizer=OptimizerConfig(peak_lr=1e-3),
+            train=TrainConfig(
+                num_steps=num_steps, run_dir=run_dir, log_every=1, sample_every=num_steps // 3, sample_tokens=32
+            ),
+            mesh=MeshConfig(data=self.num_devices),
+            checkpoint=CheckpointConfig(every=num_steps // 3),
+            evaluation=EvaluationConfig(every=num_steps // 3, max_batches=4),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What a process found: for each of two runs and each step, metrics and fingerprints by name; milliseconds."""
+
+    runs: list[list[dict[str, Any]]]
+    milliseconds: float
+    compile_seconds: float
+    device_kind: str
+
+
+def make_batches(options: Options) -> list[LMBatch]:
+    """Text-like tokens: few ids make up most of it."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(options.num_steps):
+        tokens = (rng.zipf(1.2, (options.batch, options.length + 1)) % options.vocab_size).astype(np.int32)
+        zeros = np.zeros(tokens[:, 1:].shape, np.int32)
+        batches.append(LMBatch(tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=zeros == 0, segment_ids=zeros))
+    return batches
+
+
+def run_steps(options: Options, variant: Variant) -> Steps:
+    """Compiles the step, and runs it twice over the same batches."""
+    if variant == "free":
+        lookup._add_sorted = lookup._add_in_order
+        step_module.repeatable = lambda mesh: {}
+    config = options.experiment()
+    mesh = make_mesh(config.mesh, jax.devices()[: options.num_devices])
+    definition = parameters.define(config.model)
+    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
+    abstract = train_state.abstract_state(config, definition, optimizer, mesh)
+    runs, walls = [], []
+    with jax.set_mesh(mesh):
+        batches = [put_batch(mesh, batch) for batch in make_batches(options)]
+        start = time.perf_counter()
+        step = make_train_step(config, definition, optimizer, abstract).lower(abstract, batches[0]).compile()
+        compile_seconds = time.perf_counter() - start
+        for _ in range(2):
+            state = train_state.initialize(config, definition, optimizer, abstract)
+            found = []
+            for batch in batches:
+                state, metrics = step(state, batch)
+                values = {name: float(value).hex() for name, value in vars(jax.device_get(metrics)).items()}
+                found.append(values | fingerprints(state.items()))
+            runs.append(found)
+        while len(walls) < 20 or sum(walls) < options.seconds:
+            start = time.perf_counter()
+            state, metrics = step(state, batches[0])
+            jax.block_until_ready((state, metrics))
+            walls.append(time.perf_counter() - start)
+    return Steps(
+        runs=runs,
+        milliseconds=1e3 * float(np.median(walls)),
+        compile_seconds=compile_seconds,
+        device_kind=jax.devices()[0].device_kind,
+    )
+
+
+def difference(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> str:
+    """Where two runs part, or that they do not."""
+    for step, (a, b) in enumerate(zip(one, two, strict=True), start=1):
+        if names := [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]:
+            return f"{len(names)} of {len(a)} values differ from step {step} on, such as {min(names)}"
+    return "equal"
+
+
+def run_to_the_end(config: ExperimentConfig, folder: Path, *, kill_at: int | None) -> tuple[list[Any], dict[str, int]]:
+    """Runs train.py, if need be again after killing it; its metrics, and the fingerprints in its last checkpoint."""
+    config_file, run_dir = folder / "config.py", Path(config.train.run_dir)
+    config_file.write_text(
+        "from mamba_jax.config import ExperimentConfig, from_json\n\n\n"
+        f"def get_config():\n    return from_json(ExperimentConfig, {to_json(config)!r}, origin='determinism')\n"
+    )
+    command = [sys.executable, "train.py", str(config_file), "--train.run-dir", str(run_dir)]
+    metrics = run_dir / "metrics.jsonl"
+    if kill_at is not None:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while not metrics.is_file() or f'"step": {kill_at},' not in metrics.read_text():
+                if process.poll() is not None:
+                    raise InputError(f"train.py ended with {process.returncode} before step {kill_at}")
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for record in records:
+        for name in _SPEEDS:
+            record.pop(name, None)
+    stored = sorted(run_dir.glob(f"checkpoints/{config.train.num_steps}/*/metadata")) or sorted(
+        path for path in run_dir.glob(f"checkpoints/{config.train.num_steps}/fingerprints/*") if path.is_file()
+    )
+    records.append({"samples": (run_dir / "samples.txt").read_text()})
+    return records, json.loads(stored[0].read_text())
+
+
+def compare_runs(options: Options) -> list[str]:
+    """Uninterrupted against killed and resumed."""
+    kill_at = 2 * options.run_steps // 3 + 5
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = options.experiment(run_dir=str(folder / "uninterrupted"), num_steps=options.run_steps)
+        one, one_arrays = run_to_the_end(config, folder, kill_at=None)
+        config = options.experiment(run_dir=str(folder / "killed"), num_steps=options.run_steps)
+        two, two_arrays = run_to_the_end(config, folder, kill_at=kill_at)
+    arrays = "equal" if one_arrays == two_arrays else "different"
+    return [
+        f"`train.py`, {options.run_steps} steps, killed after step {kill_at} and resumed, against uninterrupted: metrics "
+        f"and samples ({len(one)} records) {difference(one, two)}; arrays of the last checkpoint {arrays}."
+    ]
+
+
+def main() -> None:
+    """Command-line entry."""
+    with one_line_errors():
+        options = parse(Options, prog="benchmarks/run_determinism.py")
+        found: dict[Variant, list[Steps]] = {}
+        with concurrent.futures.ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        ) as processes:
+            for variant in ("free", "repeatable"):
+                found[variant] = [processes.submit(run_steps, options, variant).result() for _ in range(2)]
+        day, first = datetime.date.today().isoformat(), found["repeatable"][0]
+        lines = [
+            f"# The same bits again, {day}",
+            "",
+            f"Mamba-1, d_model {options.d_model}, {options.num_layers} layers, vocabulary {options.vocab_size}, batch "
+            f"{options.batch}, length {options.length}, bfloat16 products, {options.num_devices} devices.",
+            "",
+            f"Hardware: {options.num_devices} x {first.device_kind}.",
+            f"Software: Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}.",
+            f"Command: `python {shlex.join(['benchmarks/run_determinism.py', *sys.argv[1:]])}`",
+            "",
+            f"{options.num_steps} steps; metrics and fingerprints of all arrays of the state after each. Times are "
+            "medians.",
+            "",
+            "| step | twice in a process | two processes | ms a step | compile s |",
+            "|---|---|---|---|---|",
+        ]
+        for variant, (one, two) in found.items():
+            cells = [
+                difference(*one.runs),
+                difference(one.runs[0], two.runs[0]),
+                f"{one.milliseconds:.2f}, {two.milliseconds:.2f}",
+                f"{one.compile_seconds:.1f}, {two.compile_seconds:.1f}",
+            ]
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
+        if options.text is not None:
+            lines += ["", *compare_runs(options)]
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / f"determinism_{options.num_devices}x_gpu_{day}.md"
+        path.write_text("\n".join([*lines, ""]))
+        print("\n".join(lines))
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
