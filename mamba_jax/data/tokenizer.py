@@ -67,8 +67,8 @@ class Tokenizer(abc.ABC):
     def to_json(self) -> str:
         """A file of the `tokenizers` library with the same ids, for programs that read nothing else.
 
-        The file adds no beginning or end markers. Whoever loads it sets `encode_special_tokens`, which it cannot hold,
-        so that text that spells a special token does not become one; and `decode` keeps what is no end of document.
+        The file adds no beginning or end markers. It cannot hold that text never yields a special token: whoever loads
+        it sets `encode_special_tokens`, or reads no text that spells one.
         """
 
     @abc.abstractmethod
@@ -224,13 +224,13 @@ class JsonTokenizer(Tokenizer):
         with library_errors("text that the tokenizer cannot encode"):
             encoding = tokenizer.encode(text, add_special_tokens=False)
         cuts = [0]
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if not self._is_special[token]:
+        for index, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
+            if not self._is_special[index]:
                 continue
             if end - start < 2:
                 raise InputError(
-                    f"text spells the special token {encoding.tokens[encoding.ids.index(token)]!r} by the one "
-                    f"character {text[start:end]!r}: remove it from the text"
+                    f"text spells the special token {token!r} by the one character {text[start:end]!r}: remove it "
+                    "from the text"
                 )
             cuts.append(start + 1)
         pieces = [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]

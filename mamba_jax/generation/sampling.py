@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
 
-_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
+# Beyond these float32 has no normal number for the temperature or its inverse, and 0 or -inf would become NaN.
+_LOWEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)
+_HIGHEST_TEMPERATURE = 1 / _LOWEST_TEMPERATURE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,6 @@ def _draw(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.Ar
     """Tokens by logits whose highest is 0."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    # Beyond the normal float32 numbers 0 / temperature and -inf / temperature would be NaN.
     logits = logits / min(max(sampling.temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE)
     vocab_size = logits.shape[-1]
     top_k = min(sampling.top_k or vocab_size, vocab_size)

@@ -75,7 +75,7 @@ def test_pieces_have_the_ids_of_the_whole(small_tokenizers: dict[str, Tokenizer]
         assert ids.tolist() == tokenizer.encode("".join(pieces)).tolist(), kind
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=90, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(kind=st.sampled_from((*LOSSLESS, *LOSSY)), draw=st.randoms(use_true_random=False))
 def test_a_changed_file_works_or_gets_one_line(tmp_path_factory, kind: str, draw: random.Random) -> None:
     check_changed(kind, draw, tmp_path_factory.getbasetemp())
