@@ -53,10 +53,13 @@ def generate(
     if lowest < 0 or highest >= vocab_size:
         outside = lowest if lowest < 0 else highest
         raise InputError(f"the prompt has the token id {outside}, but the model's ids are 0 to {vocab_size - 1}")
-    allowed_A = np.ones(vocab_size, bool) if allowed is None else np.asarray(allowed)[:vocab_size]
-    if not allowed_A.any():
+    allowed_V = np.ones(vocab_size, bool)
+    if allowed is not None:
+        given = np.asarray(allowed)[:vocab_size]
+        allowed_V = np.pad(given, (0, vocab_size - len(given)))
+    if not allowed_V.any():
         raise InputError(f"none of the model's ids 0 to {vocab_size - 1} may be drawn: allow at least one")
-    tokens = _generate(definition, num_tokens, sampling or SamplingConfig(), params, prompt, allowed_A, key)
+    tokens = _generate(definition, num_tokens, sampling or SamplingConfig(), params, prompt, allowed_V, key)
     if jax.device_get(tokens).min() < 0:
         raise InputError(
             "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too large"
@@ -71,11 +74,11 @@ def _generate(
     sampling: SamplingConfig,
     params: Params,
     prompt_BL: jax.Array,
-    allowed_A: jax.Array,
+    allowed_V: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
     model = definition.merge(params)
-    draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size, allowed=allowed_A)
+    draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size, allowed=allowed_V)
     prefill = model.hidden(prompt_BL)
     keys = jax.random.split(key, num_tokens)
     first_B = draw(model.unembed(prefill.hidden[:, -1:])[:, 0], keys[0])

@@ -43,7 +43,7 @@ def sample(
     sampling: SamplingConfig,
     *,
     vocab_size: int,
-    allowed: Bool[jax.Array, " A"] | None = None,
+    allowed: Bool[jax.Array, " vocab_size"] | None = None,
 ) -> Int[jax.Array, " B"]:
     """Draws a token for every row.
 
@@ -54,14 +54,13 @@ def sample(
         key: a `jax.random.key`; not used at temperature 0.
         sampling: how to draw.
         vocab_size: ids from here on are padding and never drawn.
-        allowed: (A,), whether an id may be drawn; those from A on may not. None allows all below vocab_size.
+        allowed: (vocab_size,), whether an id may be drawn; None allows all.
 
     Returns:
         Token ids, (B,) int32; -1 where there is none to draw: a logit is NaN or +inf, or all are -inf.
     """
     logits = logits[:, :vocab_size].astype(jnp.float32)
     if allowed is not None:
-        allowed = jnp.pad(allowed[:vocab_size], (0, max(0, vocab_size - allowed.shape[0])))
         logits = jnp.where(allowed[None], logits, -jnp.inf)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     tokens = _draw(logits - peak, key, sampling)
@@ -76,14 +75,14 @@ def _draw(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.Ar
     vocab_size = logits.shape[-1]
     top_k = min(sampling.top_k or vocab_size, vocab_size)
     top_p = sampling.top_p or 1.0
-    if top_k == vocab_size and top_p == 1:
-        return jax.random.categorical(key, logits, axis=-1)
-    # Stable, hence exactly k of them however many are equal, the lowest ids first.
-    logits, ids = jax.lax.top_k(logits, top_k)
-    if top_p < 1:
-        logits = jnp.where(_mass_before(logits) < top_p, logits, -jnp.inf)
-    drawn = jax.random.categorical(key, logits, axis=-1)
-    return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
+    if top_k < vocab_size or top_p < 1:
+        # Stable, hence exactly k of them however many are equal, the lowest ids first.
+        likeliest, ids = jax.lax.top_k(logits, top_k)
+        if top_p < 1:
+            likeliest = jnp.where(_mass_before(likeliest) < top_p, likeliest, -jnp.inf)
+        # Back in the order of ids, each keeps its noise if rounding swaps two of the likeliest.
+        logits = jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), ids, likeliest, axis=-1, inplace=False)
+    return jax.random.categorical(key, logits, axis=-1)
 
 
 def _mass_before(logits: jax.Array) -> jax.Array:
