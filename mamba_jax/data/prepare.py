@@ -161,6 +161,8 @@ def main() -> None:
                 end_of_document=arguments.end_of_document,
             )
         )
+        if tokenizer.lossy:
+            print("warning:", tokenizer.lossy, file=sys.stderr)
         documents = open_documents(arguments.source())
         start = time.monotonic()
         index = write_shards(documents, tokenizer, folder, shard_tokens=arguments.shard_tokens)

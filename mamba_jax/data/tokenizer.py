@@ -1,17 +1,25 @@
 """Text to token ids and back: raw bytes, or a `tokenizers` JSON file."""
 
 import abc
+import functools
 import hashlib
+import itertools
+import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Bool, Int
+from tokenizers import decoders, models, pre_tokenizers
 
 from mamba_jax.config import TokenizerConfig
+from mamba_jax.data.tokenizer_file import library_errors, read_tokenizer, without_prefix_space
+from mamba_jax.data.tokenizer_loss import find_loss
 from mamba_jax.errors import InputError
+
+# A model has a row for every id below the highest.
+_MAX_IDS = 2**24
 
 
 class Tokenizer(abc.ABC):
@@ -23,18 +31,44 @@ class Tokenizer(abc.ABC):
         vocab_size: V, ids are 0 .. V - 1.
         end_of_document: id that follows every document in the token stream.
         fingerprint: sha256 of what defines the tokenizer; equal fingerprints give equal ids.
+        known: (V,), whether an id stands for a token; numbering may leave gaps.
+        lossy: what is wrong with bits per byte if texts that differ get equal ids; None if the ids hold the whole text.
     """
 
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    known: Bool[np.ndarray, " V"]
+
+    @property
+    @abc.abstractmethod
+    def lossy(self) -> str | None: ...
 
     @abc.abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
+    ) -> list[Int[np.ndarray, " T"]]:
         """Token ids of each text, without beginning or end markers.
+
+        The ids of a document's pieces are those of the document if each is cut behind a line break that stands between
+        two visible characters, and no token holds a line break and more. A normalizer that looks for the ends of a
+        text, such as `Strip`, finds them in each piece too.
+
+        Args:
+            texts: what to encode.
+            continues: whether a text goes on with a document, and so gets no space in front where the tokenizer puts
+                one before the first word; None is nowhere.
 
         Raises:
             InputError: a text holds a lone surrogate and so has no UTF-8 form, or what the vocabulary has no ids for.
+        """
+
+    @abc.abstractmethod
+    def to_json(self) -> str:
+        """A file of the `tokenizers` library with the same ids, for programs that read nothing else.
+
+        The file adds no beginning or end markers. It cannot hold that text never yields a special token: whoever loads
+        it sets `encode_special_tokens`, or reads no text that spells one.
         """
 
     @abc.abstractmethod
@@ -54,7 +88,7 @@ class Tokenizer(abc.ABC):
             raise InputError(f"the tokenizer has no id for anything in the prompt {prompt!r}: choose another prompt")
 
     def decode(self, ids: Int[np.ndarray | jax.Array, " T"] | Sequence[int]) -> str:
-        """The text of token ids; end-of-document ids are left out, invalid UTF-8 becomes U+FFFD.
+        """The text of token ids; end-of-document ids and ids without a token are left out, invalid UTF-8 is U+FFFD.
 
         Args:
             ids: token ids in 0 .. V - 1.
@@ -86,11 +120,31 @@ class ByteTokenizer(Tokenizer):
     end_of_document = 256
     fingerprint = hashlib.sha256(b"utf-8 bytes, end of document 256").hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
+    known = np.ones(257, bool)
+    lossy = None
+
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
+    ) -> list[Int[np.ndarray, " T"]]:
         return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        tokenizer = tokenizers.Tokenizer(models.BPE(_byte_characters(), []))
+        # One token a character leaves nothing for a split into words to do.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        return tokenizer.to_str()
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that every character of the library's byte level stands for (shown ones are their own Latin-1)."""
+    own = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    rest = (byte for byte in range(256) if chr(byte) not in own)
+    return own | {chr(256 + index): byte for index, byte in enumerate(rest)}
 
 
 class JsonTokenizer(Tokenizer):
@@ -101,48 +155,109 @@ class JsonTokenizer(Tokenizer):
         end_of_document: the token that separates documents.
 
     Raises:
-        InputError: the file is missing or no tokenizer, or the token is unknown or can be spelled by ordinary text.
+        InputError: the file is missing, no tokenizer or a random one, or the token is unknown or can be spelled by
+            ordinary text.
     """
 
     def __init__(self, path: str, *, end_of_document: str) -> None:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read tokenizer {path!r}: {error.strerror}") from None
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises Exception itself
-            raise InputError(f"{path!r} is not a tokenizer of the `tokenizers` library: {error}") from None
-        # A file may ask for a fixed length, which would silently cut documents, and for special tokens to be read
-        # out of plain text, which would let a document forge its own end.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        file = read_tokenizer(path)
+        self._tokenizer = file.tokenizer
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        _check_vocabulary(vocabulary, path)
         if end_of_document not in vocabulary:
             raise InputError(
                 f"tokenizer {path!r} has no token {end_of_document!r}: set tokenizer.end_of_document to one it has"
             )
         self.vocab_size = max(vocabulary.values()) + 1
+        self.known = np.zeros(self.vocab_size, bool)
+        self.known[list(vocabulary.values())] = True
         self.end_of_document = vocabulary[end_of_document]
-        if self.end_of_document in self.encode(end_of_document):
+        self.fingerprint = hashlib.sha256(file.data + b"\0" + end_of_document.encode()).hexdigest()
+        self._set_apart(end_of_document, file.unknown, path)
+
+    def _set_apart(self, end_of_document: str, unknown: int | None, path: str) -> None:
+        """Finds the ids that no text may yield: the special ones, but for the one that stands for unknown text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        if unknown == self.end_of_document or (
+            self.end_of_document not in special
+            and self.end_of_document in self._library_ids(self._tokenizer, [end_of_document])[0]
+        ):
+            names = sorted(added[i].content for i in special - {unknown})
             raise InputError(
                 f"tokenizer {path!r}: plain text can spell {end_of_document!r}; choose an end_of_document that is "
-                'marked "special" among its added_tokens'
+                f'marked "special" among its added_tokens'
+                + (f": {', '.join(map(repr, names[:8]))}" if names else ", which has none yet: add one")
             )
-        self.fingerprint = hashlib.sha256(data + b"\0" + end_of_document.encode()).hexdigest()
+        self._is_special = np.zeros(self.vocab_size, bool)
+        self._is_special[list({self.end_of_document, *special} - {unknown})] = True
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
+    @functools.cached_property
+    def _rest_of_document(self) -> tokenizers.Tokenizer:
+        return without_prefix_space(self._tokenizer)
+
+    @functools.cached_property
+    def lossy(self) -> str | None:
+        return find_loss(self.encode_batch)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
+    ) -> list[Int[np.ndarray, " T"]]:
         for text in texts:
             _utf8(text)
-        try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises Exception itself
-            raise InputError(f"text that the tokenizer cannot encode: {error}; use one that knows all bytes") from None
+        flags = [False] * len(texts) if continues is None else list(continues)
+        starts = iter(self._encode([t for t, flag in zip(texts, flags, strict=True) if not flag], continues=False))
+        rests = iter(self._encode([t for t, flag in zip(texts, flags, strict=True) if flag], continues=True))
+        return [next(rests if flag else starts) for flag in flags]
+
+    def _encode(self, texts: list[str], *, continues: bool) -> list[Int[np.ndarray, " T"]]:
+        if not texts:
+            return []
+        tokenizer = self._rest_of_document if continues else self._tokenizer
+        return [
+            self._encode_apart(tokenizer, text, continues=continues) if self._is_special[ids].any() else ids
+            for text, ids in zip(texts, self._library_ids(tokenizer, texts), strict=True)
+        ]
+
+    def _encode_apart(self, tokenizer: tokenizers.Tokenizer, text: str, *, continues: bool) -> Int[np.ndarray, " T"]:
+        """Ids of a text that spells special tokens which the model itself knows: it is cut within each of them."""
+        with library_errors("text that the tokenizer cannot encode"):
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        cuts = [0]
+        for index, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
+            if not self._is_special[index]:
+                continue
+            if end - start < 2:
+                raise InputError(
+                    f"text spells the special token {token!r} by the one character {text[start:end]!r}: remove it "
+                    "from the text"
+                )
+            cuts.append(start + 1)
+        pieces = [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]
+        return np.concatenate(self.encode_batch(pieces, continues=[continues] + [True] * (len(pieces) - 1)))
+
+    @staticmethod
+    def _library_ids(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[Int[np.ndarray, " T"]]:
+        with library_errors("text that the tokenizer cannot encode", advice="; use one that knows all bytes"):
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str:
-        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        with library_errors("ids that the tokenizer cannot decode"):
+            return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        # What adds markers is left out: the model never saw any.
+        return json.dumps({**json.loads(self._tokenizer.to_str()), "post_processor": None}, ensure_ascii=False)
+
+
+def _check_vocabulary(vocabulary: dict[str, int], path: str) -> None:
+    owners: dict[int, str] = {}
+    for token, index in vocabulary.items():
+        if index >= _MAX_IDS:
+            raise InputError(f"tokenizer {path!r} gives {token!r} the id {index}; ids end at {_MAX_IDS - 1}: renumber")
+        if owners.setdefault(index, token) != token:
+            raise InputError(f"tokenizer {path!r} gives {owners[index]!r} and {token!r} the same id {index}: renumber")
 
 
 def make_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -1,6 +1,7 @@
 """What `eval.py` does: held-out loss and text samples of any checkpoint."""
 
 import dataclasses
+import sys
 from typing import Literal
 
 import jax
@@ -131,6 +132,8 @@ def _data_config(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoin
 def _perplexity(
     loaded: LoadedCheckpoint, data: DataConfig, request: EvaluationRequest, tokenizer: Tokenizer
 ) -> Perplexity:
+    if tokenizer.lossy:
+        print("warning:", tokenizer.lossy, file=sys.stderr)
     dataset = open_source(data.train, data, tokenizer)
     # Sequences stay whole, so any length will do, whatever the mesh of the training run was.
     mesh = make_mesh(MeshConfig())

@@ -4,7 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Bool, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
 from mamba_jax.generation.sampling import SamplingConfig, sample
@@ -20,6 +21,7 @@ def generate(
     num_tokens: int,
     key: PRNGKeyArray,
     sampling: SamplingConfig | None = None,
+    allowed: Bool[np.ndarray | jax.Array, " A"] | None = None,
 ) -> Int[jax.Array, "B T"]:
     """Continues a batch of prompts of equal length.
 
@@ -32,12 +34,15 @@ def generate(
         num_tokens: tokens to add to every row.
         key: a `jax.random.key`.
         sampling: how tokens are drawn; None is plain sampling at temperature 1.
+        allowed: (A,), whether an id may be drawn, such as `Tokenizer.known`: a model may have rows that its tokenizer
+            has no token for. Those from A on may not; None allows all that the model has.
 
     Returns:
         The added tokens, (B, num_tokens).
 
     Raises:
-        InputError: an empty prompt, an id outside the vocabulary, or no tokens asked for.
+        InputError: an empty prompt, an id outside the vocabulary, no tokens asked for, none allowed, or logits that
+            are not finite.
     """
     if prompt.shape[1] == 0:
         raise InputError("the prompt has no tokens: give at least one")
@@ -48,7 +53,18 @@ def generate(
     if lowest < 0 or highest >= vocab_size:
         outside = lowest if lowest < 0 else highest
         raise InputError(f"the prompt has the token id {outside}, but the model's ids are 0 to {vocab_size - 1}")
-    return _generate(definition, num_tokens, sampling or SamplingConfig(), params, prompt, key)
+    allowed_V = np.ones(vocab_size, bool)
+    if allowed is not None:
+        given = np.asarray(allowed)[:vocab_size]
+        allowed_V = np.pad(given, (0, vocab_size - len(given)))
+    if not allowed_V.any():
+        raise InputError(f"none of the model's ids 0 to {vocab_size - 1} may be drawn: allow at least one")
+    tokens = _generate(definition, num_tokens, sampling or SamplingConfig(), params, prompt, allowed_V, key)
+    if jax.device_get(tokens).min() < 0:
+        raise InputError(
+            "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too large"
+        )
+    return tokens
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -58,10 +74,11 @@ def _generate(
     sampling: SamplingConfig,
     params: Params,
     prompt_BL: jax.Array,
+    allowed_V: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
     model = definition.merge(params)
-    draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size)
+    draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size, allowed=allowed_V)
     prefill = model.hidden(prompt_BL)
     keys = jax.random.split(key, num_tokens)
     first_B = draw(model.unembed(prefill.hidden[:, -1:])[:, 0], keys[0])

@@ -31,11 +31,34 @@ def complete(
         key: a `jax.random.key`.
         sampling: how tokens are drawn.
     """
-    ids = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_document]
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_document]
     tokens = generate(
-        definition, params, jnp.asarray([ids], jnp.int32), num_tokens=num_tokens, key=key, sampling=sampling
+        definition,
+        params,
+        jnp.asarray([ids], jnp.int32),
+        num_tokens=num_tokens,
+        key=key,
+        sampling=sampling,
+        allowed=tokenizer.known,
     )
     added = jax.device_get(tokens)[0].tolist()
     if tokenizer.end_of_document in added:
         added = added[: added.index(tokenizer.end_of_document)]
-    return prompt + tokenizer.decode(added)
+    return prompt + _continuation(tokenizer, prompt, ids, added)
+
+
+def _continuation(tokenizer: Tokenizer, prompt: str, ids: list[int], added: list[int]) -> str:
+    """The text that `added` stands for behind the ids of the prompt."""
+    # Whether a word begins with a space shows only behind another one. Where the added tokens change the text before
+    # them, as bytes that end no character do, a single token of the prompt must stand for all.
+    for context in (ids, *([token] for token in dict.fromkeys(reversed(ids)))):
+        before, text = tokenizer.decode(context), tokenizer.decode(context + added)
+        if text.startswith(before):
+            break
+    else:
+        before, text = "", tokenizer.decode(added)
+    continuation = text[len(before) :]
+    bare = prompt.rstrip()
+    # A tokenizer of words does not see the space that the prompt ends with, and sets its own.
+    sees_space = bare == prompt or tokenizer.encode(bare).tolist() != ids
+    return continuation if sees_space else continuation.removeprefix(" ")

@@ -169,6 +169,8 @@ class _Run:
             else:
                 self.state = TrainState.from_items(restored.items)
         self.reporter.start(self.first_step)
+        if self.tokenizer.lossy:
+            self.reporter.note(f"warning: {self.tokenizer.lossy}")
         with self.reporter.measure("compile"), jax.set_mesh(mesh):
             self.train_step = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
         self.reporter.event("compiled", seconds=self.reporter.seconds["compile"])
@@ -326,14 +328,19 @@ class _Run:
             return
         self.watchdog.arm(self.config.faults.deadline_seconds, f"sample of step {step}")
         with self.reporter.measure("sample"), jax.set_mesh(self.mesh):
-            text = complete(
-                self.definition,
-                self.state.params,
-                self.tokenizer,
-                self.config.train.sample_prompt,
-                num_tokens=self.config.train.sample_tokens,
-                key=jax.random.fold_in(jax.random.key(self.config.seed), step),
-            )
+            try:
+                text = complete(
+                    self.definition,
+                    self.state.params,
+                    self.tokenizer,
+                    self.config.train.sample_prompt,
+                    num_tokens=self.config.train.sample_tokens,
+                    key=jax.random.fold_in(jax.random.key(self.config.seed), step),
+                )
+            except InputError as error:
+                # Logits that are not finite: whether to go on is for the guard of the training step to say.
+                self.reporter.note(f"step {step} has no sample: {error}")
+                return
         self.reporter.sample(step, text)
 
     def _save(self, step: int) -> None:

@@ -77,6 +77,26 @@ def test_padding_is_never_sampled(model, prompt: jax.Array) -> None:
     assert tokens.max() < 29
 
 
+@pytest.mark.parametrize("length", [29, 20, 64])
+def test_ids_that_are_not_allowed_are_never_sampled(model, prompt: jax.Array, length: int) -> None:
+    definition, params = model
+    flat = {**params, "lm_head": {"table": jnp.zeros_like(params["lm_head"]["table"])}}
+    allowed = np.arange(length) % 2 == 1
+    # 120 draws from at most 15 ids miss one of them with probability 15 * (14 / 15)^120 < 0.004.
+    tokens = generate(definition, flat, prompt, num_tokens=40, key=jax.random.key(0), allowed=allowed)
+    assert set(np.unique(tokens)) == set(range(1, min(length, 29), 2))
+
+
+def test_logits_that_are_no_numbers_are_refused(model, prompt: jax.Array) -> None:
+    definition, params = model
+    for value in (jnp.nan, jnp.inf):
+        damaged = {**params, "lm_head": {"table": params["lm_head"]["table"].at[7].set(value)}}
+        with pytest.raises(InputError, match="logits are not finite"):
+            generate(definition, damaged, prompt, num_tokens=8, key=jax.random.key(0), sampling=GREEDY)
+    with pytest.raises(InputError, match="none of the model's ids 0 to 28 may be drawn"):
+        generate(definition, params, prompt, num_tokens=8, key=jax.random.key(0), allowed=np.arange(40) > 28)
+
+
 def test_all_tokens_come_from_one_program(model, prompt: jax.Array, caplog: pytest.LogCaptureFixture) -> None:
     definition, params = model
     with jax.log_compiles(), caplog.at_level(logging.WARNING):

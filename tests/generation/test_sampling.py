@@ -58,6 +58,69 @@ def test_top_k_and_top_p_treat_rows_apart() -> None:
         np.testing.assert_array_equal(sample(logits, jax.random.key(3), sampling, vocab_size=4), [0, 3])
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-45, 5e-324])
+def test_tiny_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    logits = jnp.asarray([[-80.0, 3.0, 2.9999998, -jnp.inf], [80.0, 1e30, -3e38, 1e30], [2.0, 1.0, 0.0, -1e-30]])
+    keys = jax.random.split(jax.random.key(0), 64)
+    draw = jax.vmap(lambda key: sample(logits, key, SamplingConfig(temperature=temperature), vocab_size=4))
+    drawn = np.asarray(draw(keys))
+    assert set(drawn[:, 0]) == {1}
+    assert set(drawn[:, 1]) == {1, 3}, "equal logits stay equally likely"
+    assert set(drawn[:, 2]) == {0}
+
+
+def test_huge_temperatures_draw_all_tokens_alike() -> None:
+    logits = jnp.broadcast_to(jnp.asarray([-80.0, 3.0, -jnp.inf, 0.0]), (600, 4))
+    for temperature in (1e30, 1e300):
+        drawn = sample(logits, jax.random.key(0), SamplingConfig(temperature=temperature), vocab_size=4)
+        counts = np.bincount(np.asarray(drawn), minlength=4)
+        assert counts[2] == 0
+        # Three standard deviations of 200 of 600 draws are 35.
+        np.testing.assert_allclose(counts[[0, 1, 3]], 200, atol=40)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (SamplingConfig(temperature=0.0), {1}),
+        (SamplingConfig(top_k=1), {1}),
+        (SamplingConfig(top_k=3), {1, 2, 4}),
+        (SamplingConfig(top_k=100), {0, 1, 2, 4, 5, 6}),
+        # Each of the five likeliest has 0.2 less a trifle, so that three reach a half.
+        (SamplingConfig(top_p=0.5), {1, 2, 4}),
+        (SamplingConfig(top_k=2, top_p=0.7), {1, 2}),
+        (SamplingConfig(top_k=2, top_p=0.3), {1}),
+        (SamplingConfig(top_p=1.0), {0, 1, 2, 4, 5, 6}),
+    ],
+    ids=str,
+)
+def test_equal_logits_are_cut_exactly_lowest_ids_first(sampling: SamplingConfig, kept: set[int]) -> None:
+    logits = jnp.asarray([-4.0, 0.0, 0.0, -jnp.inf, 0.0, 0.0, 0.0])
+    tokens = sample(jnp.broadcast_to(logits, (2000, 7)), jax.random.key(1), sampling, vocab_size=7)
+    assert set(np.unique(tokens)) == kept
+
+
+def test_only_allowed_ids_are_ranked() -> None:
+    logits = jnp.broadcast_to(jnp.asarray([0.0, 5.0, 0.5, 9.0, 1.0, 9.0]), (500, 6))
+    for allowed, sampling, kept in [
+        ([True, False, True, False, True], SamplingConfig(top_k=2), {2, 4}),
+        ([True, False, True, False, False], SamplingConfig(), {0, 2}),
+        ([True, False, True, False, False], SamplingConfig(temperature=0.0), {2}),
+        ([True, False, True, False, True], SamplingConfig(top_p=0.5), {4}),
+    ]:
+        tokens = sample(logits, jax.random.key(0), sampling, vocab_size=5, allowed=jnp.asarray(allowed))
+        assert set(np.unique(tokens)) == kept, allowed
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingConfig(), SamplingConfig(temperature=0.0), SamplingConfig(top_k=2)], ids=str
+)
+def test_rows_without_a_token_to_draw_are_marked(sampling: SamplingConfig) -> None:
+    inf, nan = jnp.inf, jnp.nan
+    logits = jnp.asarray([[0, nan, 1], [nan, nan, nan], [-inf, -inf, -inf], [0, inf, 1], [0, -inf, -inf]])
+    np.testing.assert_array_equal(sample(logits, jax.random.key(0), sampling, vocab_size=3), [-1, -1, -1, -1, 0])
+
+
 @pytest.mark.parametrize(
     "bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
 )

@@ -1,0 +1,170 @@
+"""Reads a JSON file of the `tokenizers` library, and refuses what that library would crash on or draw at random."""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import tokenizers
+
+from mamba_jax.errors import InputError
+
+# Vocabularies of a million tokens take some 70 MB; what is far larger is another kind of file.
+_MAX_BYTES = 256 * 2**20
+_MAX_REASON = 300
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """What a file holds.
+
+    Attributes:
+        data: its bytes.
+        tokenizer: what they describe.
+        unknown: the id that stands for text without a token; None if there is none.
+    """
+
+    data: bytes
+    tokenizer: tokenizers.Tokenizer
+    unknown: int | None
+
+
+def read_tokenizer(path: str) -> TokenizerFile:
+    """Reads a file of the `tokenizers` library.
+
+    The file's wishes that would change what a text becomes are set aside: a fixed length would silently cut documents,
+    and special tokens read out of plain text would let a document forge its own end.
+
+    Raises:
+        InputError: the file cannot be read, is no tokenizer, or makes ids at random.
+    """
+    data = _read(path)
+    try:
+        description = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path!r} is not a tokenizer of the `tokenizers` library: {_reason(error)}") from None
+    if not isinstance(description, dict):
+        raise InputError(f"{path!r} is not a tokenizer of the `tokenizers` library: it holds no JSON object")
+    model = description.get("model")
+    if not isinstance(model, dict):
+        raise InputError(f"{path!r} is not a tokenizer of the `tokenizers` library: it holds no model")
+    if model.get("dropout"):
+        raise InputError(
+            f"tokenizer {path!r} has dropout {model['dropout']}, so that one text gets other ids each time: "
+            "set model.dropout to null in the file"
+        )
+    if any(not _is_whole(value) for value in _character_maps(description.get("normalizer"))):
+        raise InputError(f"tokenizer {path!r} is damaged: its precompiled_charsmap is cut short; fetch the file anew")
+    with library_errors(f"{path!r} is not a tokenizer of the `tokenizers` library"):
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    # Only Unigram models name the unknown token by its id.
+    token, unknown = model.get("unk_token"), model.get("unk_id")
+    return TokenizerFile(
+        data=data, tokenizer=tokenizer, unknown=unknown if token is None else tokenizer.token_to_id(token)
+    )
+
+
+@contextlib.contextmanager
+def library_errors(message: str, *, advice: str = "") -> Iterator[None]:
+    """Turns what the `tokenizers` library raises, panics of its Rust code among it, into an `InputError`.
+
+    Args:
+        message: what could not be done; the library's reason follows.
+        advice: what to do; ends the line.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # The library raises Exception itself; a panic derives from BaseException and has no name to import.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{message}: {_reason(error)}{advice}") from None
+
+
+def without_prefix_space(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer for text in the middle of a document, where no space is added in front.
+
+    Only the line break in front of the text shows what is in front of it there: a tokenizer that puts a space before
+    every word of a line keeps doing so.
+    """
+    description = json.loads(tokenizer.to_str())
+    for part in ("normalizer", "pre_tokenizer"):
+        description[part] = _without_prefix(description[part])
+    bare = tokenizers.Tokenizer.from_str(json.dumps(description))
+    bare.encode_special_tokens = True
+    head, rest = "a\n", "b"
+    return bare if _surface(tokenizer, head) + _surface(bare, rest) == _surface(tokenizer, head + rest) else tokenizer
+
+
+def _read(path: str) -> bytes:
+    try:
+        # A pipe would be waited for, and a device never ends.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"tokenizer {path!r} is no regular file: give the path of a tokenizer's JSON file")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read tokenizer {path!r}: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read tokenizer {path!r}: {error}") from None
+    if len(data) > _MAX_BYTES:
+        raise InputError(f"{path!r} is larger than {_MAX_BYTES:,} bytes: no tokenizer is; give a tokenizer's JSON file")
+    return data
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} ..."
+
+
+def _character_maps(part: Any) -> Iterator[Any]:
+    """Every character map of a normalizer, which may nest others."""
+    if isinstance(part, dict):
+        if "precompiled_charsmap" in part:
+            yield part["precompiled_charsmap"]
+        part = list(part.values())
+    if isinstance(part, list):
+        for member in part:
+            yield from _character_maps(member)
+
+
+def _is_whole(character_map: Any) -> bool:
+    """Whether the map holds the table whose size it states; the library would take that much memory unseen."""
+    try:
+        raw = base64.b64decode(character_map)
+    except (TypeError, ValueError):
+        return False
+    return 4 + int.from_bytes(raw[:4], "little") <= len(raw)
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    match part:
+        case {"type": "Sequence", **members}:
+            kept = {name: [m for m in map(_without_prefix, value) if m is not None] for name, value in members.items()}
+            return {"type": "Sequence", **kept}
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return {**part, "prepend_scheme": "never"}
+        case {"type": "ByteLevel", "add_prefix_space": _}:
+            return {**part, "add_prefix_space": False}
+        case _:
+            return part
+
+
+def _surface(tokenizer: tokenizers.Tokenizer, text: str) -> str:
+    """What the tokenizer's model gets to see of a text."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        text = "".join(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return text

@@ -1,0 +1,62 @@
+"""Whether token ids hold the whole text: a tokenizer that gives two texts the same ids lost what tells them apart."""
+
+import functools
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from mamba_jax.errors import InputError
+
+
+def find_loss(encode_batch: Callable[[Sequence[str]], list[Int[np.ndarray, " T"]]]) -> str | None:
+    """Compares the ids of texts that differ, nothing else: how they come to be equal does not matter.
+
+    Unknown characters, dropped bytes, lower case, stripped accents, collapsed spaces and compatibility forms are all
+    found. Canonically equivalent texts (Unicode's NFC) count as the same text.
+
+    Args:
+        encode_batch: ids of texts.
+
+    Returns:
+        One sentence with an example; None if all ids differ.
+    """
+    seen: dict[bytes, str] = {}
+    for text, ids in _with_ids(encode_batch):
+        other = seen.setdefault(ids.tobytes(), text)
+        if other != text:
+            return (
+                f"the tokenizer loses text ({other[1:-1]!r} and {text[1:-1]!r} within a word get the same ids): "
+                "bits per byte count bytes that its ids do not hold"
+            )
+    return None
+
+
+def _with_ids(
+    encode_batch: Callable[[Sequence[str]], list[Int[np.ndarray, " T"]]],
+) -> Iterable[tuple[str, Int[np.ndarray, " T"]]]:
+    texts = _probes()
+    try:
+        yield from zip(texts, encode_batch(texts), strict=True)
+        return
+    except InputError:
+        pass
+    # Text that is refused is not lost: the rest decides.
+    for text in texts:
+        try:
+            yield text, encode_batch([text])[0]
+        except InputError:
+            continue
+
+
+@functools.cache
+def _probes() -> tuple[str, ...]:
+    """Every byte that UTF-8 has and every kind of white space, within a word; what is likely in a text comes first."""
+    ascii_visible = map(chr, range(0x21, 0x7F))
+    spaces = (" ", "  ", "\n", "\n\n", "\t", "\r\n", "")
+    two_bytes = map(chr, range(0xA0, 0x800))
+    lead_bytes = map(chr, (0x800, *range(0x1000, 0x10000, 0x1000), 0x10000, *range(0x40000, 0x110000, 0x40000)))
+    control = map(chr, (*range(0x20), *range(0x7F, 0xA0)))
+    middles = (*ascii_visible, *spaces, *two_bytes, *lead_bytes, *control)
+    return tuple(dict.fromkeys(unicodedata.normalize("NFC", f"x{middle}x") for middle in middles))
