@@ -27,10 +27,10 @@ quickstart: setup
 	@echo "    $(BIN)/python eval.py runs/quickstart --prompt \"The state of the union is\" --sampling.temperature 0.7"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: setup
 	$(BIN)/ruff format --check .

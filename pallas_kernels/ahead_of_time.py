@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 
@@ -63,7 +64,19 @@ def compile_for(device: jax.Device, function: Callable, *args: Any) -> jax.stage
     """Compiles a function of arrays of given shapes for a device."""
     with tracing_for(device):
         traced = jax.jit(function).trace(*described(args, device))
-        return traced.lower(lowering_platforms=("tpu" if device.platform == "tpu" else "cuda",)).compile()
+        return compile_lowered(traced.lower(lowering_platforms=("tpu" if device.platform == "tpu" else "cuda",)))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program lowered for devices that are not there, past JAX's cache, which could not read it back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:

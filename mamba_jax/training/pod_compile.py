@@ -66,7 +66,7 @@ def compile_step(config: ExperimentConfig, topology: str, *, num_slices: int = 1
         ) from None
     lowered, state = lower_step(config, devices, "tpu")
     try:
-        program = lowered.compile()
+        program = ahead_of_time.compile_lowered(lowered)
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,12 +1,10 @@
 """A run small enough to train in a test."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from mamba_jax.config import (
     DataConfig,
@@ -22,22 +20,6 @@ from mamba_jax.config import (
 WORDS = ("state", "space", "models", "select", "what", "they", "remember", "and", "forget", "the", "rest")
 
 MakeConfig = Callable[..., ExperimentConfig]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs of the same config compile once: what takes the time here is not what is tested."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
 
 
 @pytest.fixture(scope="session")
