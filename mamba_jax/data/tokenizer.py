@@ -2,8 +2,10 @@
 
 import abc
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,8 +32,14 @@ class Tokenizer(abc.ABC):
     fingerprint: str
 
     @abc.abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
+    ) -> list[Int[np.ndarray, " T"]]:
         """Token ids of each text, without beginning or end markers.
+
+        Args:
+            texts: what to encode.
+            continues: whether a text goes on with a document, and so gets no space in front; None is nowhere.
 
         Raises:
             InputError: a text holds a lone surrogate and so has no UTF-8 form, or what the vocabulary has no ids for.
@@ -86,7 +94,9 @@ class ByteTokenizer(Tokenizer):
     end_of_document = 256
     fingerprint = hashlib.sha256(b"utf-8 bytes, end of document 256").hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
+    ) -> list[Int[np.ndarray, " T"]]:
         return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str:
@@ -118,6 +128,7 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._rest = _without_prefix(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if end_of_document not in vocabulary:
             raise InputError(
@@ -132,17 +143,44 @@ class JsonTokenizer(Tokenizer):
             )
         self.fingerprint = hashlib.sha256(data + b"\0" + end_of_document.encode()).hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
+    ) -> list[Int[np.ndarray, " T"]]:
         for text in texts:
             _utf8(text)
+        flags = [False] * len(texts) if continues is None else list(continues)
+        starts = iter(self._encode(self._tokenizer, [t for t, flag in zip(texts, flags, strict=True) if not flag]))
+        rests = iter(self._encode(self._rest, [t for t, flag in zip(texts, flags, strict=True) if flag]))
+        return [next(rests if flag else starts) for flag in flags]
+
+    @staticmethod
+    def _encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[Int[np.ndarray, " T"]]:
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises Exception itself
             raise InputError(f"text that the tokenizer cannot encode: {error}; use one that knows all bytes") from None
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer without the space that it puts in front of a text."""
+
+    def edited(value: Any) -> Any:
+        if isinstance(value, list):
+            return [edited(item) for item in value if not (isinstance(item, dict) and item.get("type") == "Prepend")]
+        if not isinstance(value, dict):
+            return value
+        off = {"add_prefix_space": False, "prepend_scheme": "never"}
+        return {key: off[key] if key in off else edited(item) for key, item in value.items()}
+
+    data = json.loads(tokenizer.to_str())
+    stages = {key: edited([data[key]]) for key in ("normalizer", "pre_tokenizer")}
+    rest = tokenizers.Tokenizer.from_str(json.dumps({**data, **{k: v[0] if v else None for k, v in stages.items()}}))
+    rest.encode_special_tokens = True
+    return rest
 
 
 def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
