@@ -14,9 +14,9 @@ import numpy as np
 
 from mamba_jax.config import DataConfig, ShardSource, Source
 from mamba_jax.data.batch import LMBatch
+from mamba_jax.data.documents import DocumentReader
 from mamba_jax.data.packing import pack
 from mamba_jax.data.prepare import say, write_shards
-from mamba_jax.data.documents import DocumentReader
 from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.sources import open_documents

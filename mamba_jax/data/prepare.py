@@ -14,9 +14,9 @@ import rich.progress
 
 from mamba_jax import cli
 from mamba_jax.config import TextFolderSource, TfdsSource, TokenizerConfig
-from mamba_jax.data.shard_writer import SHARD_TOKENS, ShardWriter, refuse_existing
 from mamba_jax.data.documents import DocumentReader, Piece
 from mamba_jax.data.shard_index import ShardIndex
+from mamba_jax.data.shard_writer import SHARD_TOKENS, ShardWriter, refuse_existing
 from mamba_jax.data.sources import open_documents
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError

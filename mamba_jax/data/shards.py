@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Int
 
-from mamba_jax.data.shard_index import INDEX_NAME, DamagedShards, ShardEntry, ShardIndex, read_index
+from mamba_jax.data.shard_index import INDEX_NAME, DamagedShards, ShardEntry, read_index
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 
@@ -206,7 +206,7 @@ class TokenDataset:
 def _check_file(path: Path, entry: ShardEntry) -> None:
     try:
         if not path.is_file():
-            raise DamagedShards(f"shard {path} is missing: restore it or prepare the folder again")
+            raise DamagedShards(f"shard {path} is missing or no file: restore it or prepare the folder again")
         size = path.stat().st_size
     except OSError as error:
         raise InputError(f"cannot read shard {path}: {error.strerror}") from None

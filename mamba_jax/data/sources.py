@@ -24,9 +24,15 @@ _CUTS = (re.compile(r"\S\n(?=\S)"), re.compile(r"\w(?= \w)"))
 _CUT_WINDOW = 2**14
 # Containers of text and formats of records: read as text, they would teach their syntax.
 _NO_PROSE = frozenset(
-    ".arrow .array_record .avro .bin .bz2 .csv .db .doc .docx .epub .feather .gz .h5 .hdf5 .json .jsonl .jsonlines .lz4 "
-    ".ndjson .npy .npz .odt .orc .parquet .pdf .pickle .pkl .rar .safetensors .sqlite .tar .tfrecord .tgz .tsv .xlsx "
-    ".xz .zip .zst .7z".split()
+    f".{name}"
+    for names in (
+        ("csv", "db", "json", "jsonl", "jsonlines", "ndjson", "pickle", "pkl", "sqlite", "tsv", "xlsx"),
+        ("array_record", "arrow", "avro", "feather", "h5", "hdf5", "orc", "parquet", "tfrecord"),
+        ("bin", "npy", "npz", "safetensors"),
+        ("7z", "bz2", "gz", "lz4", "rar", "tar", "tgz", "xz", "zip", "zst"),
+        ("doc", "docx", "epub", "odt", "pdf"),
+    )
+    for name in names
 )
 
 
@@ -77,7 +83,7 @@ class TextFolder(DocumentReader):
         path = self._root / name
         if (suffix := path.suffix.lower()) in _NO_PROSE:
             raise InputError(
-                f"{path} is no plain text by its suffix {suffix}, and would be trained on as it is spelt: unpack it, or "
+                f"{path} is no plain text by its suffix {suffix}, and its syntax would be trained on: unpack it, or "
                 "write its texts to files such as .txt, and exclude it by the pattern"
             )
         try:
@@ -86,9 +92,7 @@ class TextFolder(DocumentReader):
             raise InputError(f"cannot read {path}: {error.strerror}") from None
         if found.st_size == 0:
             raise InputError(f"{path} is empty: remove it, or exclude it by the pattern")
-        return _Document(
-            name=name, size=found.st_size, modified_ns=found.st_mtime_ns, start=0, end=found.st_size
-        )
+        return _Document(name=name, size=found.st_size, modified_ns=found.st_mtime_ns, start=0, end=found.st_size)
 
     def _part(self, documents: list[_Document], source: TextFolderSource) -> list[_Document]:
         if source.part == "all":
@@ -96,12 +100,8 @@ class TextFolder(DocumentReader):
         fraction, wanted = source.validation_fraction, source.part == "validation"
         held_out = [_is_held_out(document.name, fraction) for document in documents]
         if 0 < fraction < 1 and len(set(held_out)) == 1:
-            ends = [_cut_position(self._root / document.name, document.size, fraction) for document in documents]
-            part = [
-                dataclasses.replace(document, **({"start": cut} if wanted else {"end": cut}))
-                for document, cut in zip(documents, ends, strict=True)
-            ]
-            part = [document for document in part if document.start < document.end]
+            cut = [_cut_in_two(self._root / document.name, document, fraction)[wanted] for document in documents]
+            part = [document for document in cut if document.start < document.end]
         else:
             part = [document for document, held in zip(documents, held_out, strict=True) if held == wanted]
         if not part:
@@ -120,8 +120,10 @@ def _folder(source: TextFolderSource) -> Path:
     root = Path(source.path)
     if source.package is not None:
         root = _package_folder(source.package) / source.path
-    if not root.is_dir():
-        raise InputError(f"no text folder {str(root)!r}")
+    try:
+        os.scandir(root).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"no text folder {str(root)!r}: {getattr(error, 'strerror', error)}") from None
     return root
 
 
@@ -132,7 +134,7 @@ def _package_folder(package: str) -> Path:
         spec = importlib.util.find_spec(top) if all(map(str.isidentifier, [top, *below])) else None
     except (ImportError, ValueError):
         spec = None
-    for location in (spec and spec.submodule_search_locations) or ():
+    for location in (spec.submodule_search_locations if spec else None) or ():
         folder = Path(location, *below)
         if folder.is_dir():
             return folder
@@ -143,6 +145,11 @@ def _is_held_out(name: str, fraction: float) -> bool:
     """Whether a file is held out; its name alone decides, so adding files moves no other file."""
     # Names need not be UTF-8; of those that are, this is the UTF-8 form.
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64 < fraction
+
+
+def _cut_in_two(path: Path, document: _Document, fraction: float) -> tuple[_Document, _Document]:
+    position = _cut_position(path, document.size, fraction)
+    return dataclasses.replace(document, end=position), dataclasses.replace(document, start=position)
 
 
 def _cut_position(path: Path, size: int, fraction: float) -> int:
@@ -183,9 +190,7 @@ def _document_pieces(path: Path, document: _Document) -> Iterator[Piece]:
             ) from None
         cut = len(text) if last else _cut(text)
         if cut:
-            yield Piece(
-                text=text[:cut], num_bytes=len(text[:cut].encode()), continues=continues, ends_document=last
-            )
+            yield Piece(text=text[:cut], num_bytes=len(text[:cut].encode()), continues=continues, ends_document=last)
             continues = True
         rest = text[cut:]
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _builder(source: TfdsSource) -> Any:
     """The builder of a prepared set; a published set that is not prepared yet is downloaded and prepared."""
     import tensorflow_datasets as tfds
 
-    if Path(source.name).is_dir():
+    if os.path.isdir(source.name):
         return _prepared(source.name)
     try:
         _import_legacy_builder(source.name)

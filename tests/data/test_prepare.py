@@ -66,8 +66,14 @@ def test_bpe_of_pieces_equals_bpe_of_documents(
         (["--output", "OUT", "--text", "TEXT", "--split", "train"], "--split and --data-dir belong to --tfds"),
         (["--output", "OUT", "--text", "TEXT", "--patern", "*"], "did you mean --pattern"),
         (["--output", "TEXT", "--text", "TEXT"], "exists already"),
-        (["--output", "OUT", "--text", "TEXT", "--shard-tokens", "0"], "must be positive and at most 4294967296, got 0"),
-        (["--output", "OUT", "--text", "TEXT", "--shard-tokens", str(2**70)], "at most 4294967296, got 118059162071741"),
+        (
+            ["--output", "OUT", "--text", "TEXT", "--shard-tokens", "0"],
+            "must be positive and at most 4294967296, got 0",
+        ),
+        (
+            ["--output", "OUT", "--text", "TEXT", "--shard-tokens", str(2**70)],
+            "at most 4294967296, got 118059162071741",
+        ),
         (["--output", "OUT", "--text", "TEXT", "--validation-fraction", "2"], "must lie in [0, 1]"),
         (["--output", "OUT", "--text", "TEXT/a.txt"], "no text folder"),
         (["--output", "TEXT/a.txt/OUT", "--text", "TEXT"], "cannot create token shards"),

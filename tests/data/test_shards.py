@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.shard_index import BLOCK_TOKENS, DamagedShards, write_index
+from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
@@ -137,7 +137,9 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".", "..", "new/..", "link", "file"])
-def test_no_output_is_started_where_it_could_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_no_output_is_started_where_it_could_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to("nowhere")
     Path("file").write_text("years of work")
@@ -147,9 +149,7 @@ def test_no_output_is_started_where_it_could_not_end(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.ENOSPC, errno.EACCES])
-def test_folders_that_cannot_be_made_get_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
-) -> None:
+def test_folders_that_cannot_be_made_get_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(error, os.strerror(error))
 
@@ -278,16 +278,22 @@ def remove_key(folder: Path) -> None:
         (edit_shard(file="tokens-00001.array_record"), "it names a shard twice"),
         (edit_shard(sha256="0" * 64), "it was changed after it was written"),
         (edit_shard(records=2**64), "records: Input should be less than or equal to"),
-        (edit_shard(records=2**40, tokens=2**52), "cannot hold 4503599627370496 tokens in 1099511627776 records of 4096"),
+        (
+            edit_shard(records=2**40, tokens=2**52),
+            "cannot hold 4503599627370496 tokens in 1099511627776 records of 4096",
+        ),
         (edit_tokens(0), "cannot hold 0 tokens in 0 records of 4096"),
-        (edit_tokens(-BLOCK_TOKENS), "tokens: Input should be greater than or equal to 0"),
+        (edit_tokens(-BLOCK_TOKENS), "records: Input should be greater than or equal to 0"),
         (write_text("[" * 100_000), "index.json is no index of token shards: Invalid JSON: recursion limit"),
         (write_text('{"tokens": ' + "9" * 10_000), "index.json is no index of token shards: Invalid JSON"),
         (write_text("\0" * 100), "index.json is no index of token shards: Invalid JSON"),
         (replace_index(Path.mkdir), "cannot read .*index.json: Is a directory"),
         (replace_index(os.mkfifo), "index.json is no regular file"),
         (replace_index(lambda path: path.symlink_to("/dev/zero")), "index.json is no regular file"),
-        (replace_index(lambda path: path.symlink_to(path)), "cannot read .*index.json: Too many levels of symbolic links"),
+        (
+            replace_index(lambda path: path.symlink_to(path)),
+            "cannot read .*index.json: Too many levels of symbolic links",
+        ),
         (lambda folder: (folder / "tokens-00001.array_record").unlink(), r"tokens-00001\.array_record is missing"),
         (truncate, r"tokens-00000\.array_record has \d+ bytes, its index says \d+"),
         (
@@ -387,14 +393,14 @@ def test_storage_that_cannot_be_read_now_is_no_damage(
     dataset = TokenDataset(tmp_path / "s")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", fail)
-        with pytest.raises(InputError, match="cannot read shard .*: Stale file handle") as raised:
+        with pytest.raises(InputError, match=r"cannot read shard .*: Stale file handle") as raised:
             dataset.read(np.array([0]), length=2)
         assert not isinstance(raised.value, DamagedShards)
     assert dataset.read(np.array([0]), length=2)[0, 1] == 256
     for name in ("stat", "is_file"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, fail)
-            with pytest.raises(InputError, match="cannot read shard .*: Stale file handle") as raised:
+            with pytest.raises(InputError, match=r"cannot read shard .*: Stale file handle") as raised:
                 TokenDataset(tmp_path / "s")
             assert not isinstance(raised.value, DamagedShards)
 

@@ -21,8 +21,8 @@ from mamba_jax.config import (
     TextFolderSource,
     TokenizerConfig,
 )
-from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.shard_index import BLOCK_TOKENS
+from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.training import loop, train_state
