@@ -220,8 +220,7 @@ class TextFolderSource(_Config):
         package: name of an installed Python package that carries the text as data.
         pattern: glob below the folder.
         part: "all" files, or the side of the held-out split by `validation_fraction`.
-        validation_fraction: share of the files, chosen by a hash of their name, that form the "validation" part; where
-            that leaves a part without files, as of a single file, the share of the end of every file.
+        validation_fraction: share of the files (by a hash of the name), or of each if too few, that is "validation".
     """
 
     kind: Literal["text_folder"] = "text_folder"
@@ -287,7 +286,6 @@ class DataConfig(_Config):
 
     def _check(self) -> None:
         self._require_positive("seq_len", "global_batch", "prefetch")
-        _require(self.prefetch <= 1000, f"data.prefetch: at most 1000 batches are kept ready, got {self.prefetch}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ from mamba_jax.data.sources import open_documents
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 
+_MAX_PREFETCH = 1000
+
 
 def open_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> TokenDataset:
     """Opens the token stream of `source`; text is tokenised into `config.cache_dir` first unless it is there already.
@@ -101,13 +103,17 @@ class TrainBatches:
         process_count: P.
 
     Raises:
-        InputError: the text is shorter than a window, or than a window for each stream; or the batch cannot be split
-            over the processes.
+        InputError: the text is shorter than a window, or than a window for each stream; the batch cannot be split over
+            the processes; or `prefetch` is absurd.
     """
 
     def __init__(
         self, dataset: TokenDataset, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
     ) -> None:
+        if config.prefetch > _MAX_PREFETCH:
+            raise InputError(
+                f"data.prefetch keeps at most {_MAX_PREFETCH} batches ready, got {config.prefetch}: lower it"
+            )
         self._dataset = dataset
         self._config = config
         self._rows = _process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
