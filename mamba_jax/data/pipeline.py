@@ -30,9 +30,9 @@ def open_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> Tok
     """Opens the token stream of `source`; text is tokenised into `config.cache_dir` first unless it is there already.
 
     The name of a cached folder is a hash of the source, of the names, sizes and times of its files, and of the
-    tokenizer, so changed text or another tokenizer never meets an old cache. It is read whole before it is used, and
-    one that is damaged is passed over for good and made again under a further name. Processes that share a cache may
-    do all this at the same time.
+    tokenizer, so changed text or another tokenizer never meets an old cache. It is compared whole with its index before
+    it is used, and one that is damaged is passed over for good and made again under a further name. Processes that
+    share a cache may do all this at the same time.
 
     Args:
         source: shards, text files or a TFDS set.

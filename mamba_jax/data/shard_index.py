@@ -41,7 +41,8 @@ class ShardEntry:
         records: number of blocks.
         tokens: number of token ids.
         size: bytes on disk.
-        sha256: of the digests of its blocks, which follow the blocks as one more record; in version 1, of the file.
+        sha256: of the file.
+        digests: sha256 of the digests of its blocks, which follow the blocks as one more record; None in version 1.
     """
 
     file: str
@@ -49,6 +50,7 @@ class ShardEntry:
     tokens: _Count
     size: _Count
     sha256: _Sha256
+    digests: _Sha256 | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +142,8 @@ def _read(path: Path) -> bytes:
             data = file.read(_MAX_INDEX_BYTES + 1) if regular else b""
     except FileNotFoundError as error:
         raise DamagedShards(f"cannot read {path}: {error.strerror}; {advice}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; {advice}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}; {advice}") from None
     if not regular or len(data) > _MAX_INDEX_BYTES:
         raise DamagedShards(f"{path} is no regular file of at most {_MAX_INDEX_BYTES} bytes; {advice}")
     return data
@@ -170,8 +172,9 @@ def _contradiction(index: ShardIndex) -> str | None:
     bytes_are_tokens = index.tokenizer_fingerprint == ByteTokenizer.fingerprint
     if index.num_bytes == 0 or (bytes_are_tokens and index.num_bytes != index.tokens - index.documents):
         return f"{index.num_bytes} bytes of text cannot be {index.tokens} tokens of {index.documents} documents"
+    since_version_2 = [index.content, index.checksum, *(shard.digests for shard in shards)]
     if index.version == 1:
-        return None if index.content is index.checksum is None else "version 1 has neither content nor checksum"
-    if index.content is None or index.checksum != index_checksum(index):
+        return "version 1 has no content, checksum and digests" if any(since_version_2) else None
+    if None in since_version_2 or index.checksum != index_checksum(index):
         return "it was changed after it was written (its checksum tells)"
     return None if size == BLOCK_TOKENS else f"blocks of version 2 have {BLOCK_TOKENS} tokens, not {size}"

@@ -64,8 +64,9 @@ class ShardWriter:
             self._folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(self._folder)
             self._partial.mkdir()
-        except OSError as error:
-            raise InputError(f"cannot create token shards in {self._folder.parent}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            raise InputError(f"cannot create token shards in {self._folder.parent}: {reason}") from None
         return self
 
     def __exit__(
@@ -151,7 +152,8 @@ class ShardWriter:
         data = block.tobytes()
         try:
             if self._file is None:
-                self._file = array_record_module.ArrayRecordWriter(str(self._shard_path()), "group_size:1,zstd:3")
+                path = os.fsencode(self._shard_path())
+                self._file = array_record_module.ArrayRecordWriter(path, "group_size:1,zstd:3")
             self._file.write(data)
         except RuntimeError as error:
             raise self._write_error(error) from None
@@ -169,6 +171,8 @@ class ShardWriter:
             self._file.write(digests)
             self._file.close()
             size = path.stat().st_size
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except (RuntimeError, OSError) as error:
             raise self._write_error(error) from None
         self._shards.append(
@@ -177,7 +181,8 @@ class ShardWriter:
                 records=len(self._file_digests),
                 tokens=self._file_tokens,
                 size=size,
-                sha256=hashlib.sha256(digests).hexdigest(),
+                sha256=digest,
+                digests=hashlib.sha256(digests).hexdigest(),
             )
         )
         self._file, self._file_digests, self._file_tokens = None, [], 0

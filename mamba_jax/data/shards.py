@@ -7,6 +7,7 @@ last block of the last shard may be shorter. One more record of each file holds 
 
 import dataclasses
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,6 @@ from mamba_jax.errors import InputError
 
 # Two blocks of the same digest would take 2**64 trials to find.
 _DIGEST_BYTES = 16
-# Blocks that `check` holds at a time.
-_CHECK_BLOCKS = 64
 
 
 def block_digest(block: bytes) -> bytes:
@@ -32,7 +31,7 @@ def block_digest(block: bytes) -> bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OpenShard:
-    """A file that is being read; `digests` of its blocks, or nothing where its sha256 covers the whole file."""
+    """A file that is being read, and the digests of its blocks; none where the whole file was compared."""
 
     reader: array_record_module.ArrayRecordReader
     digests: bytes
@@ -43,9 +42,10 @@ class TokenDataset:
 
     Opening compares the index with itself and with the size of every file. Contents are checked as they are read, at a
     cost in proportion to what is read, so that a start on terabytes takes no longer than one on megabytes: when a file
-    is first read, the digests of its blocks (a five-hundredth of its ids) are compared with the sha256 in the index,
+    is first read, the digests of its blocks (a five-hundredth of its ids) are compared with their sha256 in the index,
     and from then on every block with its digest. So a damaged, edited, exchanged or foreign file is found with the
-    first block of it that is wrong. In version 1 of the format the whole file is hashed when it is first read.
+    first block of it that is wrong. In version 1 of the format, which lacks digests, the sha256 of the whole file is
+    compared when it is first read.
 
     Args:
         folder: holds `index.json`.
@@ -124,18 +124,14 @@ class TokenDataset:
             )
 
     def check(self) -> None:
-        """Reads the whole stream and compares it with all that the index records.
+        """Compares every file, and so every token, with what the index records, without decoding the tokens.
 
         Raises:
             InputError: a file cannot be read.
             DamagedShards: something is not what was written.
         """
-        total, documents = int(self._shard_ends[-1]), 0
-        for start in range(0, total, _CHECK_BLOCKS):
-            blocks = self._read_blocks(np.arange(start, min(start + _CHECK_BLOCKS, total)))
-            documents += sum(np.count_nonzero(ids == self.end_of_document) for ids in blocks.values())
-        if documents != self.num_documents:
-            raise DamagedShards(f"{self._folder} holds {documents} documents, its index says {self.num_documents}")
+        for shard in self.index.shards:
+            _require_sha256(self._folder / shard.file, shard)
         content = hashlib.sha256(b"".join(self._open(i).digests for i in range(len(self.index.shards)))).hexdigest()
         if self.index.content not in (None, content):
             raise DamagedShards(f"{self._folder} holds another token stream than its index says")
@@ -219,23 +215,27 @@ def _check_file(path: Path, entry: ShardEntry) -> None:
 def _open(path: Path, entry: ShardEntry) -> _OpenShard:
     reader = _reader(path)
     (digests,) = _read_records(path, reader, [entry.records])
-    if hashlib.sha256(digests).hexdigest() != entry.sha256 or len(digests) != _DIGEST_BYTES * entry.records:
+    if hashlib.sha256(digests).hexdigest() != entry.digests or len(digests) != _DIGEST_BYTES * entry.records:
         raise _another_file(path)
     return _OpenShard(reader=reader, digests=digests)
 
 
 def _open_version_1(path: Path, entry: ShardEntry) -> _OpenShard:
+    _require_sha256(path, entry)
+    return _OpenShard(reader=_reader(path), digests=b"")
+
+
+def _require_sha256(path: Path, entry: ShardEntry) -> None:
     digest = hashlib.sha256()
     for chunk in _file_chunks(path):
         digest.update(chunk)
     if digest.hexdigest() != entry.sha256:
         raise _another_file(path)
-    return _OpenShard(reader=_reader(path), digests=b"")
 
 
 def _another_file(path: Path) -> DamagedShards:
     return DamagedShards(
-        f"shard {path} is not the file that its index names (another sha256): restore it or prepare the folder again"
+        f"shard {path} is not the file that its index names, by its sha256: restore it or prepare the folder again"
     )
 
 
@@ -244,7 +244,7 @@ def _reader(path: Path) -> array_record_module.ArrayRecordReader:
         # ArrayRecord takes a file that it cannot open for an empty one.
         with path.open("rb"):
             # Reads are random: reading ahead would only cost.
-            return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            return array_record_module.ArrayRecordReader(os.fsencode(path), "readahead_buffer_size:0")
     except OSError as error:
         raise InputError(f"cannot read shard {path}: {error.strerror}") from None
 

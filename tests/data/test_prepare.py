@@ -166,12 +166,12 @@ def test_index_describes_every_file(text: Path, tmp_path: Path, monkeypatch: pyt
     }
     for shard in index["shards"]:
         data = (tmp_path / "out" / shard["file"]).read_bytes()
-        assert shard["size"] == len(data)
+        assert (shard["size"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         dataset = TokenDataset(tmp_path / "out")
         ids = dataset.read(np.array([0]), length=dataset.num_tokens)[0].astype("<u2")
         # One block, so one digest.
         assert len(ids) < 4096
-        assert shard["sha256"] == hashlib.sha256(hashlib.sha256(ids).digest()[:16]).hexdigest()
+        assert shard["digests"] == hashlib.sha256(hashlib.sha256(ids).digest()[:16]).hexdigest()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from mamba_jax.data.shard_index import BLOCK_TOKENS, DamagedShards, write_index
+from mamba_jax.data.shard_index import BLOCK_TOKENS, INDEX_JSON, DamagedShards, write_index
 from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import ByteTokenizer
@@ -56,6 +56,22 @@ def test_any_window_reads_back(
         expected = np.stack([stream[start : start + length] for start in starts])
         np.testing.assert_array_equal(dataset.read(starts, length=length), expected)
     assert len(dataset.index.shards) == -(-len(stream) // (max(1, shard_tokens // BLOCK_TOKENS) * BLOCK_TOKENS))
+
+
+def test_a_name_that_no_folder_can_have(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot create token shards in .*\\x00.*: embedded null byte"):
+        write(tmp_path / "a\0b" / "s", [])
+    with pytest.raises(InputError, match=r"cannot read .*\\x00.*: embedded null byte"):
+        TokenDataset(tmp_path / "a\0b")
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path: Path, documents: list[np.ndarray]) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff\n")
+    write(folder, documents)
+    TokenDataset(folder).check()
+    flip_bit(folder / "tokens-00000.array_record")
+    with pytest.raises(DamagedShards, match=r"\\udcff /tokens-00000\.array_record is damaged: "):
+        TokenDataset(folder).read(np.array([0]), length=80_000)
 
 
 def test_pieces_of_a_document_join(tmp_path: Path) -> None:
@@ -248,7 +264,7 @@ def remove_key(folder: Path) -> None:
         (lambda folder: (folder / "index.json").write_text('{"version": 1'), "index.json is no index of token shards"),
         (remove_key, "index.json is no index of token shards: dtype: Field required"),
         (edit_index(version=3), "index.json is no index of token shards: version: Input should be 1 or 2"),
-        (edit_index(version=1), "version 1 has neither content nor checksum"),
+        (edit_index(version=1), "version 1 has no content, checksum and digests"),
         (edit_index(colour="red"), "colour: Unexpected keyword argument"),
         (edit_index(tokens=5), "index.json contradicts itself: its shards do not add up"),
         (edit_index(block_tokens=1000), "cannot hold 32768 tokens in 8 records of 1000"),
@@ -277,6 +293,7 @@ def remove_key(folder: Path) -> None:
         (edit_shard(file="a\nb"), r"plain file name, not 'a\\nb'"),
         (edit_shard(file="tokens-00001.array_record"), "it names a shard twice"),
         (edit_shard(sha256="0" * 64), "it was changed after it was written"),
+        (edit_shard(digests=None), "it was changed after it was written"),
         (edit_shard(records=2**64), "records: Input should be less than or equal to"),
         (
             edit_shard(records=2**40, tokens=2**52),
@@ -312,12 +329,15 @@ def test_damage_is_found_on_opening(
     assert "\n" not in str(raised.value)
 
 
-def test_flipped_bit_is_found_on_reading(tmp_path: Path, documents: list[np.ndarray]) -> None:
-    write(tmp_path / "s", documents)
-    path = tmp_path / "s" / "tokens-00000.array_record"
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[30_000] ^= 4
     path.write_bytes(data)
+
+
+def test_flipped_bit_is_found_on_reading(tmp_path: Path, documents: list[np.ndarray]) -> None:
+    write(tmp_path / "s", documents)
+    flip_bit(tmp_path / "s" / "tokens-00000.array_record")
     dataset = TokenDataset(tmp_path / "s")
     with pytest.raises(InputError, match=r"tokens-00000\.array_record is damaged: .*hash mismatch") as raised:
         dataset.read(np.array([0]), length=dataset.num_tokens)
@@ -360,13 +380,16 @@ def test_an_edited_block_is_found_though_the_file_is_sound(tmp_path: Path, docum
     np.testing.assert_array_equal(dataset.read(np.array([0]), length=4096)[0], documents[3][:4096])
     with pytest.raises(DamagedShards, match=r"record 1 is not the one that was written"):
         dataset.read(np.array([4095]), length=2)
-    with pytest.raises(DamagedShards, match=r"record 1 is not the one that was written"):
+    with pytest.raises(DamagedShards, match=r"is not the file that its index names"):
         dataset.check()
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({"documents": 2}, "holds 1 documents, its index says 2"), ({"content": "0" * 64}, "holds another token stream")],
+    [
+        ({"sha256": "0" * 64}, "is not the file that its index names"),
+        ({"content": "0" * 64}, "holds another token stream"),
+    ],
 )
 def test_check_compares_what_reading_cannot(
     tmp_path: Path, documents: list[np.ndarray], changes: dict[str, object], expected: str
@@ -375,8 +398,10 @@ def test_check_compares_what_reading_cannot(
     write(tmp_path / "s", documents[1:2], shard_tokens=BLOCK_TOKENS)
     dataset = TokenDataset(tmp_path / "s")
     dataset.check()
-    index = dataclasses.replace(dataset.index, tokenizer_fingerprint="other")
-    write_index(tmp_path / "s", dataclasses.replace(index, **changes))
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    changed = {key: value for key, value in changes.items() if key in index}
+    index["shards"][0] |= {key: value for key, value in changes.items() if key not in index}
+    write_index(tmp_path / "s", INDEX_JSON.validate_json(json.dumps(index | changed)))
     with pytest.raises(DamagedShards, match=expected):
         TokenDataset(tmp_path / "s").check()
 
@@ -431,6 +456,7 @@ def make_version_1(folder: Path) -> None:
     for shard in index["shards"]:
         data = (folder / shard["file"]).read_bytes()
         shard.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        del shard["digests"]
     del index["content"], index["checksum"]
     (folder / "index.json").write_text(json.dumps({**index, "version": 1}))
 
