@@ -109,7 +109,7 @@ class PrepareArguments:
         package: installed Python package that --text lies in.
         pattern: glob below --text.
         part: all files, or one side of the held-out split.
-        validation_fraction: share of the files that form the validation part.
+        validation_fraction: share of the files, or of each where they are too few, that forms the validation part.
         tfds: name of a TFDS set such as lm1b, or the version folder of a prepared one.
         split: TFDS split such as train or train[:90%].
         data_dir: where TFDS keeps prepared sets.
