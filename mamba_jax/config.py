@@ -177,7 +177,7 @@ class TextFolderSource(Config):
         package: name of an installed Python package that carries the text as data.
         pattern: glob below the folder.
         part: "all" files, or the side of the held-out split by `validation_fraction`.
-        validation_fraction: share of the files, chosen by a hash of their name, that form the "validation" part.
+        validation_fraction: share of the files (by a hash of the name), or of each if too few, that is "validation".
     """
 
     kind: Literal["text_folder"] = "text_folder"

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,20 +14,25 @@ import numpy as np
 
 from mamba_jax.config import DataConfig, ShardSource, Source
 from mamba_jax.data.batch import LMBatch
+from mamba_jax.data.documents import DocumentReader
 from mamba_jax.data.packing import pack
-from mamba_jax.data.prepare import write_shards
-from mamba_jax.data.shards import INDEX_NAME, TokenDataset
+from mamba_jax.data.prepare import say, write_shards
+from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
+from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.sources import open_documents
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
+
+_MAX_PREFETCH = 1000
 
 
 def open_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> TokenDataset:
     """Opens the token stream of `source`; text is tokenised into `config.cache_dir` first unless it is there already.
 
     The name of a cached folder is a hash of the source, of the names, sizes and times of its files, and of the
-    tokenizer, so changed text or another tokenizer never meets an old cache. Processes that share a cache may do this
-    at the same time.
+    tokenizer, so changed text or another tokenizer never meets an old cache. It is compared whole with its index before
+    it is used, and one that is damaged is passed over for good and made again under a further name. Processes that
+    share a cache may do all this at the same time.
 
     Args:
         source: shards, text files or a TFDS set.
@@ -36,25 +43,43 @@ def open_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> Tok
         InputError: the source is missing, damaged or made by another tokenizer.
     """
     if isinstance(source, ShardSource):
-        folder = Path(source.path)
-    else:
-        documents = open_documents(source)
-        key = json.dumps([documents.identity, tokenizer.fingerprint], sort_keys=True)
-        folder = Path(config.cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:32]
-        if not folder.exists():
-            try:
-                write_shards(documents, tokenizer, folder)
-            except InputError:
-                # Another process may have been faster; its folder is as good.
-                if not (folder / INDEX_NAME).is_file():
-                    raise
-    dataset = TokenDataset(folder)
-    if dataset.index.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise InputError(
-            f"{folder} was made by another tokenizer (vocabulary {dataset.index.vocab_size}, here "
-            f"{tokenizer.vocab_size}): set data.tokenizer to that one or prepare the text again"
-        )
-    return dataset
+        dataset = TokenDataset(Path(source.path))
+        dataset.require_tokenizer(tokenizer)
+        return dataset
+    return _open_cache(open_documents(source), tokenizer, Path(config.cache_dir))
+
+
+def _open_cache(documents: DocumentReader, tokenizer: Tokenizer, cache: Path) -> TokenDataset:
+    key = json.dumps([INDEX_VERSION, documents.identity, tokenizer.fingerprint], sort_keys=True)
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    damage = None
+    # No folder is ever replaced: another process may be reading it, or have just made it.
+    for count in itertools.count():
+        folder = cache / (f"{name}.{count}" if count else name)
+        made = not os.path.lexists(folder)
+        if made:
+            if damage is not None:
+                say(f"tokenised text is damaged and made again: {damage}")
+            _write_cache(documents, tokenizer, folder)
+        try:
+            dataset = TokenDataset(folder)
+            dataset.require_tokenizer(tokenizer)
+            dataset.check()
+            return dataset
+        except DamagedShards as error:
+            if made:
+                raise
+            damage = error
+    raise AssertionError("there is always a next name")
+
+
+def _write_cache(documents: DocumentReader, tokenizer: Tokenizer, folder: Path) -> None:
+    try:
+        write_shards(documents, tokenizer, folder)
+    except InputError:
+        # Another process may have been faster; its folder is as good.
+        if not folder.is_dir():
+            raise
 
 
 class TrainBatches:
@@ -78,13 +103,17 @@ class TrainBatches:
         process_count: P.
 
     Raises:
-        InputError: the text is shorter than a window, or than a window for each stream; or the batch cannot be split
-            over the processes.
+        InputError: the text is shorter than a window, or than a window for each stream; the batch cannot be split over
+            the processes; or `prefetch` is absurd.
     """
 
     def __init__(
         self, dataset: TokenDataset, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
     ) -> None:
+        if config.prefetch > _MAX_PREFETCH:
+            raise InputError(
+                f"data.prefetch keeps at most {_MAX_PREFETCH} batches ready, got {config.prefetch}: lower it"
+            )
         self._dataset = dataset
         self._config = config
         self._rows = _process_rows(config.global_batch, process_index, process_count, name="data.global_batch")

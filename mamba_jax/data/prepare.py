@@ -14,9 +14,10 @@ import rich.progress
 
 from mamba_jax import cli
 from mamba_jax.config import TextFolderSource, TfdsSource, TokenizerConfig
+from mamba_jax.data.documents import DocumentReader, Piece
+from mamba_jax.data.shard_index import ShardIndex
 from mamba_jax.data.shard_writer import SHARD_TOKENS, ShardWriter, refuse_existing
-from mamba_jax.data.shards import ShardIndex
-from mamba_jax.data.sources import DocumentReader, Piece, open_documents
+from mamba_jax.data.sources import open_documents
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
 
@@ -48,7 +49,8 @@ def write_shards(
         _progress(f"tokenising {documents.name}", documents.total, documents.unit) as advance,
     ):
         for batch in _batches(documents.pieces()):
-            for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
+            texts, continues = [piece.text for piece in batch], [piece.continues for piece in batch]
+            for piece, ids in zip(batch, tokenizer.encode_batch(texts, continues=continues), strict=True):
                 writer.add(ids, num_bytes=piece.num_bytes, ends_document=piece.ends_document)
             advance(len(batch) if documents.unit == "documents" else sum(piece.num_bytes for piece in batch))
         return writer.finish()
@@ -84,11 +86,17 @@ def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> It
         nonlocal done, next_line
         done += amount
         if time.monotonic() >= next_line:
-            print(f"{title}: {done / total:.0%} of {total} {unit}", file=sys.stderr, flush=True)
+            say(f"{title}: {done / total:.0%} of {total} {unit}")
             next_line = time.monotonic() + _PLAIN_SECONDS
 
-    print(f"{title}: {total} {unit}", file=sys.stderr, flush=True)
+    say(f"{title}: {total} {unit}")
     yield advance
+
+
+def say(line: str) -> None:
+    """A line on standard error; that nobody reads it any more is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,7 @@ class PrepareArguments:
         package: installed Python package that --text lies in.
         pattern: glob below --text.
         part: all files, or one side of the held-out split.
-        validation_fraction: share of the files that form the validation part.
+        validation_fraction: share of the files, or of each where they are too few, that forms the validation part.
         tfds: name of a TFDS set such as lm1b, or the version folder of a prepared one.
         split: TFDS split such as train or train[:90%].
         data_dir: where TFDS keeps prepared sets.

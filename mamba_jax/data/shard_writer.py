@@ -1,5 +1,6 @@
 """Writes a token stream to shards, all or nothing."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -13,11 +14,14 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Int
 
-from mamba_jax.data.shards import BLOCK_TOKENS, INDEX_JSON, INDEX_NAME, ShardEntry, ShardIndex
+from mamba_jax.data.shard_index import BLOCK_TOKENS, ShardEntry, ShardIndex, write_index
+from mamba_jax.data.shards import block_digest
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 
 SHARD_TOKENS = 2**27
+# The digests of the blocks of one file, 2**24 bytes at this size, are one record.
+_MAX_SHARD_TOKENS = 2**32
 _FLUSH_TOKENS = 256 * BLOCK_TOKENS
 _STALE_SECONDS = 24 * 3600
 
@@ -38,8 +42,8 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS) -> None:
-        if shard_tokens <= 0:
-            raise InputError(f"shard_tokens must be positive, got {shard_tokens}")
+        if not 0 < shard_tokens <= _MAX_SHARD_TOKENS:
+            raise InputError(f"shard_tokens must be positive and at most {_MAX_SHARD_TOKENS}, got {shard_tokens}")
         refuse_existing(folder)
         self._folder = folder
         self._partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
@@ -50,16 +54,19 @@ class ShardWriter:
         self._pending_tokens = 0
         self._documents = self._num_bytes = self._tokens = 0
         self._shards: list[ShardEntry] = []
+        self._content = hashlib.sha256()
         self._file: array_record_module.ArrayRecordWriter | None = None
-        self._file_records = self._file_tokens = 0
+        self._file_digests: list[bytes] = []
+        self._file_tokens = 0
 
     def __enter__(self) -> "ShardWriter":
         try:
             self._folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(self._folder)
             self._partial.mkdir()
-        except OSError as error:
-            raise InputError(f"cannot create token shards in {self._folder.parent}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            raise InputError(f"cannot create token shards in {self._folder.parent}: {reason}") from None
         return self
 
     def __exit__(
@@ -110,9 +117,10 @@ class ShardWriter:
             tokens=self._tokens,
             num_bytes=self._num_bytes,
             shards=tuple(self._shards),
+            content=self._content.hexdigest(),
         )
         try:
-            (self._partial / INDEX_NAME).write_bytes(INDEX_JSON.dump_json(index, indent=2) + b"\n")
+            index = write_index(self._partial, index)
         except OSError as error:
             raise InputError(f"cannot write the index of {self._folder}: {error.strerror}") from None
         refuse_existing(self._folder)
@@ -139,55 +147,65 @@ class ShardWriter:
             self._close_shard()
 
     def _write_block(self, block: np.ndarray) -> None:
-        if self._file_records == self._shard_blocks:
+        if len(self._file_digests) == self._shard_blocks:
             self._close_shard()
+        data = block.tobytes()
         try:
             if self._file is None:
-                self._file = array_record_module.ArrayRecordWriter(str(self._shard_path()), "group_size:1,zstd:3")
-            self._file.write(block.tobytes())
+                path = os.fsencode(self._shard_path())
+                self._file = array_record_module.ArrayRecordWriter(path, "group_size:1,zstd:3")
+            self._file.write(data)
         except RuntimeError as error:
             raise self._write_error(error) from None
-        self._file_records += 1
+        digest = block_digest(data)
+        self._content.update(digest)
+        self._file_digests.append(digest)
         self._file_tokens += len(block)
         self._tokens += len(block)
 
     def _close_shard(self) -> None:
         if self._file is None:
             return
+        path, digests = self._shard_path(), b"".join(self._file_digests)
         try:
+            self._file.write(digests)
             self._file.close()
-        except RuntimeError as error:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except (RuntimeError, OSError) as error:
             raise self._write_error(error) from None
-        path = self._shard_path()
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._shards.append(
             ShardEntry(
                 file=path.name,
-                records=self._file_records,
+                records=len(self._file_digests),
                 tokens=self._file_tokens,
-                size=path.stat().st_size,
+                size=size,
                 sha256=digest,
+                digests=hashlib.sha256(digests).hexdigest(),
             )
         )
-        self._file, self._file_records, self._file_tokens = None, 0, 0
+        self._file, self._file_digests, self._file_tokens = None, [], 0
 
     def _shard_path(self) -> Path:
         return self._partial / f"tokens-{len(self._shards):05d}.array_record"
 
-    def _write_error(self, error: RuntimeError) -> InputError:
+    def _write_error(self, error: RuntimeError | OSError) -> InputError:
         return InputError(f"cannot write shard {self._shard_path().name} of {self._folder}: {error}")
 
 
 def refuse_existing(folder: Path) -> None:
     """Raises an `InputError` if there is anything at `folder`; nothing is ever overwritten."""
-    if folder.exists():
+    # A link that leads nowhere is in the way, too; and `new/..` is there as soon as `new` is.
+    if folder.name == ".." or os.path.lexists(folder):
         raise InputError(f"{folder} exists already: choose another folder or remove it")
 
 
 def _remove_stale(folder: Path) -> None:
     """Removes what killed writers of the same folder left; a living one has touched its files within a day."""
     for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        newest = max(path.stat().st_mtime for path in [partial, *partial.iterdir()])
-        if time.time() - newest > _STALE_SECONDS:
-            shutil.rmtree(partial, ignore_errors=True)
+        # Another process may be removing it, too.
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in [partial, *partial.iterdir()])
+            if time.time() - newest > _STALE_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)

@@ -2,83 +2,50 @@
 
 A folder holds ArrayRecord files and `index.json`. The stream is the concatenation of all documents, each followed by
 the end-of-document token; it is cut into blocks of `BLOCK_TOKENS` ids, little-endian, one block a record. Only the
-last block of the last shard may be shorter.
+last block of the last shard may be shorter. One more record of each file holds the digests of its blocks.
 """
 
 import dataclasses
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import numpy as np
-import pydantic
 from array_record.python import array_record_module
 from jaxtyping import Int
 
+from mamba_jax.data.shard_index import INDEX_NAME, DamagedShards, ShardEntry, read_index
+from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 
-# A window of a usual length touches one or two blocks, and zstd has enough to work with.
-BLOCK_TOKENS = 4096
-INDEX_NAME = "index.json"
+# Two blocks of the same digest would take 2**64 trials to find.
+_DIGEST_BYTES = 16
+
+
+def block_digest(block: bytes) -> bytes:
+    """What a shard records of each of its blocks: the first half of its sha256."""
+    return hashlib.sha256(block).digest()[:_DIGEST_BYTES]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One ArrayRecord file.
+class _OpenShard:
+    """A file that is being read, and the digests of its blocks; none where the whole file was compared."""
 
-    Attributes:
-        file: its name.
-        records: number of blocks.
-        tokens: number of token ids.
-        size: bytes on disk.
-        sha256: of the file.
-    """
-
-    file: str
-    records: int
-    tokens: int
-    size: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """What `index.json` records.
-
-    Attributes:
-        version: of this format.
-        vocab_size: V; every id is below.
-        end_of_document: id that follows every document.
-        tokenizer_fingerprint: of the tokenizer that made the ids.
-        dtype: of an id, little-endian.
-        block_tokens: ids in a record.
-        documents: number of documents.
-        tokens: number of ids, end-of-document tokens included.
-        num_bytes: UTF-8 length of all documents.
-        shards: the files in stream order.
-    """
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
-
-    version: Literal[1] = 1
-    vocab_size: int
-    end_of_document: int
-    tokenizer_fingerprint: str
-    dtype: Literal["uint16", "uint32"]
-    block_tokens: int
-    documents: int
-    tokens: int
-    num_bytes: int
-    shards: tuple[ShardEntry, ...]
-
-
-INDEX_JSON = pydantic.TypeAdapter(ShardIndex)
+    reader: array_record_module.ArrayRecordReader
+    digests: bytes
 
 
 class TokenDataset:
     """A folder of token shards, open for reading.
 
-    Opening reads the index and compares the size of every file; contents are checked as they are read, by
-    ArrayRecord's checksums and against the vocabulary.
+    Opening compares the index with itself and with the size of every file. Contents are checked as they are read, at a
+    cost in proportion to what is read, so that a start on terabytes takes no longer than one on megabytes: when a file
+    is first read, the digests of its blocks (a five-hundredth of its ids) are compared with their sha256 in the index,
+    and from then on every block with its digest. So a damaged, edited, exchanged or foreign file is found with the
+    first block of it that is wrong. In version 1 of the format, which lacks digests, the sha256 of the whole file is
+    compared when it is first read.
 
     Args:
         folder: holds `index.json`.
@@ -87,16 +54,18 @@ class TokenDataset:
         index: what `index.json` records.
 
     Raises:
-        InputError: the index is missing or damaged, or a shard is missing or has another size.
+        InputError: the folder cannot be read.
+        DamagedShards: the index is missing or wrong, or a shard is missing or has another size.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.index = _read_index(folder)
+        self.index = read_index(folder)
         for shard in self.index.shards:
-            _check_shard(folder / shard.file, shard)
+            _check_file(folder / shard.file, shard)
         self._shard_ends = np.cumsum([shard.records for shard in self.index.shards])
-        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+        self._open_shards: dict[int, _OpenShard] = {}
+        self._opening = threading.Lock()
 
     @property
     def num_tokens(self) -> int:
@@ -118,6 +87,55 @@ class TokenDataset:
         """Id that follows every document."""
         return self.index.end_of_document
 
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What tells this token stream from any other, as a JSON object.
+
+        The same text and tokenizer give the same identity wherever and whenever they were prepared, whatever the size
+        and names of the shards; the key "content" is a sha256 of the ids. Shards of version 1 do not know it: there it
+        comes from the sha256 of the files.
+        """
+        files = "".join(shard.sha256 for shard in self.index.shards)
+        return {
+            "documents": self.index.documents,
+            "tokens": self.index.tokens,
+            "num_bytes": self.index.num_bytes,
+            "tokenizer": self.index.tokenizer_fingerprint,
+            "content": self.index.content or hashlib.sha256(files.encode()).hexdigest(),
+        }
+
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Makes sure that `tokenizer` made the ids.
+
+        Raises:
+            InputError: its fingerprint, its vocabulary or its end of document is another one.
+        """
+        index = self.index
+        if index.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"{self._folder} was made by another tokenizer (vocabulary {index.vocab_size}, here "
+                f"{tokenizer.vocab_size}): set data.tokenizer to that one or prepare the text again"
+            )
+        if (index.vocab_size, index.end_of_document) != (tokenizer.vocab_size, tokenizer.end_of_document):
+            raise DamagedShards(
+                f"{self._folder / INDEX_NAME} says vocabulary {index.vocab_size} and end of document "
+                f"{index.end_of_document}, its tokenizer {tokenizer.vocab_size} and {tokenizer.end_of_document}: "
+                "prepare the folder again"
+            )
+
+    def check(self) -> None:
+        """Compares every file, and so every token, with what the index records, without decoding the tokens.
+
+        Raises:
+            InputError: a file cannot be read.
+            DamagedShards: something is not what was written.
+        """
+        for shard in self.index.shards:
+            _require_sha256(self._folder / shard.file, shard)
+        content = hashlib.sha256(b"".join(self._open(i).digests for i in range(len(self.index.shards)))).hexdigest()
+        if self.index.content not in (None, content):
+            raise DamagedShards(f"{self._folder} holds another token stream than its index says")
+
     def read(self, starts: Int[np.ndarray, " R"], *, length: int) -> Int[np.ndarray, "R W"]:
         """Reads `length` consecutive tokens from each start.
 
@@ -126,7 +144,8 @@ class TokenDataset:
             length: W.
 
         Raises:
-            InputError: a block fails its checksum or holds an id outside the vocabulary.
+            InputError: a file cannot be read.
+            DamagedShards: a block is not the one that was written, or holds an id outside the vocabulary.
         """
         if starts.size == 0:
             return np.empty((0, length), dtype=np.int32)
@@ -144,89 +163,106 @@ class TokenDataset:
         found: dict[int, np.ndarray] = {}
         shards = np.searchsorted(self._shard_ends, blocks, side="right")
         for shard in np.unique(shards).tolist():
-            entry = self.index.shards[shard]
+            entry, file = self.index.shards[shard], self._open(shard)
             positions = blocks[shards == shard] - (self._shard_ends[shard] - entry.records)
-            try:
-                records = self._reader(shard).read(positions.tolist())
-            except RuntimeError as error:
-                raise InputError(f"{self._folder / entry.file} is damaged: {error}; prepare it again") from None
-            for block, position, record in zip(blocks[shards == shard], positions, records, strict=True):
-                found[int(block)] = self._decode(record, entry, int(position))
+            records = _read_records(self._folder / entry.file, file.reader, positions.tolist())
+            for block, position, record in zip(blocks[shards == shard], positions.tolist(), records, strict=True):
+                found[int(block)] = self._decode(record, entry, file, position)
         return found
 
-    def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
-        if shard not in self._readers:
-            path = self._folder / self.index.shards[shard].file
-            # Reads are random: reading ahead would only cost.
-            reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
-            self._readers.setdefault(shard, reader)
-        return self._readers[shard]
+    def _open(self, shard: int) -> _OpenShard:
+        with self._opening:
+            if shard not in self._open_shards:
+                entry = self.index.shards[shard]
+                read = _open_version_1 if self.index.version == 1 else _open
+                self._open_shards[shard] = read(self._folder / entry.file, entry)
+            return self._open_shards[shard]
 
-    def _decode(self, record: bytes, entry: ShardEntry, position: int) -> np.ndarray:
+    def _decode(self, record: bytes, entry: ShardEntry, file: _OpenShard, position: int) -> np.ndarray:
         size, dtype = self.index.block_tokens, np.dtype(self.index.dtype).newbyteorder("<")
         expected = min(size, entry.tokens - position * size)
         path = self._folder / entry.file
         if len(record) != expected * dtype.itemsize:
-            raise InputError(
+            raise DamagedShards(
                 f"{path}: record {position} holds {len(record)} bytes, the index says {expected} tokens of "
                 f"{self.index.dtype}; prepare it again"
             )
         ids = np.frombuffer(record, dtype=dtype)
         if ids.max() >= self.index.vocab_size:
             offset = int(np.argmax(ids >= self.index.vocab_size))
-            raise InputError(
+            raise DamagedShards(
                 f"{path}: token {position * size + offset} is {ids[offset]}, outside the vocabulary of "
                 f"{self.index.vocab_size} ids; prepare it again"
             )
+        if file.digests and block_digest(record) != file.digests[_DIGEST_BYTES * position :][:_DIGEST_BYTES]:
+            raise DamagedShards(f"{path}: record {position} is not the one that was written; prepare it again")
         return ids
 
 
-def _read_index(folder: Path) -> ShardIndex:
-    path = folder / INDEX_NAME
+def _check_file(path: Path, entry: ShardEntry) -> None:
     try:
-        data = path.read_bytes()
+        if not path.is_file():
+            raise DamagedShards(f"shard {path} is missing or no file: restore it or prepare the folder again")
+        size = path.stat().st_size
     except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}; `python -m mamba_jax.data.prepare` writes token shards"
-        ) from None
-    try:
-        index = INDEX_JSON.validate_json(data, strict=True)
-    except pydantic.ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"]))
-        raise InputError(
-            f"{path} is no index of token shards: {where + ': ' if where else ''}{detail['msg']}"
-        ) from None
-    _check_totals(path, index)
-    return index
-
-
-def _check_totals(path: Path, index: ShardIndex) -> None:
-    tokens = [shard.tokens for shard in index.shards]
-    size = index.block_tokens
-    consistent = (
-        size > 0
-        and min(tokens, default=0) > 0
-        and sum(tokens) == index.tokens
-        and all(shard.records == -(-shard.tokens // size) for shard in index.shards)
-        and all(count % size == 0 for count in tokens[:-1])
-        and 0 <= index.end_of_document < index.vocab_size
-    )
-    if not consistent:
-        raise InputError(f"{path} contradicts itself: its shards do not add up; prepare the folder again")
-    if index.vocab_size > 2 ** (8 * np.dtype(index.dtype).itemsize):
-        raise InputError(
-            f"{path} contradicts itself: {index.dtype} cannot hold {index.vocab_size} ids, so large ones have wrapped; "
-            "prepare the folder again"
-        )
-    if index.num_bytes <= 0:
-        raise InputError(f"{path} says that its text has {index.num_bytes} bytes: prepare the folder again")
-
-
-def _check_shard(path: Path, entry: ShardEntry) -> None:
-    if not path.is_file():
-        raise InputError(f"shard {path} is missing: restore it or prepare the folder again")
-    if (size := path.stat().st_size) != entry.size:
-        raise InputError(
+        raise InputError(f"cannot read shard {path}: {error.strerror}") from None
+    if size != entry.size:
+        raise DamagedShards(
             f"shard {path} has {size} bytes, its index says {entry.size}: restore it or prepare the folder again"
         )
+
+
+def _open(path: Path, entry: ShardEntry) -> _OpenShard:
+    reader = _reader(path)
+    (digests,) = _read_records(path, reader, [entry.records])
+    if hashlib.sha256(digests).hexdigest() != entry.digests or len(digests) != _DIGEST_BYTES * entry.records:
+        raise _another_file(path)
+    return _OpenShard(reader=reader, digests=digests)
+
+
+def _open_version_1(path: Path, entry: ShardEntry) -> _OpenShard:
+    _require_sha256(path, entry)
+    return _OpenShard(reader=_reader(path), digests=b"")
+
+
+def _require_sha256(path: Path, entry: ShardEntry) -> None:
+    digest = hashlib.sha256()
+    for chunk in _file_chunks(path):
+        digest.update(chunk)
+    if digest.hexdigest() != entry.sha256:
+        raise _another_file(path)
+
+
+def _another_file(path: Path) -> DamagedShards:
+    return DamagedShards(
+        f"shard {path} is not the file that its index names, by its sha256: restore it or prepare the folder again"
+    )
+
+
+def _reader(path: Path) -> array_record_module.ArrayRecordReader:
+    try:
+        # ArrayRecord takes a file that it cannot open for an empty one.
+        with path.open("rb"):
+            # Reads are random: reading ahead would only cost.
+            return array_record_module.ArrayRecordReader(os.fsencode(path), "readahead_buffer_size:0")
+    except OSError as error:
+        raise InputError(f"cannot read shard {path}: {error.strerror}") from None
+
+
+def _read_records(path: Path, reader: array_record_module.ArrayRecordReader, positions: list[int]) -> list[bytes]:
+    try:
+        return reader.read(positions)
+    except RuntimeError as error:
+        # The library says in words only whether the bytes are wrong or cannot be had at present.
+        for _ in _file_chunks(path):
+            pass
+        raise DamagedShards(f"{path} is damaged: {error}; prepare it again") from None
+
+
+def _file_chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                yield chunk
+    except OSError as error:
+        raise InputError(f"cannot read shard {path}: {error.strerror}") from None

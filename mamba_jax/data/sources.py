@@ -1,61 +1,39 @@
-"""Documents of a folder of text files or of a TensorFlow Datasets set, one piece of text at a time."""
+"""Documents of a folder of text files, and which of them are held out."""
 
-import abc
 import codecs
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 from mamba_jax.config import TextFolderSource, TfdsSource
+from mamba_jax.data.documents import DocumentReader, Piece
+from mamba_jax.data.text_files import find_files
+from mamba_jax.data.tfds_documents import TfdsDocuments
 from mamba_jax.errors import InputError
 
 # Longer files are tokenised in pieces, which bounds memory whatever the size of a file.
 _PIECE_BYTES = 2**20
-# Families of TFDS builders that TFDS finds by name only after their module was imported.
-_LEGACY_FAMILIES = ("text", "question_answering", "summarization", "translate")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A document, or a part of one too long to be held whole.
-
-    Attributes:
-        text: the piece.
-        num_bytes: its length in UTF-8.
-        ends_document: no further piece of this document follows.
-    """
-
-    text: str
-    num_bytes: int
-    ends_document: bool
-
-
-class DocumentReader(abc.ABC):
-    """Documents in a fixed order.
-
-    Attributes:
-        name: of the source, for messages.
-        identity: JSON value that changes whenever the documents may have changed.
-        total: amount of work, in `unit`.
-        unit: what progress is counted in.
-    """
-
-    name: str
-    identity: Any
-    total: int
-    unit: Literal["bytes", "documents"]
-
-    @abc.abstractmethod
-    def pieces(self) -> Iterator[Piece]:
-        """All documents, in order.
-
-        Raises:
-            InputError: a document is not UTF-8 text, or there is none at all.
-        """
+# Between a line and the next, or before the only space between two words, tokenizers cut anyway: across blank lines,
+# indentation and line breaks of two characters they may not.
+_CUTS = (re.compile(r"\S\n(?=\S)"), re.compile(r"\w(?= \w)"))
+# Characters at the end of a piece in which a good place to cut is looked for.
+_CUT_WINDOW = 2**14
+# Containers of text and formats of records: read as text, they would teach their syntax.
+_NO_PROSE = frozenset(
+    f".{name}"
+    for names in (
+        ("csv", "db", "json", "jsonl", "jsonlines", "ndjson", "pickle", "pkl", "sqlite", "tsv", "xlsx"),
+        ("array_record", "arrow", "avro", "feather", "h5", "hdf5", "orc", "parquet", "tfrecord"),
+        ("bin", "npy", "npz", "safetensors"),
+        ("7z", "bz2", "gz", "lz4", "rar", "tar", "tgz", "xz", "zip", "zst"),
+        ("doc", "docx", "epub", "odt", "pdf"),
+    )
+    for name in names
+)
 
 
 def open_documents(source: TextFolderSource | TfdsSource) -> DocumentReader:
@@ -67,209 +45,180 @@ def open_documents(source: TextFolderSource | TfdsSource) -> DocumentReader:
     return TextFolder(source) if isinstance(source, TextFolderSource) else TfdsDocuments(source)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Document:
+    """Bytes `start` to `end` of a file, as it was when it was found."""
+
+    name: str
+    size: int
+    modified_ns: int
+    start: int
+    end: int
+
+
 class TextFolder(DocumentReader):
-    """Files below a folder, sorted by relative name, one document a file."""
+    """Files below a folder, sorted by relative name, one document a file.
+
+    A file belongs to the held-out part by a hash of its name. Where that leaves one of the parts without a file, as of
+    a single file it must, every file is cut in two instead: its end is held out.
+    """
 
     unit = "bytes"
 
     def __init__(self, source: TextFolderSource) -> None:
         self._root = _folder(source)
         self.name = str(self._root)
-        try:
-            found = [path for path in self._root.glob(source.pattern) if path.is_file()]
-        except (ValueError, NotImplementedError) as error:
-            raise InputError(f"text folder pattern {source.pattern!r} is no relative glob: {error}") from None
-        if not found:
+        names = find_files(self._root, source.pattern)
+        if not names:
             raise InputError(f"no file in {self.name} matches {source.pattern!r}")
-        names = sorted(path.relative_to(self._root).as_posix() for path in found)
-        self.files = [name for name in names if _in_part(name, source)]
-        if not self.files:
-            raise InputError(
-                f"none of the {len(names)} files in {self.name} falls in the {source.part!r} part at "
-                f"validation_fraction={source.validation_fraction}: change the fraction"
-            )
-        stats = [(self._root / name).stat() for name in self.files]
-        for name, stat in zip(self.files, stats, strict=True):
-            if stat.st_size == 0:
-                raise InputError(f"{self._root / name} is empty: remove it, or exclude it by the pattern")
-        self.total = sum(stat.st_size for stat in stats)
+        self._documents = self._part([self._whole(name) for name in names], source)
+        self.total = sum(document.end - document.start for document in self._documents)
         self.identity = {
             "source": dataclasses.asdict(source),
             "root": str(self._root.resolve()),
-            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.files, stats, strict=True)],
+            "files": [dataclasses.astuple(document) for document in self._documents],
         }
 
+    def _whole(self, name: str) -> _Document:
+        path = self._root / name
+        if (suffix := path.suffix.lower()) in _NO_PROSE:
+            raise InputError(
+                f"{path} is no plain text by its suffix {suffix}, and its syntax would be trained on: unpack it, or "
+                "write its texts to files such as .txt, and exclude it by the pattern"
+            )
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        if found.st_size == 0:
+            raise InputError(f"{path} is empty: remove it, or exclude it by the pattern")
+        return _Document(name=name, size=found.st_size, modified_ns=found.st_mtime_ns, start=0, end=found.st_size)
+
+    def _part(self, documents: list[_Document], source: TextFolderSource) -> list[_Document]:
+        if source.part == "all":
+            return documents
+        fraction, wanted = source.validation_fraction, source.part == "validation"
+        held_out = [_is_held_out(document.name, fraction) for document in documents]
+        if 0 < fraction < 1 and len(set(held_out)) == 1:
+            cut = [_cut_in_two(self._root / document.name, document, fraction)[wanted] for document in documents]
+            part = [document for document in cut if document.start < document.end]
+        else:
+            part = [document for document, held in zip(documents, held_out, strict=True) if held == wanted]
+        if not part:
+            raise InputError(
+                f"none of the {len(documents)} files in {self.name} falls in the {source.part!r} part at "
+                f"validation_fraction={fraction}: change the fraction"
+            )
+        return part
+
     def pieces(self) -> Iterator[Piece]:
-        for name in self.files:
-            yield from _file_pieces(self._root / name)
+        for document in self._documents:
+            yield from _document_pieces(self._root / document.name, document)
 
 
 def _folder(source: TextFolderSource) -> Path:
     root = Path(source.path)
     if source.package is not None:
-        # `importlib.resources` would import the package, and with it everything the package imports.
-        try:
-            spec = importlib.util.find_spec(source.package)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"no package {source.package!r} is installed, which should hold the text: pip install it")
-        root = Path(spec.submodule_search_locations[0]) / source.path
-    if not root.is_dir():
-        raise InputError(f"no text folder {str(root)!r}")
+        root = _package_folder(source.package) / source.path
+    try:
+        os.scandir(root).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"no text folder {str(root)!r}: {getattr(error, 'strerror', error)}") from None
     return root
 
 
-def _in_part(name: str, source: TextFolderSource) -> bool:
-    """Whether a file belongs to the part; its name alone decides, so adding files moves no other file."""
-    if source.part == "all":
-        return True
-    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
-    return (position < source.validation_fraction) == (source.part == "validation")
+def _package_folder(package: str) -> Path:
+    """Where an installed package lies; neither it nor, for a dotted name, a package above it is imported."""
+    top, *below = package.split(".")
+    try:
+        spec = importlib.util.find_spec(top) if all(map(str.isidentifier, [top, *below])) else None
+    except (ImportError, ValueError):
+        spec = None
+    for location in (spec.submodule_search_locations if spec else None) or ():
+        folder = Path(location, *below)
+        if folder.is_dir():
+            return folder
+    raise InputError(f"no package {package!r} is installed, which should hold the text: pip install it")
 
 
-def _file_pieces(path: Path) -> Iterator[Piece]:
-    """Cuts behind line breaks where there are any, so that the cut falls between tokens."""
+def _is_held_out(name: str, fraction: float) -> bool:
+    """Whether a file is held out; its name alone decides, so adding files moves no other file."""
+    # Names need not be UTF-8; of those that are, this is the UTF-8 form.
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64 < fraction
+
+
+def _cut_in_two(path: Path, document: _Document, fraction: float) -> tuple[_Document, _Document]:
+    position = _cut_position(path, document.size, fraction)
+    return dataclasses.replace(document, end=position), dataclasses.replace(document, start=position)
+
+
+def _cut_position(path: Path, size: int, fraction: float) -> int:
+    """Where the held-out end of a file begins: at the nearest line break, else space, else character to its share.
+
+    Neither side comes to less than half of its share. A file too short to be cut has its size as the position.
+    """
+    end = round(size * fraction)
+    target = size - end
+    reach = min(end // 2, target // 2, _PIECE_BYTES)
+    try:
+        with path.open("rb") as file:
+            file.seek(target - reach)
+            near = file.read(2 * reach + 4)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    for separator in (b"\n", b" "):
+        before, behind = near.rfind(separator, 0, reach), near.find(separator, reach, 2 * reach)
+        cuts = [target - reach + found + 1 for found in (before, behind) if found >= 0]
+        if cuts:
+            return min(cuts, key=lambda cut: abs(cut - target))
+    behind = near[reach:]
+    return target + next((i for i, byte in enumerate(behind) if byte & 0xC0 != 0x80), len(behind))
+
+
+def _document_pieces(path: Path, document: _Document) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="strict")
-    offset, rest = 0, ""
-    with path.open("rb") as file:
-        block = file.read(_PIECE_BYTES)
-        while block:
-            following = file.read(_PIECE_BYTES)
-            try:
-                text = rest + decoder.decode(block, final=not following)
-            except UnicodeDecodeError as error:
-                # The decoder keeps an incomplete character of the last block in front of this one.
-                position = offset + len(block) - len(error.object) + error.start
-                raise InputError(
-                    f"{path} is not UTF-8 text: {error.reason} at byte {position}; convert or exclude it"
-                ) from None
-            offset += len(block)
-            if not following:
-                yield Piece(text=text, num_bytes=len(text.encode()), ends_document=True)
-                return
-            cut = text.rfind("\n") + 1 or len(text)
-            text, rest = text[:cut], text[cut:]
-            yield Piece(text=text, num_bytes=len(text.encode()), ends_document=False)
-            block = following
-
-
-class TfdsDocuments(DocumentReader):
-    """One feature of a TensorFlow Datasets split stored as array_record; records without text are passed over."""
-
-    unit = "documents"
-
-    def __init__(self, source: TfdsSource) -> None:
-        builder = _tfds_builder(source)
-        self.name = f"{builder.info.full_name} {source.split}"
-        self._field = source.text_field
-        self._records = _tfds_records(builder, source)
-        self.total = len(self._records)
-        if self.total == 0:
-            raise InputError(f"TFDS split {self.name} is empty")
-        self._check_field()
-        folder = Path(builder.data_path)
-        self.identity = {
-            "source": dataclasses.asdict(source),
-            "set": builder.info.full_name,
-            "records": self.total,
-            "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*"))],
-        }
-
-    def _check_field(self) -> None:
-        record = self._records[0]
-        if self._field not in record:
-            raise InputError(
-                f"TFDS set {self.name} has no feature {self._field!r}: set text_field to one of "
-                + ", ".join(sorted(record))
-            )
-        value = record[self._field]
-        if not isinstance(value, str | bytes):
-            raise InputError(f"feature {self._field!r} of TFDS set {self.name} is no text but {type(value).__name__}")
-
-    def pieces(self) -> Iterator[Piece]:
-        any_text = False
-        for index in range(self.total):
-            value = self._records[index][self._field]
-            try:
-                data = value if isinstance(value, bytes) else value.encode()
-                text = data.decode()
-            except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                raise InputError(
-                    f"record {index} of TFDS set {self.name} is not UTF-8 text: {error.reason} at {error.start}"
-                ) from None
-            if text:
-                any_text = True
-                yield Piece(text=text, num_bytes=len(data), ends_document=True)
-        if not any_text:
-            raise InputError(f"every {self._field!r} of TFDS set {self.name} is empty")
-
-
-def _tfds_builder(source: TfdsSource) -> Any:
-    """The builder of a prepared set; a published set that is not prepared yet is downloaded and prepared."""
-    import tensorflow_datasets as tfds
-
-    if Path(source.name).is_dir():
+    continues, rest = False, ""
+    for offset, block in _blocks(path, document):
+        last = offset + len(block) == document.end
         try:
-            return tfds.builder_from_directory(source.name)
-        except (OSError, ValueError) as error:
+            text = rest + decoder.decode(block, final=last)
+        except UnicodeDecodeError as error:
+            # The decoder keeps an incomplete character of the last block in front of this one.
+            position = offset + len(block) - len(error.object) + error.start
             raise InputError(
-                f"{source.name!r} is no prepared TFDS set; name the version folder that holds dataset_info.json "
-                f"({_one_line(error)})"
+                f"{path} is not UTF-8 text: {error.reason} at byte {position}; convert or exclude it"
             ) from None
-    _import_legacy_builder(source.name)
+        cut = len(text) if last else _cut(text)
+        if cut:
+            yield Piece(text=text[:cut], num_bytes=len(text[:cut].encode()), continues=continues, ends_document=last)
+            continues = True
+        rest = text[cut:]
+
+
+def _blocks(path: Path, document: _Document) -> Iterator[tuple[int, bytes]]:
+    """Offsets and bytes of a document.
+
+    Raises:
+        InputError: the file cannot be read, or is not the one that was found.
+    """
     try:
-        # Without a format TFDS would write TFRecord, which needs TensorFlow.
-        builder = tfds.builder(source.name, data_dir=source.data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        raise InputError(f"TFDS knows no set {source.name!r}{_suggestion(source.name)}") from None
-    except Exception as error:
-        raise InputError(f"cannot open TFDS set {source.name!r}: {_one_line(error)}") from error
-    try:
-        builder.download_and_prepare()
-    except Exception as error:
-        raise InputError(
-            f"TFDS set {source.name!r} is not prepared in {builder.data_path} and could not be prepared here: "
-            f"{_one_line(error)}; on a machine with TensorFlow and network run `tfds build {source.name} "
-            "--file_format=array_record` and point data_dir at the result"
-        ) from error
-    return builder
+        with path.open("rb") as file:
+            file.seek(document.start)
+            for offset in range(document.start, document.end, _PIECE_BYTES):
+                block = file.read(min(_PIECE_BYTES, document.end - offset))
+                found = os.fstat(file.fileno())
+                if (found.st_size, found.st_mtime_ns) != (document.size, document.modified_ns):
+                    raise InputError(f"{path} was changed while it was read: start again")
+                yield offset, block
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _tfds_records(builder: Any, source: TfdsSource) -> Sequence[Any]:
-    try:
-        return builder.as_data_source(split=source.split)
-    except NotImplementedError:
-        raise InputError(
-            f"TFDS set {builder.info.full_name} in {builder.data_path} is stored as {builder.info.file_format.value}, "
-            "which needs TensorFlow: prepare it with --file_format=array_record"
-        ) from None
-    except (ValueError, KeyError) as error:
-        known = ", ".join(sorted(builder.info.splits))
-        raise InputError(
-            f"TFDS set {builder.info.full_name} cannot give split {source.split!r} (it has: {known}): "
-            f"{_one_line(error)}"
-        ) from None
-
-
-def _import_legacy_builder(name: str) -> None:
-    base = name.split("/")[0].split(":")[0]
-    for family in _LEGACY_FAMILIES if base.isidentifier() else ():
-        module = f"tensorflow_datasets.{family}.{base}"
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
-
-
-def _suggestion(name: str) -> str:
-    import tensorflow_datasets as tfds
-
-    known = set(tfds.list_builders(with_community_datasets=False))
-    for family in _LEGACY_FAMILIES:
-        known.update(path.stem for path in (Path(tfds.__file__).parent / family).iterdir() if path.suffix != ".pyc")
-    close = difflib.get_close_matches(name.split("/")[0].split(":")[0], sorted(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; a folder of a prepared set works too"
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
+def _cut(text: str) -> int:
+    """Where a piece ends, so that its tokens and those of the rest are, if possible, those of the whole."""
+    start = max(0, len(text) - _CUT_WINDOW)
+    for place in _CUTS:
+        cuts = [found.end() for found in place.finditer(text, start)]
+        if cuts:
+            return cuts[-1]
+    return text.rfind("\n") + 1 or len(text)

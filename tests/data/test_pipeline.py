@@ -1,9 +1,11 @@
 """Batch k depends on (seed, k) alone; evaluation reads every target once; caches follow their text."""
 
 import dataclasses
+import errno
 import itertools
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,6 +196,8 @@ def test_too_little_text_and_uneven_batches_are_refused(make_stream: MakeStream,
     TrainBatches(dataset_of_two, make_config(global_batch=2, order="streams"), seed=0).at(0)
     with pytest.raises(InputError, match=r"has 17 tokens, fewer than data\.global_batch \* data\.seq_len \+ 1 = 25"):
         TrainBatches(dataset_of_two, make_config(global_batch=3, order="streams"), seed=0)
+    with pytest.raises(InputError, match=r"data\.prefetch keeps at most 1000 batches ready, got 1000000000: lower it"):
+        TrainBatches(dataset, make_config(prefetch=10**9), seed=0)
     with pytest.raises(InputError, match=r"data\.global_batch \(8\) must be divisible by the 3 processes"):
         TrainBatches(dataset, make_config(seq_len=7), seed=0, process_count=3)
     with pytest.raises(InputError, match=r"the evaluation batch size \(4\) must be divisible by the 3 processes"):
@@ -289,12 +293,98 @@ def test_shards_of_another_tokenizer_are_refused(
         open_source(shards, config, bpe)
 
 
-def test_processes_may_fill_the_same_cache(text: TextFolderSource, make_config: MakeConfig) -> None:
+def test_processes_may_fill_the_same_cache_and_find_the_same_damage(
+    text: TextFolderSource, make_config: MakeConfig
+) -> None:
     config = make_config()
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         tokens = pool.starmap(_num_tokens, [(text, config)] * 6)
+        (name,) = cached(config)
+        flip(Path(config.cache_dir) / name)
+        tokens += pool.starmap(_num_tokens, [(text, config)] * 6)
     assert len(set(tokens)) == 1
+    assert cached(config) == [name, f"{name}.1"]
+
+
+def flip(folder: Path) -> None:
+    path = folder / "tokens-00000.array_record"
+    data = bytearray(path.read_bytes())
+    data[120] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "tokens-00000.array_record"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = [
+    flip,
+    truncate,
+    lambda folder: (folder / "index.json").unlink(),
+    lambda folder: (folder / "index.json").write_text(""),
+    lambda folder: (folder / "tokens-00000.array_record").unlink(),
+    lambda folder: [path.unlink() for path in folder.iterdir()],
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again(
+    text: TextFolderSource,
+    make_config: MakeConfig,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+) -> None:
+    config = make_config()
+    dataset = open_source(text, config, ByteTokenizer())
+    stream = dataset.read(np.array([0]), length=dataset.num_tokens)
+    (name,) = cached(config)
+    damage(Path(config.cache_dir) / name)
+    capsys.readouterr()
+    for message in (1, 0):
+        again = open_source(text, config, ByteTokenizer())
+        np.testing.assert_array_equal(again.read(np.array([0]), length=dataset.num_tokens), stream)
+        assert again.identity == dataset.identity
+        assert cached(config) == [name, f"{name}.1"]
+        assert capsys.readouterr().err.count("tokenised text is damaged and made again: ") == message
+    damage(Path(config.cache_dir) / f"{name}.1")
+    open_source(text, config, ByteTokenizer())
+    assert cached(config) == [name, f"{name}.1", f"{name}.2"]
+
+
+def test_a_cache_that_cannot_be_read_or_written_is_one_line(
+    text: TextFolderSource, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    open_source(text, config, ByteTokenizer())
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail)
+        with pytest.raises(InputError, match=r"cannot read .*: Input/output error"):
+            open_source(text, config, ByteTokenizer())
+    with monkeypatch.context() as patch:
+        # What was made is enough where nothing can be written.
+        patch.setattr(Path, "mkdir", fail)
+        open_source(text, config, ByteTokenizer())
+        with pytest.raises(InputError, match=r"cannot create token shards in .*: Input/output error"):
+            open_source(dataclasses.replace(text, pattern="*.txt"), config, ByteTokenizer())
     assert len(cached(config)) == 1
+
+
+def test_the_same_text_has_the_same_identity(text: TextFolderSource, make_config: MakeConfig, tmp_path: Path) -> None:
+    config, tokenizer = make_config(), ByteTokenizer()
+    identity = open_source(text, config, tokenizer).identity
+    for path in Path(text.path).iterdir():
+        os.utime(path, (1, 1))
+    assert open_source(text, config, tokenizer).identity == identity
+    copy = shutil.copytree(text.path, tmp_path / "copy")
+    assert open_source(TextFolderSource(path=str(copy)), config, tokenizer).identity == identity
+    path = copy / "b.txt"
+    path.write_text(path.read_text().replace("thing", "think"))
+    assert open_source(TextFolderSource(path=str(copy)), config, tokenizer).identity != identity
 
 
 def _num_tokens(text: TextFolderSource, config: DataConfig) -> int:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from mamba_jax.config import TextFolderSource
 from mamba_jax.data import prepare, sources
 from mamba_jax.data.shards import TokenDataset
 from tests.data.test_tokenizer import train_bpe
@@ -57,6 +60,48 @@ def test_bpe_of_pieces_equals_bpe_of_documents(
 
 
 @pytest.mark.parametrize(
+    ("pre_tokenizer", "normalizer"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+        (pre_tokenizers.Metaspace(prepend_scheme="always"), None),
+        (pre_tokenizers.Metaspace(prepend_scheme="first"), normalizers.NFKC()),
+        (
+            pre_tokenizers.Split("▁", behavior="merged_with_next"),
+            normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        ),
+    ],
+)
+def test_a_tokenizer_that_adds_a_space_adds_one_a_document(
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    normalizer: normalizers.Normalizer | None,
+) -> None:
+    monkeypatch.setattr(sources, "_PIECE_BYTES", 100)
+    (text / "d.txt").write_text("\n\n".join("  the thing of the theory and the other thing" for _ in range(40)))
+    (text / "e.txt").write_text("the thing of the theory and the other thing\r\n" * 40)
+    pieces = list(sources.open_documents(TextFolderSource(path=str(text))).pieces())
+    assert sum(piece.continues for piece in pieces) > 50
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train_from_iterator(["  the theory of the thing\n\n and the \r\nother thing"] * 9, trainer)
+    tokenizer.save(str(tmp_path / "prefix.json"))
+    flags = {"text": text, "output": tmp_path / "out", "tokenizer": tmp_path / "prefix.json"}
+    run(monkeypatch, *[f"--{name}={path}" for name, path in flags.items()])
+    dataset = TokenDataset(tmp_path / "out")
+    paths = sorted(text.iterdir())
+    expected = []
+    for path in paths:
+        expected += [*tokenizer.encode(path.read_bytes().decode()).ids, 0]
+    assert dataset.read(np.array([0]), length=dataset.num_tokens)[0].tolist() == expected
+    assert dataset.num_bytes == sum(path.stat().st_size for path in paths)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--text", "TEXT"], "missing --output"),
@@ -66,7 +111,14 @@ def test_bpe_of_pieces_equals_bpe_of_documents(
         (["--output", "OUT", "--text", "TEXT", "--split", "train"], "--split and --data-dir belong to --tfds"),
         (["--output", "OUT", "--text", "TEXT", "--patern", "*"], "did you mean --pattern"),
         (["--output", "TEXT", "--text", "TEXT"], "exists already"),
-        (["--output", "OUT", "--text", "TEXT", "--shard-tokens", "0"], "shard_tokens must be positive, got 0"),
+        (
+            ["--output", "OUT", "--text", "TEXT", "--shard-tokens", "0"],
+            "must be positive and at most 4294967296, got 0",
+        ),
+        (
+            ["--output", "OUT", "--text", "TEXT", "--shard-tokens", str(2**70)],
+            "at most 4294967296, got 118059162071741",
+        ),
         (["--output", "OUT", "--text", "TEXT", "--validation-fraction", "2"], "must lie in [0, 1]"),
         (["--output", "OUT", "--text", "TEXT/a.txt"], "no text folder"),
         (["--output", "TEXT/a.txt/OUT", "--text", "TEXT"], "cannot create token shards"),
@@ -115,6 +167,11 @@ def test_index_describes_every_file(text: Path, tmp_path: Path, monkeypatch: pyt
     for shard in index["shards"]:
         data = (tmp_path / "out" / shard["file"]).read_bytes()
         assert (shard["size"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        dataset = TokenDataset(tmp_path / "out")
+        ids = dataset.read(np.array([0]), length=dataset.num_tokens)[0].astype("<u2")
+        # One block, so one digest.
+        assert len(ids) < 4096
+        assert shard["digests"] == hashlib.sha256(hashlib.sha256(ids).digest()[:16]).hexdigest()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

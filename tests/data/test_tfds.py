@@ -1,5 +1,7 @@
 """TensorFlow Datasets without TensorFlow: local sets by name and by folder, published sets mocked."""
 
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -130,6 +132,102 @@ def test_bad_records_get_one_line(records: list[dict[str, Any]], expected: str) 
 def test_folder_without_a_set(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no prepared TFDS set; name the version folder"):
         texts(TfdsSource(name=str(tmp_path), split="train"))
+
+
+def edited(prepared: Path, target: Path, name: str, edit: Callable[[Any], object]) -> TfdsSource:
+    """A copy of the set, one of whose JSON files is edited."""
+    shutil.copytree(prepared / "mamba_jax_test_text" / "1.0.0", target)
+    content = json.loads((target / name).read_text())
+    new = edit(content)
+    (target / name).write_text(new if isinstance(new, str) else json.dumps(content))
+    return TfdsSource(name=str(target), split="train")
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_set_runs_no_code(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, by_name: bool
+) -> None:
+    (tmp_path / "code_of_a_set.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def edit(content: dict[str, Any]) -> None:
+        text = content["featuresDict"]["features"]["text"]
+        del text["pythonClassName"]
+        text[key] = "code_of_a_set.Text"
+        if key == "type":
+            content.clear()
+            content.update(type="code_of_a_set.Text", content={})
+
+    source = edited(prepared, tmp_path / "my_copied_set" / "1.0.0", "features.json", edit)
+    if by_name:
+        source = TfdsSource(name="my_copied_set", split="train", data_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"names 'code_of_a_set\.Text', which is no class of TFDS and is not imported"):
+        open_documents(source)
+
+
+@pytest.mark.parametrize("name", ["user:set", "huggingface:c4/en", "kaggle:set:1.0.0"])
+def test_sets_of_others_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"TFDS set '{name}' is not one of TFDS itself, and code from elsewhere"):
+        open_documents(TfdsSource(name=name, split="train"))
+
+
+@pytest.mark.parametrize("name", ["os.path", "../text", "", "lm1b x\n", "\udcff", "x" * 5000])
+def test_names_that_are_none_get_one_line(name: str) -> None:
+    with pytest.raises(InputError) as raised:
+        open_documents(TfdsSource(name=name, split="train"))
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 2100
+
+
+@pytest.mark.parametrize(
+    ("file", "edit"),
+    [
+        ("dataset_info.json", lambda content: "[" * 100_000),
+        ("dataset_info.json", lambda content: '{"name": ' * 100_000),
+        ("dataset_info.json", lambda content: ""),
+        ("dataset_info.json", lambda content: "[]"),
+        ("dataset_info.json", lambda content: content.update(name=[{}])),
+        ("dataset_info.json", lambda content: content.update(version="one")),
+        ("dataset_info.json", lambda content: content.update(fileFormat="parkay")),
+        ("dataset_info.json", lambda content: content.update(splits=3)),
+        ("dataset_info.json", lambda content: content["splits"][0].update(shardLengths=["9" * 30])),
+        ("dataset_info.json", lambda content: content["splits"][0].update(shardLengths=["11"])),
+        ("dataset_info.json", lambda content: content["splits"][0].update(filepathTemplate="{X}")),
+        ("features.json", lambda content: "{" * 1000),
+        ("features.json", lambda content: content.clear()),
+        ("features.json", lambda content: content.update(featuresDict=7)),
+        ("features.json", lambda content: content.update(pythonClassName="tensorflow_datasets.no_such.Feature")),
+    ],
+)
+def test_damaged_sets_get_one_line(prepared: Path, tmp_path: Path, file: str, edit: Callable[[Any], object]) -> None:
+    with pytest.raises(InputError) as raised:
+        texts(edited(prepared, tmp_path / "1.0.0", file, edit))
+    assert str(raised.value).isprintable()
+
+
+def test_damaged_records_get_one_line(prepared: Path, tmp_path: Path) -> None:
+    source = edited(prepared, tmp_path / "1.0.0", "features.json", lambda content: None)
+    (records,) = (tmp_path / "1.0.0").glob("*.array_record*")
+    data = bytearray(records.read_bytes())
+    data[len(data) // 2] ^= 1
+    for damage in (bytes(data), data[:1000], b""):
+        records.write_bytes(damage)
+        with pytest.raises(InputError) as raised:
+            texts(source)
+        assert str(raised.value).isprintable()
+    records.unlink()
+    with pytest.raises(InputError):
+        texts(source)
+
+
+def test_a_pipe_in_place_of_a_set_is_not_waited_for(prepared: Path, tmp_path: Path) -> None:
+    source = edited(prepared, tmp_path / "1.0.0", "features.json", lambda content: None)
+    for name in ("features.json", "dataset_info.json"):
+        (tmp_path / "1.0.0" / name).unlink()
+        os.mkfifo(tmp_path / "1.0.0" / name)
+        with pytest.raises(InputError, match=f"{name} is no file"):
+            open_documents(source)
 
 
 def test_failing_preparation_says_how_to_prepare_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

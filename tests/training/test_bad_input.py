@@ -1,6 +1,7 @@
 """What only a look at files and devices can refuse is refused before anything is computed, and changes no file."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,8 @@ from mamba_jax.config import (
     TextFolderSource,
     TokenizerConfig,
 )
+from mamba_jax.data.shard_index import BLOCK_TOKENS
 from mamba_jax.data.shard_writer import ShardWriter
-from mamba_jax.data.shards import BLOCK_TOKENS
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.training import loop, train_state
@@ -127,8 +128,10 @@ def test_bad_token_ends_the_run_and_loses_nothing(make_config: MakeConfig, tmp_p
     for block in ids.astype("<u2").reshape(2, -1):
         writer.write(block.tobytes())
     writer.close()
-    index = json.loads((tmp_path / "s" / "index.json").read_text())
-    index["shards"][0]["size"] = path.stat().st_size
+    # A foreign writer would take version 1, whose checksums it could make.
+    index = json.loads((tmp_path / "s" / "index.json").read_text()) | {"version": 1}
+    del index["content"], index["checksum"], index["shards"][0]["digests"]
+    index["shards"][0].update(size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     (tmp_path / "s" / "index.json").write_text(json.dumps(index))
     # The stream reaches the second block, of 4096 tokens each, in its 171st step of 24 tokens.
     config = make_config(
