@@ -1,4 +1,4 @@
-"""Files of a checkpoint damaged at random: right arrays come back, of this step or of the one before, or one line does."""
+"""Files of a checkpoint damaged at random: right arrays come back, of this step or of the one before."""
 
 import json
 import os
@@ -18,12 +18,10 @@ from mamba_jax.errors import InputError
 from tests.test_checkpoint import CONFIG, abstract, mesh_of, random_state, save
 
 
-@pytest.fixture(scope="module")
-def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with checkpoints of steps 3 and 7, the arrays cut into parts."""
-    run_dir = tmp_path_factory.mktemp("twice")
+def save_twice(run_dir: Path, mesh: MeshConfig) -> Path:
+    """A run directory with checkpoints of steps 3 and 7."""
     for step in (3, 7):
-        save(run_dir, random_state(mesh_of(MeshConfig(data=2, fsdp=2, tensor=2)), step=step))
+        save(run_dir, random_state(mesh_of(mesh), step=step))
     return run_dir
 
 
@@ -52,7 +50,18 @@ def append(path: Path, draw: random.Random) -> None:
 
 
 def write_json(path: Path, draw: random.Random) -> None:
-    texts = ["[" * 100_000, '{"a":' * 100_000, "{}", "[]", "null", '"text"', "9" * 10_000, "[1e999]", "{}" * 2, "\ud800"]
+    texts = [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "{}",
+        "[]",
+        "null",
+        '"text"',
+        "9" * 10_000,
+        "[1e999]",
+        "{}" * 2,
+        "\ud800",
+    ]
     path.write_text(draw.choice(texts), errors="surrogatepass")
 
 
@@ -110,11 +119,13 @@ def check_damage(seed: int, twice: Path, run_dir: Path, expected: dict[int, dict
     damage, path = draw.choice(DAMAGES), draw.choice(files)
     told = f"seed {seed}: {damage.__name__} of {path.relative_to(run_dir)}"
     damage(path, draw)
+    loaded, refusal = None, ""
     try:
         loaded = load_params(run_dir)
     except InputError as error:
-        assert "\n" not in str(error), told
-    else:
+        refusal = str(error)
+    assert "\n" not in refusal, told
+    if loaded is not None:
         assert loaded.step == 7, told
         assert loaded.config == CONFIG, told
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, told), loaded.params, expected[7]["params"])
@@ -141,10 +152,12 @@ def run_damages(seeds: range, twice: Path, folder: Path, expected: dict[int, dic
         shutil.rmtree(folder / str(seed))
 
 
-def test_random_damage(twice: Path, tmp_path: Path, expected: dict[int, dict[str, Any]]) -> None:
-    run_damages(range(20), twice, tmp_path, expected)
+def test_random_damage(tmp_path: Path, expected: dict[int, dict[str, Any]]) -> None:
+    run_damages(range(12), save_twice(tmp_path / "twice", MeshConfig(data=1)), tmp_path, expected)
 
 
 @pytest.mark.slow
-def test_much_random_damage(twice: Path, tmp_path: Path, expected: dict[int, dict[str, Any]]) -> None:
-    run_damages(range(20, 420), twice, tmp_path, expected)
+def test_much_random_damage(tmp_path: Path, expected: dict[int, dict[str, Any]]) -> None:
+    """Arrays cut into parts, as several devices write them."""
+    twice = save_twice(tmp_path / "twice", MeshConfig(data=2, fsdp=2, tensor=2))
+    run_damages(range(12, 412), twice, tmp_path, expected)

@@ -64,7 +64,7 @@ def check_written(folder: Path, record: Record) -> None:
             raise ValueError("its config and fingerprints are not what was written")
         for item in {name.split("/")[0] for name in record.arrays}:
             store = tensorstore.KvStore.open(
-                {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder / item}/"}}
+                {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.absolute() / item}/"}}
             ).result()
             keys = set(store.list().result())
             for name in record.arrays:
@@ -89,5 +89,5 @@ def _read_item(folder: Path, name: str, tree: Any) -> Any:
     options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     with judged(folder, name):
         return ocp.StandardCheckpointHandler(multiprocessing_options=options).restore(
-            LiteralPath(folder / name), args=ocp.args.StandardRestore(tree)
+            LiteralPath(folder.absolute() / name), args=ocp.args.StandardRestore(tree)
         )

@@ -5,10 +5,13 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 _ORBAX = f"{os.sep}orbax{os.sep}"
+# TensorStore runs outside Python, so that its errors carry no frames; these words are in its messages.
+_TENSORSTORE = ("tensorstore_spec", "OCDBT", "os_error_code")
 
 
 @functools.cache
@@ -21,6 +24,7 @@ def quiet() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_of_orbax)
     sys.unraisablehook = functools.partial(_pass_on, sys.unraisablehook)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
@@ -35,8 +39,9 @@ def _pass_on(before: Callable[[Any], object], unraisable: Any) -> None:
 
 
 def _comes_from_orbax(error: BaseException | None) -> bool:
-    """Whether it was raised there, or by TensorStore, which runs outside Python and describes its arrays."""
     if error is None:
         return False
     frames = traceback.walk_tb(error.__traceback__)
-    return "tensorstore_spec" in str(error) or any(_ORBAX in frame.f_code.co_filename for frame, _ in frames)
+    return any(word in str(error) for word in _TENSORSTORE) or any(
+        _ORBAX in frame.f_code.co_filename for frame, _ in frames
+    )

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ def check_path(run_dir: str | Path) -> None:
         InputError: it has characters that Orbax or TensorStore take for something else, or is too long.
     """
     path = os.path.abspath(run_dir)
+    kinds = {unicodedata.category(character) for character in path}
     problem = None
-    if any("\ud800" <= character <= "\udfff" for character in path):
+    if "Cs" in kinds:
         problem = "has bytes that are not UTF-8"
-    elif "\0" in path or "\\" in path:
-        problem = "has a backslash or a zero byte in it"
+    elif kinds & {"Cc", "Zl", "Zp"} or "\\" in path:
+        problem = "has a line break, another control character or a backslash in it"
     elif re.match("/(gs|s3|az|hf)/", f"{path}/") or "gs:/" in f"{path}/":
         problem = "would be taken for an address of object storage"
     elif len(path.encode()) > _LONGEST:
