@@ -76,15 +76,10 @@ from pathlib import Path
 from mamba_jax import distributed
 distributed.initialize()
 import jax
-import orbax.checkpoint as ocp
-from mamba_jax import checkpoint
+from mamba_jax.checkpoint import checkpointer as checkpoint
 from tests.test_checkpoint import CONFIG, MeshConfig, abstract, make_mesh, random_state
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-make_manager = checkpoint._manager
-def impatient(run_dir, **options):
-    own = {} if options.get("read_only") else {"async_options": ocp.AsyncOptions(timeout_secs=10)}
-    return make_manager(run_dir, **options, **own)
-checkpoint._manager = impatient
+checkpoint._DEADLINE_SECONDS = 10
 mesh, folder, index = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices()), Path(sys.argv[1]), jax.process_index()
 checkpointer = checkpoint.Checkpointer(folder, CONFIG.checkpoint)
 checkpointer.save(1, random_state(mesh, step=1).items(), CONFIG)

@@ -351,9 +351,6 @@ class _Run:
                 self.checkpointer.save(step, self.state.items(), self.config)
         except SaveFailed as error:
             self.reporter.event("save_failed", step=step, reason=str(error))
-            self.reporter.note(f"step {step} could not be saved: {error}")
-        else:
-            self.reporter.event("checkpoint", step=step)
         self.reporter.goodput(step)
 
 

@@ -75,6 +75,10 @@ class Reporter:
         self._events.write(name, **fields)
         if name == "quarantined":
             self.note(f"checkpoint of step {fields['step']} is damaged and was moved away: {fields['reason']}")
+        elif name == "save_failed":
+            self.note(f"step {fields['step']} could not be saved: {fields['reason']}")
+        elif name == "not_removed":
+            self.note(f"an older checkpoint could not be removed: {fields['reason']}")
 
     def note(self, text: str) -> None:
         """Prints a line."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 
+from mamba_jax.checkpoint import check_path
 from mamba_jax.config import ExperimentConfig, from_json, to_json
 from mamba_jax.errors import InputError
 from mamba_jax.training.replacement import replacement
@@ -45,6 +46,7 @@ def check_run_directory(config: ExperimentConfig) -> None:
             f"train.run_dir {config.train.run_dir} is an address, but a folder is needed: mount the storage and name "
             "the folder (docs/running_on_a_pod.md)"
         )
+    check_path(config.train.run_dir)
     try:
         _check_content(config, Path(config.train.run_dir))
     except OSError as error:

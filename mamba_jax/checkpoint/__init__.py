@@ -1,0 +1,25 @@
+"""Checkpoints of training, on Orbax.
+
+A checkpoint is a folder named by its step. It holds one item for each part of the state, such as `params` and `rest`,
+the resolved experiment as JSON (`config`), and what tells damage, another step and another run (`fingerprints`): Orbax
+itself reads flipped bits without complaint.
+"""
+
+from mamba_jax.checkpoint.checkpointer import Checkpointer, Restored, SaveFailed
+from mamba_jax.checkpoint.damage import CheckpointGone, DamagedCheckpoint
+from mamba_jax.checkpoint.loading import LoadedParams, StoredRun, load_params, stored_run
+from mamba_jax.checkpoint.steps import check_path, quarantined
+
+__all__ = [
+    "CheckpointGone",
+    "Checkpointer",
+    "DamagedCheckpoint",
+    "LoadedParams",
+    "Restored",
+    "SaveFailed",
+    "StoredRun",
+    "check_path",
+    "load_params",
+    "quarantined",
+    "stored_run",
+]

@@ -1,0 +1,137 @@
+"""Reads what a run has saved, from outside the run."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from mamba_jax.checkpoint import record as records
+from mamba_jax.checkpoint.agreement import from_first, same_for_all
+from mamba_jax.checkpoint.arrays import read_arrays
+from mamba_jax.checkpoint.damage import CheckpointGone, DamagedCheckpoint
+from mamba_jax.checkpoint.steps import FOLDER, check_path, steps_in
+from mamba_jax.config import ExperimentConfig, from_json
+from mamba_jax.errors import InputError
+from mamba_jax.models.parameters import Params, define
+
+_ITEM = {"weights": "params", "average": "ema"}
+# Each time a checkpoint is removed while it is read, a newer one is there.
+_TRIES = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedParams:
+    """Parameters out of a training checkpoint.
+
+    Attributes:
+        config: the experiment that made them.
+        params: on the first local device.
+        step: updates done.
+    """
+
+    config: ExperimentConfig
+    params: Params
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """What a checkpoint says about the run that wrote it.
+
+    Attributes:
+        config: the resolved experiment.
+        identity: as it was given to `Checkpointer`.
+        step: updates done.
+    """
+
+    config: ExperimentConfig
+    identity: Mapping[str, Any] | None
+    step: int
+
+
+def load_params(
+    run_dir: str | Path, step: int | None = None, *, weights: Literal["weights", "average"] = "weights"
+) -> LoadedParams:
+    """Reads the parameters of a run onto one device; the run may be going on.
+
+    Args:
+        run_dir: of the training run.
+        step: which checkpoint; None is the newest.
+        weights: those of the last update, or their moving average.
+
+    Raises:
+        InputError: the run has no such checkpoint or keeps no average, or the checkpoint is damaged, cannot be read now
+            or does not hold what its config says.
+    """
+    check_path(run_dir)
+    if not (Path(run_dir) / FOLDER).is_dir():
+        raise InputError(f"{run_dir} is no run directory: it has no folder {FOLDER!r}")
+    for _ in range(_TRIES):
+        folder = _choose(Path(run_dir), step)
+        try:
+            return _load(folder, weights)
+        except CheckpointGone:
+            continue
+        except DamagedCheckpoint as error:
+            raise InputError(f"{error}: move that folder away to use the one before it") from error
+    raise InputError(
+        f"{run_dir} removes its checkpoints before they are read: copy one of them aside, or raise checkpoint.keep"
+    )
+
+
+def stored_run(run_dir: str | Path) -> StoredRun | None:
+    """What the newest checkpoint that is not damaged says about its run; each process reads it for itself.
+
+    Args:
+        run_dir: of the run.
+
+    Returns:
+        None if there is no such checkpoint.
+
+    Raises:
+        InputError: it cannot be read now, or its config is of another version.
+    """
+    for step in reversed(steps_in(Path(run_dir) / FOLDER)):
+        folder = Path(run_dir) / FOLDER / str(step)
+        try:
+            record = records.read(folder)
+        except (CheckpointGone, DamagedCheckpoint):
+            continue
+        records.check_step(record, folder)
+        return StoredRun(config=_config(record, folder), identity=record.identity, step=step)
+    return None
+
+
+def _choose(run_dir: Path, step: int | None) -> Path:
+    with same_for_all():
+        steps = steps_in(run_dir / FOLDER)
+        if not steps:
+            raise InputError(f"{run_dir} has no complete checkpoint yet")
+        if step is not None and step not in steps:
+            raise InputError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return run_dir / FOLDER / str(from_first(steps[-1] if step is None else step))
+
+
+def _load(folder: Path, weights: Literal["weights", "average"]) -> LoadedParams:
+    with same_for_all():
+        record = records.read(folder)
+        records.check_step(record, folder)
+        config = _config(record, folder)
+        if weights == "average" and config.optimizer.ema_decay is None:
+            raise InputError(f"{folder.parent.parent} keeps no average of the weights: optimizer.ema_decay was not set")
+    item = _ITEM[weights]
+    abstract = {item: _on_first_device(define(config.model).params)}
+    return LoadedParams(config=config, params=read_arrays(folder, abstract, identity=None)[item], step=int(folder.name))
+
+
+def _config(record: records.Record, folder: Path) -> ExperimentConfig:
+    return from_json(ExperimentConfig, json.dumps(record.config), origin=f"checkpoint {folder}")
+
+
+def _on_first_device(abstract: Params) -> Params:
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)

@@ -1,0 +1,179 @@
+"""What a checkpoint says about itself, beside its arrays: its step, its run, its config and what its arrays are."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from mamba_jax.checkpoint.damage import DamagedCheckpoint, check_files, judged, read_object
+from mamba_jax.config import ExperimentConfig, to_json
+from mamba_jax.errors import InputError
+from mamba_jax.fingerprints import fingerprints
+
+# Orbax's name for the file of a JSON item.
+_FILE = "metadata"
+_CONFIG, _FINGERPRINTS = "config", "fingerprints"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """The two JSON items of a checkpoint.
+
+    Attributes:
+        step: updates done.
+        identity: which run this is; None if it was not told.
+        config: the resolved experiment, as JSON holds it.
+        arrays: by path, such as "params/norm_f/scale": dtype and shape, such as "float32[16]".
+        fingerprints: by path; see `mamba_jax.fingerprints`.
+    """
+
+    step: int
+    identity: dict[str, Any] | None
+    config: dict[str, Any]
+    arrays: dict[str, str]
+    fingerprints: dict[str, int]
+
+    def items(self) -> dict[str, dict[str, Any]]:
+        """The JSON items as they are stored."""
+        content = {
+            "step": self.step,
+            "identity": self.identity,
+            "config_sha256": _checksum(self.config),
+            "arrays": self.arrays,
+            "fingerprints": self.fingerprints,
+        }
+        return {_CONFIG: self.config, _FINGERPRINTS: {**content, "sha256": _checksum(content)}}
+
+
+def describe(step: int, identity: dict[str, Any] | None, config: ExperimentConfig, items: Mapping[str, Any]) -> Record:
+    """The record of what is about to be saved.
+
+    Args:
+        step: updates done.
+        identity: of the run.
+        config: the resolved experiment.
+        items: trees of arrays by name.
+    """
+    return Record(
+        step=step,
+        identity=identity,
+        config=json.loads(to_json(config)),
+        arrays=types_of(items),
+        fingerprints=fingerprints(dict(items)),
+    )
+
+
+def types_of(items: Mapping[str, Any]) -> dict[str, str]:
+    """Dtype and shape of every array, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(dict(items))
+    }
+
+
+def read(folder: Path) -> Record:
+    """The record of a checkpoint, compared with its checksums.
+
+    Raises:
+        InputError: it was saved before checkpoints recorded their step and run, or cannot be read now.
+        DamagedCheckpoint, CheckpointGone: see `judged`.
+    """
+    with judged(folder):
+        check_files(folder)
+    with judged(folder, _FINGERPRINTS):
+        content = read_object(folder / _FINGERPRINTS / _FILE)
+        if content and all(type(value) is int for value in content.values()):
+            raise InputError(
+                f"checkpoint {folder} records neither its step nor its run, as those of earlier versions: move that "
+                "folder away"
+            )
+        checksum = content.pop("sha256")
+        if checksum != _checksum(content):
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged (its fingerprints differ from their checksum)")
+    with judged(folder, _CONFIG):
+        config = read_object(folder / _CONFIG / _FILE)
+        if content["config_sha256"] != _checksum(config):
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged (its config differs from its checksum)")
+        return Record(
+            step=content["step"],
+            identity=content["identity"],
+            config=config,
+            arrays=content["arrays"],
+            fingerprints=content["fingerprints"],
+        )
+
+
+def check_step(record: Record, folder: Path) -> None:
+    """Makes sure that a folder holds the step that it is named by.
+
+    Raises:
+        InputError: it is a copy of another step.
+    """
+    if record.step != int(folder.name):
+        raise InputError(
+            f"checkpoint {folder} holds step {record.step}, not {folder.name}: move that folder away, or give it the "
+            "name of its step"
+        )
+
+
+def check_identity(record: Record, identity: Mapping[str, Any] | None, folder: Path) -> None:
+    """Makes sure that a checkpoint belongs to a run.
+
+    Args:
+        record: of the checkpoint.
+        identity: of the run; None compares nothing.
+        folder: of the checkpoint.
+
+    Raises:
+        InputError: it belongs to another one; the message says in what they differ.
+    """
+    if identity is None or record.identity == identity:
+        return
+    was, now = (
+        flatten_dict(dict(value or {}), sep=".", keep_empty_nodes=True) for value in (record.identity, identity)
+    )
+    changes = [
+        f"{name} was {_short(was.get(name))}, now {_short(now.get(name))}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
+    raise InputError(
+        f"checkpoint {folder} is of another run ({'; '.join(changes[:4])}): move that folder away, or choose another "
+        "train.run_dir"
+    )
+
+
+def check_arrays(record: Record, items: Mapping[str, Any], folder: Path) -> None:
+    """Makes sure that a checkpoint holds the arrays that a model has: Orbax would cast another dtype silently.
+
+    Args:
+        record: of the checkpoint.
+        items: trees of abstract arrays by name; other items of the checkpoint are not looked at.
+        folder: of the checkpoint.
+
+    Raises:
+        InputError: an array is missing, unexpected or of another shape or dtype.
+    """
+    wanted = types_of(items)
+    found = {name: kind for name, kind in record.arrays.items() if name.split("/")[0] in items}
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted]
+    differing = [name for name in wanted.keys() & found.keys() if found[name] != wanted[name]]
+    problems += [f"{name} is {found[name]}, expected {wanted[name]}" for name in differing]
+    if problems:
+        raise InputError(f"checkpoint {folder} does not fit the model: {'; '.join(sorted(problems))}")
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    """Of the content, whatever the order and the spaces in the text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"
