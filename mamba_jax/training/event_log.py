@@ -1,41 +1,11 @@
 """What happened to a run, apart from its numbers: `events.jsonl`, one JSON object a line, only ever appended to."""
 
-import json
-import os
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-class AppendOnlyFile:
-    """A text file that grows line by line and that a full disk cannot turn into the end of a run."""
-
-    def __init__(self, path: Path) -> None:
-        """Takes the path; nothing is opened before the first `append`."""
-        self._path = path
-        self._has_warned = False
-
-    def append(self, text: str) -> None:
-        """Writes whole lines at the end; an `OSError` is dropped after one warning per file.
-
-        Args:
-            text: ends in a newline. If the file ends in a line that was cut off, the text starts on a new one.
-        """
-        try:
-            with self._path.open("ab+") as file:
-                if file.tell() > 0:
-                    file.seek(-1, os.SEEK_END)
-                    text = text if file.read(1) == b"\n" else f"\n{text}"
-                file.write(text.encode())
-        except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                warnings.warn(
-                    f"cannot write {self._path} ({error.strerror}); the run goes on and its records are lost until "
-                    "writing works again",
-                    stacklevel=2,
-                )
+from mamba_jax.training.records import AppendOnlyFile, is_number, is_seconds, is_step, read_records, to_line
 
 
 class EventLog:
@@ -51,33 +21,63 @@ class EventLog:
         self._file = AppendOnlyFile(run_dir / "events.jsonl") if enabled else None
 
     def write(self, event: str, **fields: object) -> None:
-        """Appends `{"time": seconds since 1970, "event": event, **fields}`; an `OSError` is dropped after one warning.
+        """Appends `{"time": seconds since 1970, "event": event, **fields}`; a full disk is one warning.
 
         Args:
             event: such as "start" or "checkpoint".
-            fields: what JSON can hold; anything else is written as its text.
+            fields: what JSON can hold; anything else is written as its text. Of a number that is not finite the field
+                "not_finite" says which it was.
         """
         if self._file is not None:
-            self._file.append(json.dumps({"time": time.time(), "event": event, **fields}, default=str) + "\n")
+            self._file.append(to_line({"time": time.time(), "event": event, **fields}))
+
+    def close(self) -> None:
+        """Tries once more to write what a full disk kept out, and tells what is lost."""
+        if self._file is not None:
+            self._file.close()
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Events of a run, oldest first; lines that were cut off are passed over, and a missing file holds none."""
-    return [
-        record
-        for record in read_records(run_dir / "events.jsonl")
-        if isinstance(record.get("event"), str) and isinstance(record.get("time"), int | float)
-    ]
+    """Events of a run, oldest first, whose fields are of the types that runs write.
+
+    Damaged lines are passed over, fields of another type are left out, and a missing file holds no events. Every event
+    has "event" and "time"; "goodput" has "step" and "seconds" by bucket.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    events = [_checked(record) for record in read_records(run_dir / "events.jsonl")]
+    return [event for event in events if _NEEDED.get(event.get("event", ""), _ALWAYS) <= event.keys()]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """JSON objects of a file that holds one a line; other lines are passed over, and a missing file holds none."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    is_right: dict[str, Callable[[object], bool]] = _TYPES
+    if record.get("event") == "goodput":
+        is_right = {**_TYPES, "seconds": _is_time_by_bucket}
+    return {name: value for name, value in record.items() if name not in is_right or is_right[name](value)}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_time_by_bucket(value: object) -> bool:
+    return isinstance(value, dict) and all(map(is_seconds, value.values()))
+
+
+_TYPES: dict[str, Callable[[object], bool]] = {
+    "time": is_seconds,
+    "event": _is_text,
+    "step": is_step,
+    "first": is_step,
+    "last": is_step,
+    "devices": is_step,
+    "processes": is_step,
+    "device_kind": _is_text,
+    "reason": _is_text,
+    "folder": _is_text,
+    "grad_norm": is_number,
+    "seconds": is_seconds,
+}
+_ALWAYS = {"time", "event"}
+_NEEDED = {"goodput": {*_ALWAYS, "step", "seconds"}}
