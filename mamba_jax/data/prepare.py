@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import rich.console
 import rich.markup
@@ -70,7 +70,8 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 @contextlib.contextmanager
 def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line now and then anywhere else, both on standard error."""
-    console = rich.console.Console(stderr=True)
+    stream: Any = cli.enduring(sys.stderr)
+    console = rich.console.Console(file=stream)
     if console.is_terminal:
         amount = rich.progress.DownloadColumn() if unit == "bytes" else rich.progress.MofNCompleteColumn()
         columns = ("{task.description}", rich.progress.BarColumn(), amount, rich.progress.TimeRemainingColumn())
@@ -84,10 +85,10 @@ def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> It
         nonlocal done, next_line
         done += amount
         if time.monotonic() >= next_line:
-            print(f"{title}: {done / total:.0%} of {total} {unit}", file=sys.stderr, flush=True)
+            print(f"{title}: {done / total:.0%} of {total} {unit}", file=stream, flush=True)
             next_line = time.monotonic() + _PLAIN_SECONDS
 
-    print(f"{title}: {total} {unit}", file=sys.stderr, flush=True)
+    print(f"{title}: {total} {unit}", file=stream, flush=True)
     yield advance
 
 

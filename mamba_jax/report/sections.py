@@ -181,7 +181,7 @@ def _cut_note(count: int, limit: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else short(float(value))
+    return "" if value is None else short(value)
 
 
 def _when(seconds: float) -> str:

@@ -51,33 +51,47 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    is_right: dict[str, Callable[[object], bool]] = _TYPES
-    if record.get("event") == "goodput":
-        is_right = {**_TYPES, "seconds": _is_time_by_bucket}
-    return {name: value for name, value in record.items() if name not in is_right or is_right[name](value)}
+    """The record with the known fields in their types, without those that are of another one."""
+    types = _TYPES if record.get("event") != "goodput" else {**_TYPES, "seconds": _seconds_by_bucket}
+    fields = {name: types[name](value) if name in types else value for name, value in record.items()}
+    return {name: value for name, value in fields.items() if value is not None or name not in types}
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
-def _is_time_by_bucket(value: object) -> bool:
-    return isinstance(value, dict) and all(map(is_seconds, value.values()))
+def _count(value: Any) -> int | None:
+    return value if is_step(value) else None
 
 
-_TYPES: dict[str, Callable[[object], bool]] = {
-    "time": is_seconds,
-    "event": _is_text,
-    "step": is_step,
-    "first": is_step,
-    "last": is_step,
-    "devices": is_step,
-    "processes": is_step,
-    "device_kind": _is_text,
-    "reason": _is_text,
-    "folder": _is_text,
-    "grad_norm": is_number,
-    "seconds": is_seconds,
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) else None
+
+
+def _seconds(value: Any) -> float | None:
+    return float(value) if is_seconds(value) else None
+
+
+def _seconds_by_bucket(value: Any) -> dict[str, float] | None:
+    if not isinstance(value, dict) or not all(map(is_seconds, value.values())):
+        return None
+    return {bucket: float(seconds) for bucket, seconds in value.items()}
+
+
+_TYPES: dict[str, Callable[[Any], Any]] = {
+    "time": _seconds,
+    "event": _text,
+    "step": _count,
+    "first": _count,
+    "last": _count,
+    "devices": _count,
+    "processes": _count,
+    "device_kind": _text,
+    "reason": _text,
+    "folder": _text,
+    "grad_norm": _number,
+    "seconds": _seconds,
 }
 _ALWAYS = {"time", "event"}
 _NEEDED = {"goodput": {*_ALWAYS, "step", "seconds"}}

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from mamba_jax.cli import clean_line
 from mamba_jax.config import ExperimentConfig
 from mamba_jax.evaluation.perplexity import Perplexity
 from mamba_jax.models import parameters
@@ -145,7 +146,7 @@ class Reporter:
                 plot_loss_curve(self.run_dir, title=self.config.name)
             # A picture ends no run, whatever is wrong with fonts, caches, settings or numbers.
             except Exception as error:
-                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                reason = getattr(error, "strerror", None) or clean_line(f"{type(error).__name__}: {error}")
                 warnings.warn(f"no loss curve in {self.run_dir}: it cannot be written ({reason})", stacklevel=2)
 
     def close(self) -> None:
