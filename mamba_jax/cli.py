@@ -65,7 +65,12 @@ def enduring(stream: Any) -> EnduringStream:
     """The text stream as one that raises nothing; one that is so already stays, None becomes one that loses all."""
     if isinstance(stream, EnduringStream):
         return stream
-    return EnduringStream(stream or open(os.devnull, "w"))
+    return EnduringStream(_Nowhere() if stream is None else stream)
+
+
+class _Nowhere(io.StringIO):
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def endure_lost_output() -> None:

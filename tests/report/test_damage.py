@@ -209,12 +209,15 @@ def _check(folder: Path, seed: int) -> None:
     kept = [r for r in before if r["step"] < first_step or (r["step"] == first_step and r["kind"] == "train")]
     assert repr(read_metrics(folder)) == repr(kept)
     assert read_samples(folder) == [(step, text) for step, text in samples if step < first_step]
-    # No line is lost but those of steps that are done again, which come last.
     aside = folder / "damaged" / "metrics.jsonl"
-    found = (folder / "metrics.jsonl").read_bytes().splitlines()
-    found += aside.read_bytes().splitlines() if aside.exists() else []
-    for line in contents["metrics.jsonl"].splitlines():
-        assert not line.strip() or line in found or b'"step"' in line
+    found = (folder / "metrics.jsonl").read_bytes() + (aside.read_bytes() if aside.exists() else b"")
+    for line in contents["metrics.jsonl"].split(b"\n"):
+        assert not line.strip() or line in found.split(b"\n") or _is_done_again(line, first_step)
+
+
+def _is_done_again(line: bytes, first_step: int) -> bool:
+    record = json.loads(line)
+    return record["step"] > first_step or (record["step"] == first_step and record["kind"] != "train")
 
 
 @hypothesis.settings(max_examples=60, deadline=None, database=None)
@@ -224,7 +227,7 @@ def test_random_damage(run_dir: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=20_000, deadline=None, database=None)
+@hypothesis.settings(max_examples=2000, deadline=None, database=None)
 @hypothesis.given(seed=st.integers(0, 2**32))
 def test_much_random_damage(run_dir: Path, seed: int) -> None:
     _check(run_dir, seed)
