@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.cli import one_line_errors, parse, print_result
 from mamba_jax.evaluation.report import EvaluationRequest, evaluate_checkpoint
 
 
@@ -26,14 +26,16 @@ def main() -> None:
     with one_line_errors():
         arguments = parse(Arguments, prog="eval.py")
         report = evaluate_checkpoint(arguments.checkpoint, arguments.request)
-    if report.perplexity is not None:
-        result = report.perplexity
-        print(f"tokens         {result.num_tokens:,}")
-        print(f"loss           {result.loss:.4f} nats/token")
-        print(f"perplexity     {result.perplexity:.3f}")
-        print(f"bits per byte  {result.bits_per_byte:.4f}")
-    if report.sample is not None:
-        print(report.sample)
+        if report.perplexity is not None:
+            result = report.perplexity
+            print_result(
+                f"tokens         {result.num_tokens:,}\n"
+                f"loss           {result.loss:.4f} nats/token\n"
+                f"perplexity     {result.perplexity:.3f}\n"
+                f"bits per byte  {result.bits_per_byte:.4f}"
+            )
+        if report.sample is not None:
+            print_result(report.sample)
 
 
 if __name__ == "__main__":

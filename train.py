@@ -5,7 +5,7 @@ With --compile-only --topology v5p:8x8x8 it compiles the training step for TPUs 
 
 import sys
 
-from mamba_jax.cli import load_config, one_line_errors
+from mamba_jax.cli import load_config, one_line_errors, print_result
 from mamba_jax.errors import InputError
 
 USAGE = "usage: python train.py CONFIG [--compile-only --topology v5e:4x4 [--num-slices 2]] [--field value ...]"
@@ -43,7 +43,7 @@ def compile_only(path: str, overrides: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     from mamba_jax.training.pod_compile import compile_step
 
-    print("\n".join(compile_step(config, topology, num_slices=int(num_slices)).lines()))
+    print_result("\n".join(compile_step(config, topology, num_slices=int(num_slices)).lines()))
 
 
 def take(overrides: list[str], flag: str) -> str | None:

@@ -1,13 +1,15 @@
-"""What the command-line programs share: error lines, config files with overrides, a quiet log."""
+"""What the command-line programs share: error lines, output that may fail, config files with overrides."""
 
 import contextlib
-import importlib.util
 import io
+import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -15,14 +17,99 @@ from mamba_jax.config import ExperimentConfig
 from mamba_jax.errors import InputError
 
 
+class EnduringStream:
+    r"""A text stream in front of another one that may fail: what cannot be written is lost, and nothing is raised.
+
+    The other one may be closed, lead to a reader that went away, a terminal that hung up or a full disk. A character
+    that its encoding does not have is written as an escape such as `\u2581`. All else is asked of the other stream.
+
+    Attributes:
+        failure: why something was lost, of the last time; None as long as all was written.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        """Takes the stream to write to, whatever class it is of."""
+        self.failure: OSError | ValueError | None = None
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes `text` if that is possible, and returns its length."""
+        try:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError) as error:
+            self.failure = error
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        """Writes texts one after the other."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """Hands on what is buffered."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self.failure = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def enduring(stream: Any) -> EnduringStream:
+    """The text stream as one that raises nothing; one that is so already stays, None becomes one that loses all."""
+    if isinstance(stream, EnduringStream):
+        return stream
+    return EnduringStream(_Nowhere() if stream is None else stream)
+
+
+class _Nowhere(io.StringIO):
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def endure_lost_output() -> None:
+    """Makes standard output and standard error such that writing to them never ends this process.
+
+    That holds until it exits: Python's last flush would otherwise turn its exit status into 120. Descriptors 0 to 2
+    that were closed lead to nowhere from here on, because the next file to be opened would get their number, and with
+    it all that compilers and watchdogs write past Python.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free.
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, enduring(getattr(sys, name)))
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns an `InputError` into `error: ...` on standard error and exit status 2."""
+    """Turns an `InputError` into `error: ...` on standard error and exit status 2; output that is lost ends nothing."""
+    endure_lost_output()
     try:
         yield
     except InputError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print("error:", error, file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def print_result(text: str) -> None:
+    """Prints what a program was called for; a reader that has had enough of it is no error.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
+    """
+    print(text, flush=True)
+    failure = getattr(sys.stdout, "failure", None)
+    if failure is not None and not isinstance(failure, BrokenPipeError):
+        reason = getattr(failure, "strerror", None) or failure
+        raise InputError(f"cannot write the result to standard output ({reason}): send it elsewhere")
 
 
 def parse[T](
@@ -60,6 +147,8 @@ def _one_line(report: str) -> str:
             paragraphs[-1].append(line)
     statements = [lines for lines in paragraphs if any(":" in line or "--" in line for line in lines)]
     flags = [[line.split()[0] for line in lines if line.startswith("--")] for lines in statements]
+    if not statements:
+        return " ".join(report.split())
     if statements[0][0].startswith("Missing from"):
         return f"missing {', '.join(flags[0]) or 'an argument'}; --help explains it"
     message = " ".join(statements[0])
@@ -77,28 +166,50 @@ def load_config(path: str, overrides: Sequence[str]) -> ExperimentConfig:
     Raises:
         InputError: the file is missing, cannot be run, has no `get_config`, or it returns something else.
     """
-    if not Path(path).is_file():
-        raise InputError(f"no config file {path!r}; configs/ holds the ones that come with the project")
+    source = _read_config_file(path)
+    with _config_module(path) as module:
+        try:
+            # Not imported: Python keeps a compiled file beside it, which it takes for the text as long as that has the
+            # same size and was edited in the same second.
+            exec(compile(source, str(module.__file__), "exec", dont_inherit=True), vars(module))
+            if not callable(getattr(module, "get_config", None)):
+                raise InputError(f"config {path!r} defines no get_config()")
+            config = module.get_config()
+        except InputError:
+            raise
+        # A config file that ends the program, or the person who interrupts it, ends it in one line too.
+        except BaseException as error:
+            raise InputError(f"config {path!r} cannot be run{_place(error, path)}: {_describe(error)}") from error
+        if not isinstance(config, ExperimentConfig):
+            raise InputError(f"get_config() of {path!r} returned {type(config).__name__}, expected ExperimentConfig")
+        return parse(ExperimentConfig, overrides, default=config, prog=f"train.py {path}")
+
+
+def _read_config_file(path: str) -> bytes:
     try:
-        config = _run_config_file(path)
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise InputError(f"config {path!r} cannot be run{_place(error, path)}: {_describe(error)}") from error
-    if not isinstance(config, ExperimentConfig):
-        raise InputError(f"get_config() of {path!r} returned {type(config).__name__}, expected ExperimentConfig")
-    return parse(ExperimentConfig, overrides, default=config, prog=f"train.py {path}")
+        if not Path(path).is_file():
+            problem = ", but something else of this name" if Path(path).exists() else ""
+            raise InputError(f"no config file {path!r}{problem}; configs/ holds the ones that come with the project")
+        if Path(path).suffix != ".py":
+            raise InputError(f"config {path!r} is not a Python file; its name must end in .py")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"config {path!r} cannot be read ({error.strerror}): choose another file") from None
 
 
-def _run_config_file(path: str) -> object:
-    spec = importlib.util.spec_from_file_location("mamba_jax_run_config", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"config {path!r} is not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-        raise InputError(f"config {path!r} defines no get_config()")
-    return module.get_config()
+@contextlib.contextmanager
+def _config_module(path: str) -> Iterator[types.ModuleType]:
+    """An empty module of the file; while the block runs it is where dataclasses look up the types of their fields."""
+    module = types.ModuleType("mamba_jax_run_config")
+    module.__file__ = str(Path(path).absolute())
+    outer = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module
+    try:
+        yield module
+    finally:
+        sys.modules.pop(module.__name__, None)
+        if outer is not None:
+            sys.modules[module.__name__] = outer
 
 
 def _place(error: BaseException, path: str) -> str:
@@ -111,5 +222,8 @@ def _place(error: BaseException, path: str) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    try:
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+    except Exception:
+        text = "(it has no text)"
     return f"{type(error).__name__}: {' '.join(text.split())}"

@@ -3,6 +3,17 @@
 _LONGEST = 2000
 
 
+def clean_line(text: str) -> str:
+    """The text in one line that does nothing to a terminal: what would break or colour it is spelt out.
+
+    Args:
+        text: may quote names of files and words of other libraries; a very long one loses its middle.
+    """
+    line = " ".join(part for part in text.splitlines() if part)
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+
+
 class InputError(ValueError):
     """Something the user gave is wrong: a config value, a file, a token id.
 
@@ -11,13 +22,8 @@ class InputError(ValueError):
     of this library and keeps its traceback.
 
     Args:
-        message: may quote names of files and words of other libraries; what in them would break or colour the line is
-            spelt out, and a very long one loses its middle.
+        message: goes through `clean_line`.
     """
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.splitlines())
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        if len(line) > _LONGEST:
-            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-        super().__init__(line)
+        super().__init__(clean_line(message))

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from mamba_jax import cli
 from mamba_jax.config import DataConfig, ShardSource, Source
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.documents import DocumentReader
 from mamba_jax.data.packing import pack
-from mamba_jax.data.prepare import say, write_shards
+from mamba_jax.data.prepare import write_shards
 from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.sources import open_documents
@@ -59,7 +60,7 @@ def _open_cache(documents: DocumentReader, tokenizer: Tokenizer, cache: Path) ->
         made = not os.path.lexists(folder)
         if made:
             if damage is not None:
-                say(f"tokenised text is damaged and made again: {damage}")
+                print(f"tokenised text is damaged and made again: {damage}", file=cli.enduring(sys.stderr), flush=True)
             _write_cache(documents, tokenizer, folder)
         try:
             dataset = TokenDataset(folder)

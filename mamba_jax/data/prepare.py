@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import rich.console
 import rich.markup
@@ -72,7 +72,8 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 @contextlib.contextmanager
 def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line now and then anywhere else, both on standard error."""
-    console = rich.console.Console(stderr=True)
+    stream: Any = cli.enduring(sys.stderr)
+    console = rich.console.Console(file=stream)
     if console.is_terminal:
         amount = rich.progress.DownloadColumn() if unit == "bytes" else rich.progress.MofNCompleteColumn()
         columns = ("{task.description}", rich.progress.BarColumn(), amount, rich.progress.TimeRemainingColumn())
@@ -86,17 +87,11 @@ def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> It
         nonlocal done, next_line
         done += amount
         if time.monotonic() >= next_line:
-            say(f"{title}: {done / total:.0%} of {total} {unit}")
+            print(f"{title}: {done / total:.0%} of {total} {unit}", file=stream, flush=True)
             next_line = time.monotonic() + _PLAIN_SECONDS
 
-    say(f"{title}: {total} {unit}")
+    print(f"{title}: {total} {unit}", file=stream, flush=True)
     yield advance
-
-
-def say(line: str) -> None:
-    """A line on standard error; that nobody reads it any more is no reason to stop."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Writes the page of one run, or of several to compare: python -m mamba_jax.report runs/quickstart."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import tyro
@@ -9,6 +10,7 @@ from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
 from mamba_jax.report.page import render
 from mamba_jax.report.run import read_run
+from mamba_jax.training.replacement import replacement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,26 @@ def main() -> None:
             raise InputError("missing RUN_DIR: give the train.run_dir of a run, or of several to compare")
         page = render([read_run(Path(folder)) for folder in arguments.run_dirs])
         output = Path(arguments.output or Path(arguments.run_dirs[0]) / "report.html")
+        # Half of a surrogate pair, as in the name of a folder that is no UTF-8, is shown as an escape.
+        content = page.encode("utf-8", "backslashreplace")
         try:
-            output.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {output} ({error.strerror}): choose another file with --output") from None
-    print(f"wrote {output} ({len(page.encode()) / 1e6:.1f} MB)")
+            _write(output, content)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot write {output} ({reason}): choose another file with --output") from None
+        print(f"wrote {output} ({len(content) / 1e6:.1f} MB)")
+
+
+def _write(output: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; into a pipe or device, which must have a reader."""
+    if output.is_file() or not output.exists():
+        with replacement(output) as temporary:
+            temporary.write_bytes(content)
+        return
+    descriptor = os.open(output, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as file:
+        file.write(content)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from mamba_jax.errors import InputError
 from mamba_jax.training.event_log import read_events
 from mamba_jax.training.goodput import GoodputSummary, summarize
 from mamba_jax.training.metric_writer import read_metrics, read_samples
+from mamba_jax.training.records import parse_objects
+
+# Of float32, in which runs compute: a picture has no use for what is beyond, and can have trouble with it.
+_LARGEST, _SMALLEST = 3.4e38, 1e-45
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,16 +92,26 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads what is there: any file may be missing, cut off, or still growing.
+    """Reads what is there: any file may be missing, cut off, damaged, or still growing.
 
     Args:
         folder: `train.run_dir` of a run.
 
     Raises:
-        InputError: the folder is missing or holds no run.
+        InputError: the folder is missing, cannot be read or holds no run.
     """
-    if not folder.is_dir():
-        raise InputError(f"no folder {str(folder)!r}: give the train.run_dir of a run")
+    try:
+        if not folder.is_dir():
+            raise InputError(f"no folder {str(folder)!r}: give the train.run_dir of a run")
+        return _read(folder)
+    except OSError as error:
+        place = str(error.filename or folder)
+        raise InputError(
+            f"cannot read {place!r} ({error.strerror or error}): give the train.run_dir of a run"
+        ) from None
+
+
+def _read(folder: Path) -> Run:
     config = _read_config(folder)
     files = [name for name in ("metrics.jsonl", "events.jsonl") if (folder / name).is_file()]
     if not files and not isinstance(config.get("train"), dict):
@@ -105,12 +120,12 @@ def read_run(folder: Path) -> Run:
         )
     events = read_events(folder)
     flat = _flatten(config)
-    num_steps = flat.get("train.num_steps", "")
+    name, num_steps = config.get("name"), flat.get("train.num_steps", "")
     return Run(
-        name=str(config.get("name") or folder.resolve().name),
+        name=name if isinstance(name, str) and name.strip() else folder.resolve().name,
         folder=folder,
         config=flat,
-        num_steps=int(num_steps) if num_steps.isdecimal() else None,
+        num_steps=int(num_steps) if re.fullmatch(r"\d{1,15}", num_steps, re.ASCII) else None,
         series=_read_series(folder),
         events=events,
         samples=read_samples(folder),
@@ -120,11 +135,9 @@ def read_run(folder: Path) -> Run:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Plain JSON, unchecked: a run of another version of the program is shown all the same."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    path = folder / "config.json"
+    (config,) = parse_objects([path.read_bytes() if path.is_file() else b""])
+    return config or {}
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -143,12 +156,17 @@ def _read_series(folder: Path) -> dict[tuple[str, str], Series]:
     columns: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
     for (kind, step), record in records.items():
         for name, value in record.items():
-            if name not in ("kind", "step") and isinstance(value, int | float):
+            if name not in ("kind", "step"):
                 steps, values = columns.setdefault((kind, name), ([], []))
                 steps.append(step)
                 values.append(value)
     result = {}
     for key, (steps, values) in columns.items():
         order = np.argsort(steps, kind="stable")
-        result[key] = Series(steps=np.array(steps)[order], values=np.array(values, np.float64)[order])
+        result[key] = Series(steps=np.array(steps)[order], values=_drawable(np.array(values, np.float64)[order]))
     return result
+
+
+def _drawable(values: np.ndarray) -> np.ndarray:
+    size = np.abs(values)
+    return np.where(size > _LARGEST, np.copysign(np.inf, values), np.where(size < _SMALLEST, 0.0, values))

@@ -27,6 +27,7 @@ _ENDS = ("finished", "preempted", "aborted")
 _MOST_ROWS = 500
 _MOST_SAMPLES = 50
 _LONGEST_SAMPLE = 20_000
+_LONGEST_CELL = 2_000
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:
@@ -87,7 +88,7 @@ def restarts_section(runs: Sequence[Run]) -> str:
                     str(start.get("step", "")),
                     devices,
                     str(start.get("processes", "")),
-                    format_seconds(last["time"] - start["time"]),
+                    format_seconds(max(0.0, last["time"] - start["time"])),
                     ended or ("no end so far" if is_newest else "killed or crashed"),
                 ]
             )
@@ -101,7 +102,7 @@ def skipped_section(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
         skipped = [event for event in run.events if event["event"] == "skipped"]
-        rows = [[str(e.get("step", "")), str(e.get("reason", "")), _number(e.get("grad_norm"))] for e in skipped]
+        rows = [[str(e.get("step", "")), e.get("reason", ""), _number(e.get("grad_norm"))] for e in skipped]
         if rows:
             note = _cut_note(len(rows), _MOST_ROWS)
             body = table(["step", "reason", "gradient norm"], rows[-_MOST_ROWS:])
@@ -135,7 +136,7 @@ def samples_section(runs: Sequence[Run]) -> str:
             continue
         parts.append(_caption(runs, run) + _cut_note(len(run.samples), _MOST_SAMPLES))
         for place, (step, text) in enumerate(reversed(run.samples[-_MOST_SAMPLES:])):
-            shown = text if len(text) <= _LONGEST_SAMPLE else f"{text[:_LONGEST_SAMPLE]} ..."
+            shown = _cut(text, _LONGEST_SAMPLE)
             opened = " open" if place == 0 else ""
             parts.append(f"<details{opened}><summary>step {step:,}</summary><pre>{html.escape(shown)}</pre></details>")
     return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""
@@ -160,10 +161,15 @@ def events_section(runs: Sequence[Run]) -> str:
 
 def _fields(event: dict[str, Any]) -> str:
     values = {name: value for name, value in event.items() if name not in ("time", "event")}
-    if isinstance(seconds := values.get("seconds"), dict):
+    if event["event"] == "goodput":
+        seconds = values["seconds"]
         values["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     texts = (value if isinstance(value, str) else json.dumps(value) for value in values.values())
     return ", ".join(f"{name} {text}" for name, text in zip(values, texts, strict=True))
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def _caption(runs: Sequence[Run], run: Run) -> str:
@@ -174,8 +180,8 @@ def _cut_note(count: int, limit: int) -> str:
     return f'<div class="faint">the last {limit:,} of {count:,}</div>' if count > limit else ""
 
 
-def _number(value: object) -> str:
-    return short(float(value)) if isinstance(value, int | float) else ""
+def _number(value: float | None) -> str:
+    return "" if value is None else short(value)
 
 
 def _when(seconds: float) -> str:

@@ -1,41 +1,11 @@
 """What happened to a run, apart from its numbers: `events.jsonl`, one JSON object a line, only ever appended to."""
 
-import json
-import os
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-class AppendOnlyFile:
-    """A text file that grows line by line and that a full disk cannot turn into the end of a run."""
-
-    def __init__(self, path: Path) -> None:
-        """Takes the path; nothing is opened before the first `append`."""
-        self._path = path
-        self._has_warned = False
-
-    def append(self, text: str) -> None:
-        """Writes whole lines at the end; an `OSError` is dropped after one warning per file.
-
-        Args:
-            text: ends in a newline. If the file ends in a line that was cut off, the text starts on a new one.
-        """
-        try:
-            with self._path.open("ab+") as file:
-                if file.tell() > 0:
-                    file.seek(-1, os.SEEK_END)
-                    text = text if file.read(1) == b"\n" else f"\n{text}"
-                file.write(text.encode())
-        except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                warnings.warn(
-                    f"cannot write {self._path} ({error.strerror}); the run goes on and its records are lost until "
-                    "writing works again",
-                    stacklevel=2,
-                )
+from mamba_jax.training.records import AppendOnlyFile, is_number, is_seconds, is_step, read_records, to_line
 
 
 class EventLog:
@@ -51,33 +21,77 @@ class EventLog:
         self._file = AppendOnlyFile(run_dir / "events.jsonl") if enabled else None
 
     def write(self, event: str, **fields: object) -> None:
-        """Appends `{"time": seconds since 1970, "event": event, **fields}`; an `OSError` is dropped after one warning.
+        """Appends `{"time": seconds since 1970, "event": event, **fields}`; a full disk is one warning.
 
         Args:
             event: such as "start" or "checkpoint".
-            fields: what JSON can hold; anything else is written as its text.
+            fields: what JSON can hold; anything else is written as its text. Of a number that is not finite the field
+                "not_finite" says which it was.
         """
         if self._file is not None:
-            self._file.append(json.dumps({"time": time.time(), "event": event, **fields}, default=str) + "\n")
+            self._file.append(to_line({"time": time.time(), "event": event, **fields}))
+
+    def close(self) -> None:
+        """Tries once more to write what a full disk kept out, and tells what is lost."""
+        if self._file is not None:
+            self._file.close()
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Events of a run, oldest first; lines that were cut off are passed over, and a missing file holds none."""
-    return [
-        record
-        for record in read_records(run_dir / "events.jsonl")
-        if isinstance(record.get("event"), str) and isinstance(record.get("time"), int | float)
-    ]
+    """Events of a run, oldest first, whose fields are of the types that runs write.
+
+    Damaged lines are passed over, fields of another type are left out, and a missing file holds no events. Every event
+    has "event" and "time"; "goodput" has "step" and "seconds" by bucket.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    events = [_checked(record) for record in read_records(run_dir / "events.jsonl")]
+    return [event for event in events if _NEEDED.get(event.get("event", ""), _ALWAYS) <= event.keys()]
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """JSON objects of a file that holds one a line; other lines are passed over, and a missing file holds none."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the known fields in their types, without those that are of another one."""
+    types = _TYPES if record.get("event") != "goodput" else {**_TYPES, "seconds": _seconds_by_bucket}
+    fields = {name: types[name](value) if name in types else value for name, value in record.items()}
+    return {name: value for name, value in fields.items() if value is not None or name not in types}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _count(value: Any) -> int | None:
+    return value if is_step(value) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) else None
+
+
+def _seconds(value: Any) -> float | None:
+    return float(value) if is_seconds(value) else None
+
+
+def _seconds_by_bucket(value: Any) -> dict[str, float] | None:
+    if not isinstance(value, dict) or not all(map(is_seconds, value.values())):
+        return None
+    return {bucket: float(seconds) for bucket, seconds in value.items()}
+
+
+_TYPES: dict[str, Callable[[Any], Any]] = {
+    "time": _seconds,
+    "event": _text,
+    "step": _count,
+    "first": _count,
+    "last": _count,
+    "devices": _count,
+    "processes": _count,
+    "device_kind": _text,
+    "reason": _text,
+    "folder": _text,
+    "grad_norm": _number,
+    "seconds": _seconds,
+}
+_ALWAYS = {"time", "event"}
+_NEEDED = {"goodput": {*_ALWAYS, "step", "seconds"}}

@@ -142,8 +142,8 @@ def _starts(events: Sequence[Mapping[str, Any]]) -> list[_Start]:
 
 def _read_start(group: Sequence[Mapping[str, Any]]) -> _Start:
     reports = [event for event in group if event["event"] == "goodput"]
-    seconds = {bucket: float(value) for bucket, value in reports[-1]["seconds"].items()} if reports else {}
-    begin = float(group[0]["time"])
+    seconds = reports[-1]["seconds"] if reports else {}
+    begin = group[0]["time"]
     if reports:
         # The accounting starts before the first event can be written; the report says by how much.
         begin = min(begin, reports[-1]["time"] - sum(seconds.values()))
@@ -151,7 +151,7 @@ def _read_start(group: Sequence[Mapping[str, Any]]) -> _Start:
         first_step=group[0].get("step", 0),
         begin=begin,
         # A damaged checkpoint is found while the next start restores, before that start announces itself.
-        end=max(float(event["time"]) for event in group if event["event"] != "quarantined"),
+        end=max(event["time"] for event in group if event["event"] != "quarantined"),
         seconds=seconds,
-        reports=tuple((event["step"], float(event["seconds"].get("step", 0.0))) for event in reports),
+        reports=tuple((event["step"], event["seconds"].get("step", 0.0)) for event in reports),
     )

@@ -1,6 +1,5 @@
 """What a run tells: metrics, events, samples and time, to files and to the terminal."""
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -13,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from mamba_jax.config import ExperimentConfig
+from mamba_jax.errors import clean_line
 from mamba_jax.evaluation.perplexity import Perplexity
 from mamba_jax.models import parameters
 from mamba_jax.training.event_log import EventLog
@@ -148,21 +148,23 @@ class Reporter:
         if self._writer is not None:
             try:
                 plot_loss_curve(self.run_dir, title=self.config.name)
-            except OSError as error:
-                warnings.warn(f"no loss curve in {self.run_dir}: it cannot be written ({error.strerror})", stacklevel=2)
+            # A picture ends no run, whatever is wrong with fonts, caches, settings or numbers.
+            except Exception as error:
+                reason = getattr(error, "strerror", None) or clean_line(f"{type(error).__name__}: {error}")
+                warnings.warn(f"no loss curve in {self.run_dir}: it cannot be written ({reason})", stacklevel=2)
 
     def close(self) -> None:
-        """Flushes what is buffered."""
-        with contextlib.suppress(OSError):
-            if self._writer is not None:
-                self._writer.close()
+        """Writes what is buffered or waits for room, and tells what is lost."""
+        self._events.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _seconds_per_step(self, step: int) -> float | None:
         """Average since the last call, without what is not training; None at the first."""
         seconds = self.seconds
         now = sum(seconds.get(bucket, 0.0) for bucket in _TRAINING)
         last, self._last = self._last, (step, now)
-        return None if last is None or step == last[0] else (now - last[1]) / (step - last[0])
+        return None if last is None or step == last[0] or now <= last[1] else (now - last[1]) / (step - last[0])
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         return model_flops_utilization(

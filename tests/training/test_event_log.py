@@ -1,11 +1,18 @@
 """The event log survives kills and full disks."""
 
+import contextlib
 import json
+import math
+import os
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from mamba_jax.training.event_log import AppendOnlyFile, EventLog, read_events
+from mamba_jax.training import records
+from mamba_jax.training.event_log import EventLog, read_events
+from mamba_jax.training.records import AppendOnlyFile
 
 FULL_DISK = Path("/dev/full")
 
@@ -72,7 +79,95 @@ def test_full_disk_costs_one_warning(tmp_path: Path) -> None:
 def test_writing_resumes_when_there_is_room(tmp_path: Path) -> None:
     file = AppendOnlyFile(tmp_path / "new" / "metrics.jsonl")
     with pytest.warns(UserWarning, match="cannot write"):
-        file.append("lost\n")
+        file.append("first\n")
     (tmp_path / "new").mkdir()
-    file.append("kept\n")
-    assert (tmp_path / "new" / "metrics.jsonl").read_text() == "kept\n"
+    file.append("second\n")
+    assert (tmp_path / "new" / "metrics.jsonl").read_text() == "first\nsecond\n"
+
+
+@contextlib.contextmanager
+def _room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes while the block runs: the write that does is cut in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", range(4, 15))
+def test_a_record_is_whole_or_absent(tmp_path: Path, room: int) -> None:
+    """However little of it fits, and also where several wait."""
+    path = tmp_path / "metrics.jsonl"
+    file = AppendOnlyFile(path)
+    file.append("one\n")
+    with _room_for(room), pytest.warns(UserWarning, match="File too large"):
+        [file.append(text) for text in ("two\n", "three\n", "a sample\nof two lines\n")]
+    assert path.read_text() == ("one\n", "one\ntwo\n", "one\ntwo\nthree\n")[(room >= 8) + (room >= 14)]
+    file.close()
+    assert path.read_text() == "one\ntwo\nthree\na sample\nof two lines\n"
+
+
+def test_memory_for_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first records are kept, and those that came too late are counted."""
+    monkeypatch.setattr(records, "MOST_PENDING", 20)
+    path = tmp_path / "new" / "metrics.jsonl"
+    file = AppendOnlyFile(path)
+    with pytest.warns(UserWarning, match="cannot write") as warned:
+        [file.append(f"step {step}\n") for step in range(10)]
+    assert len(warned) == 1
+    path.parent.mkdir()
+    file.append("step 10\n")
+    assert path.read_text() == "step 0\nstep 1\nstep 10\n"
+    with pytest.warns(UserWarning, match="8 records of the metrics in .*new could not be written and are lost"):
+        file.close()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_is_one_warning(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "events.jsonl")
+    log = EventLog(tmp_path, enabled=True)
+    with pytest.warns(UserWarning, match="cannot write"):
+        log.write("start", step=0)
+    with pytest.warns(UserWarning, match="1 records of the events"):
+        log.close()
+    assert read_events(tmp_path) == []
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON (RFC 8259)")
+
+
+def test_values_that_are_not_finite_are_null_with_a_reason(tmp_path: Path) -> None:
+    EventLog(tmp_path, enabled=True).write("skipped", step=1, grad_norm=math.nan, more={"x": [1.0, math.inf]})
+    found = json.loads((tmp_path / "events.jsonl").read_text(), parse_constant=_refuse)
+    assert (found["grad_norm"], found["more"]) == (None, {"x": [1.0, None]})
+    assert found["not_finite"] == {"grad_norm": "nan", "more.x.1": "inf"}
+    (event,) = read_events(tmp_path)
+    assert math.isnan(event["grad_norm"])
+    assert "not_finite" not in event
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ('{"time": 5, "event": "start", "step": "x", "devices": 1e3}', {"time": 5, "event": "start"}),
+        ('{"time": 5, "event": "start", "step": -1}', {"time": 5, "event": "start"}),
+        ('{"time": 5, "event": "skipped", "grad_norm": null}', {"time": 5, "event": "skipped"}),
+        ('{"time": 5, "event": "goodput", "step": 1}', None),
+        ('{"time": 5, "event": "goodput", "step": 1, "seconds": 3.0}', None),
+        ('{"time": 5, "event": "goodput", "step": 1, "seconds": {"step": "x"}}', None),
+        ('{"time": 5, "event": "goodput", "step": true, "seconds": {"step": 1.0}}', None),
+        ('{"time": 1e308, "event": "start"}', None),
+        ('{"time": NaN, "event": "start"}', None),
+        ('{"time": -1.0, "event": "start"}', None),
+        ('{"time": 5, "event": ["start"]}', None),
+        ('{"a":' * 100_000, None),
+        ('{"time": 5, "event": "start", "a": ' + "[" * 20 + "]" * 20 + "}", None),
+        ('{"time": 5, "event": "start", "step": 1' + "0" * 5000 + "}", None),
+    ],
+)
+def test_fields_have_the_types_that_runs_write(tmp_path: Path, line: str, fields: dict | None) -> None:
+    (tmp_path / "events.jsonl").write_text(line + "\n")
+    assert read_events(tmp_path) == ([] if fields is None else [fields])

@@ -120,7 +120,7 @@ def test_records_that_cannot_be_read_are_kept(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 7}\n')
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", no_room)
+        patch.setattr(Path, "read_bytes", no_room)
         with pytest.warns(UserWarning, match="cannot rewrite .*metrics.jsonl"):
             MetricWriter(tmp_path, first_step=4)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 7}\n'
