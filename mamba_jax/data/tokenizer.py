@@ -2,6 +2,7 @@
 
 import abc
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import tokenizers
 from jaxtyping import Int
+from tokenizers import decoders, models, pre_tokenizers
 
 from mamba_jax.config import TokenizerConfig
 from mamba_jax.errors import InputError
@@ -35,6 +37,14 @@ class Tokenizer(abc.ABC):
 
         Raises:
             InputError: a text holds a lone surrogate and so has no UTF-8 form, or what the vocabulary has no ids for.
+        """
+
+    @abc.abstractmethod
+    def to_json(self) -> str:
+        """A file of the `tokenizers` library with the same ids, for programs that read nothing else.
+
+        The file adds no beginning or end markers. Whoever loads it sets `encode_special_tokens`, which it cannot hold,
+        so that text that spells a special token does not become one; and `decode` keeps what is no end of document.
         """
 
     @abc.abstractmethod
@@ -92,6 +102,21 @@ class ByteTokenizer(Tokenizer):
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def to_json(self) -> str:
+        tokenizer = tokenizers.Tokenizer(models.BPE(_byte_characters(), []))
+        # One token a character leaves nothing for a split into words to do.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        return tokenizer.to_str()
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that every character of the library's byte level stands for (shown ones are their own Latin-1)."""
+    own = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    rest = (byte for byte in range(256) if chr(byte) not in own)
+    return own | {chr(256 + index): byte for index, byte in enumerate(rest)}
+
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
@@ -143,6 +168,10 @@ class JsonTokenizer(Tokenizer):
 
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        # What adds markers is left out: the model never saw any.
+        return json.dumps({**json.loads(self._tokenizer.to_str()), "post_processor": None}, ensure_ascii=False)
 
 
 def make_tokenizer(config: TokenizerConfig) -> Tokenizer:

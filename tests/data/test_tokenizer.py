@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mamba_jax.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
@@ -45,6 +45,28 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(ids) == text
     assert tokenizer.end_of_document not in ids
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_json_has_the_same_ids_and_texts(tokenizer: Tokenizer) -> None:
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert theirs.token_to_id(END) == tokenizer.end_of_document
+    assert theirs.get_vocab_size() == tokenizer.vocab_size
+    theirs.encode_special_tokens = True
+    for text in [*TEXTS, *map(chr, range(512))]:
+        assert theirs.encode(text).ids == tokenizer.encode(text).tolist()
+    # Bytes that start, continue and break UTF-8 sequences.
+    draws = np.random.default_rng(0).choice([0x41, 0x80, 0x9F, 0xBF, 0xC2, 0xE0, 0xED, 0xF0, 0xF4, 0xF5], (400, 6))
+    for ids in draws:
+        assert theirs.decode([*ids.tolist(), tokenizer.end_of_document]) == tokenizer.decode(ids)
+
+
+def test_json_adds_no_markers(tmp_path: Path) -> None:
+    marked = tokenizers.Tokenizer.from_file(train_bpe(tmp_path / "marked.json").path)
+    marked.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    marked.save(str(tmp_path / "marked.json"))
+    ours = make_tokenizer(TokenizerConfig(kind="hf_json", path=str(tmp_path / "marked.json")))
+    assert marked.encode("a thing").ids[0] == ours.end_of_document
+    assert tokenizers.Tokenizer.from_str(ours.to_json()).encode("a thing").ids == ours.encode("a thing").tolist()
 
 
 def test_batch_equals_single(tokenizer: Tokenizer) -> None:
