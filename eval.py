@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: python eval.py runs/quickstart --prompt "The President"."""
 
 import dataclasses
+import sys
 from typing import Annotated
 
 import tyro
@@ -26,14 +27,16 @@ def main() -> None:
     with one_line_errors():
         arguments = parse(Arguments, prog="eval.py")
         report = evaluate_checkpoint(arguments.checkpoint, arguments.request)
-    if report.perplexity is not None:
-        result = report.perplexity
-        print(f"tokens         {result.num_tokens:,}")
-        print(f"loss           {result.loss:.4f} nats/token")
-        print(f"perplexity     {result.perplexity:.3f}")
-        print(f"bits per byte  {result.bits_per_byte:.4f}")
-    if report.sample is not None:
-        print(report.sample)
+        text = "" if report.text is None else f", text {report.text}"
+        print(f"tokenizer {report.tokenizer}, computed in {report.compute_dtype}{text}", file=sys.stderr)
+        if report.perplexity is not None:
+            result = report.perplexity
+            print(f"tokens         {result.num_tokens:,}")
+            print(f"loss           {result.loss:.4f} nats/token")
+            print(f"perplexity     {result.perplexity:.3f}")
+            print(f"bits per byte  {result.bits_per_byte:.4f}")
+        if report.sample is not None:
+            print(report.sample)
 
 
 if __name__ == "__main__":

@@ -6,5 +6,13 @@ class InputError(ValueError):
 
     The message is one line: what is wrong, the offending value, and what to do. `train.py`, `eval.py` and the
     `python -m mamba_jax...` commands print it as `error: ...` and exit with status 2. Any other exception is a defect
-    of this library and keeps its traceback.
+    of this library and keeps its traceback. Names of files and values out of them may hold line breaks and worse, so
+    whatever cannot be shown is escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(map(_shown, message)))
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

@@ -205,8 +205,35 @@ class TfdsDocuments(DocumentReader):
             raise InputError(f"every {self._field!r} of TFDS set {self.name} is empty")
 
 
+def require_prepared(source: TfdsSource) -> None:
+    """Makes sure that a set can be read without a download.
+
+    Raises:
+        InputError: there is no such set, or it is not prepared where `source` says.
+    """
+    builder = _find_builder(source)
+    if not builder.is_prepared():
+        raise InputError(
+            f"TFDS set {source.name!r} is not prepared in {builder.data_path}: prepare it there, or give other text"
+        )
+
+
 def _tfds_builder(source: TfdsSource) -> Any:
     """The builder of a prepared set; a published set that is not prepared yet is downloaded and prepared."""
+    builder = _find_builder(source)
+    try:
+        if not Path(source.name).is_dir():
+            builder.download_and_prepare()
+    except Exception as error:
+        raise InputError(
+            f"TFDS set {source.name!r} is not prepared in {builder.data_path} and could not be prepared here: "
+            f"{_one_line(error)}; on a machine with TensorFlow and network run `tfds build {source.name} "
+            "--file_format=array_record` and point data_dir at the result"
+        ) from error
+    return builder
+
+
+def _find_builder(source: TfdsSource) -> Any:
     import tensorflow_datasets as tfds
 
     if Path(source.name).is_dir():
@@ -220,20 +247,11 @@ def _tfds_builder(source: TfdsSource) -> Any:
     _import_legacy_builder(source.name)
     try:
         # Without a format TFDS would write TFRecord, which needs TensorFlow.
-        builder = tfds.builder(source.name, data_dir=source.data_dir, file_format="array_record")
+        return tfds.builder(source.name, data_dir=source.data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
         raise InputError(f"TFDS knows no set {source.name!r}{_suggestion(source.name)}") from None
     except Exception as error:
         raise InputError(f"cannot open TFDS set {source.name!r}: {_one_line(error)}") from error
-    try:
-        builder.download_and_prepare()
-    except Exception as error:
-        raise InputError(
-            f"TFDS set {source.name!r} is not prepared in {builder.data_path} and could not be prepared here: "
-            f"{_one_line(error)}; on a machine with TensorFlow and network run `tfds build {source.name} "
-            "--file_format=array_record` and point data_dir at the result"
-        ) from error
-    return builder
 
 
 def _tfds_records(builder: Any, source: TfdsSource) -> Sequence[Any]:
