@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def tokenizer_beside(folder: Path) -> TokenizerConfig | None:
         InputError: a file of it cannot be read.
     """
     path = folder / _TOKENIZER
-    if not _is_there(path):
+    if not lexists(path):
         return None
     require_file(path)
     end = next(_ends(folder), None)
@@ -36,24 +37,20 @@ def tokenizer_beside(folder: Path) -> TokenizerConfig | None:
 
 
 def _ends(folder: Path) -> Iterator[str]:
-    if _is_there(folder / "tokenizer_config.json"):
+    if lexists(folder / "tokenizer_config.json"):
         token = read_json(folder / "tokenizer_config.json").get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(token, str):
             raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token={short(token)} is no text")
         if token is not None:
             yield token
-    if _is_there(folder / "config.json"):
+    if lexists(folder / "config.json"):
         number = read_json(folder / "config.json").get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and 0 <= number < 2**31:
             token = _parse(read_file(folder / _TOKENIZER), folder / _TOKENIZER).id_to_token(number)
             if token is not None:
                 yield token
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _parse(data: bytes, path: Path) -> tokenizers.Tokenizer:
@@ -66,7 +63,7 @@ def _parse(data: bytes, path: Path) -> tokenizers.Tokenizer:
 def tokenizer_of_run(folder: Path, own: TokenizerConfig) -> TokenizerConfig:
     """The tokenizer of a training run: the file that lies in its folder, else the one that its config names."""
     path = folder / _TOKENIZER
-    return dataclasses.replace(own, path=str(path)) if own.kind == "hf_json" and _is_there(path) else own
+    return dataclasses.replace(own, path=str(path)) if own.kind == "hf_json" and lexists(path) else own
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -93,7 +90,7 @@ def special_tokens(config: TokenizerConfig) -> dict[str, int]:
 
 def copied(folder: Path) -> dict[str, bytes]:
     """The files of a published model's folder that belong to its tokenizer, as they are."""
-    return {name: read_file(folder / name) for name in _OWN if _is_there(folder / name)}
+    return {name: read_file(folder / name) for name in _OWN if lexists(folder / name)}
 
 
 def written(config: TokenizerConfig, model: ModelConfig, *, layout: Layout) -> dict[str, bytes]:

@@ -89,14 +89,15 @@ def require_new_folder(path: str | Path) -> None:
     """Raises an InputError if something is there already that writing the folder would destroy."""
     path = Path(path)
     try:
-        if not os.path.lexists(path):
-            return
+        path.lstat()
         if not path.exists():
             raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist: choose another folder")
         if not path.is_dir() or any(path.iterdir()):
             raise InputError(f"{path} exists and is not an empty folder: choose another or remove it")
     except InputError:
         raise
+    except FileNotFoundError:
+        return
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {path} ({reason(error)}): choose another folder") from None
 

@@ -6,6 +6,7 @@ PyTorch's orientation there: linear weights (out, in), convolution weights (chan
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -155,6 +156,8 @@ def save(
         content = {"config.json": (json.dumps(config_json, indent=2) + "\n").encode(), **(companions or {})}
         for name, data in content.items():
             (folder / name).write_bytes(data)
+        # The library keeps others from reading what it writes.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def load(path: str | Path) -> LoadedModel:

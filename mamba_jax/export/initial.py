@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def initial_params(config: ExperimentConfig) -> Params | None:
     if config.train.init_from is None:
         return None
     folder = Path(config.train.init_from)
-    if not folder.is_dir():
+    if not isdir(folder):
         raise InputError(f"train.init_from: no folder {str(folder)!r}; give one with config.json and weights")
-    if (folder / "checkpoints").is_dir():
+    if isdir(folder / "checkpoints"):
         raise InputError(
             f"train.init_from {folder} is a training run: export it (python -m mamba_jax.export {folder} FOLDER) and "
             "give that folder"

@@ -1,7 +1,7 @@
 """Any checkpoint this project can read, by its path."""
 
 import dataclasses
-import os
+from os.path import isdir, lexists
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +48,9 @@ def load_model(
         InputError: the folder is neither, is damaged, or has no such step.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not isdir(path):
         raise InputError(f"no checkpoint folder {path}")
-    if (path / "checkpoints").is_dir():
+    if isdir(path / "checkpoints"):
         run = load_params(path, step, weights=weights)
         return LoadedCheckpoint(
             config=run.config.model,
@@ -60,7 +60,7 @@ def load_model(
             extra={},
             tokenizer=tokenizer_of_run(path, run.config.data.tokenizer),
         )
-    if not os.path.lexists(path / "config.json"):
+    if not lexists(path / "config.json"):
         raise InputError(f"{path} is neither a training run (no folder 'checkpoints') nor a model (no 'config.json')")
     if step is not None:
         raise InputError(f"{path} is no training run, so it has no step {step}: leave the step out")

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,13 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: a file is missing, damaged or not what the index says.
     """
-    if _is_there(folder / _INDEX):
+    if lexists(folder / _INDEX):
         return _open_indexed(folder)
-    if _is_there(folder / _SINGLE):
+    if lexists(folder / _SINGLE):
         return _open_safetensors(folder / _SINGLE)
-    if _is_there(folder / _TORCH):
+    if lexists(folder / _TORCH):
         return _open_torch(folder / _TORCH)
     raise InputError(f"{folder} holds no {_SINGLE}, {_INDEX} or {_TORCH}")
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
@@ -65,7 +62,7 @@ def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{index} has no 'weight_map' from tensor names to names of files beside it")
     found: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        if not _is_there(folder / file):
+        if not lexists(folder / file):
             raise InputError(f"{folder / file} is missing although the index names it")
         stored = _open_safetensors(folder / file)
         if both := found.keys() & stored.keys():

@@ -20,9 +20,7 @@ def _byte_level(*, add_prefix_space: bool) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_TEXT, trainer)
     return tokenizer
 
@@ -49,7 +47,11 @@ def _llama() -> tokenizers.Tokenizer:
     names += sorted(set(trained.get_vocab()) - set(names))
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     model = models.BPE(
-        {name: number for number, name in enumerate(names)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        {name: number for number, name in enumerate(names)},
+        merges,
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
     )
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -13,7 +13,14 @@ from mamba_jax.export import companions
 from mamba_jax.export.configs import to_json
 from tests.export.conftest import END, TOKENIZERS
 
-TEXTS = ["", "plain text", " lead and  two ", "naïve Füße, 漢字, 🐍\r\n\t\0", f"{END} is only text [SEP] <s>", "a" * 300]
+TEXTS = [
+    "",
+    "plain text",
+    " lead and  two ",
+    "naïve Füße, 漢字, 🐍\r\n\t\0",
+    f"{END} is only text [SEP] <s>",
+    "a" * 300,
+]
 MODEL = ModelConfig(vocab_size=400, d_model=8, num_layers=1)
 
 
@@ -113,5 +120,5 @@ def test_damaged_tokenizer_files_get_one_line(tmp_path: Path) -> None:
         if kind == "folder":
             (tmp_path / kind).mkdir()
         config = TokenizerConfig(kind="hf_json", path=str(tmp_path / kind))
-        with pytest.raises(InputError, match="put it into the checkpoint's folder as tokenizer.json"):
+        with pytest.raises(InputError, match=r"put it into the checkpoint's folder as tokenizer\.json"):
             companions.open_tokenizer(config)

@@ -1,13 +1,14 @@
 """Published layouts: exact numbers against an independent implementation, exact round trips, one line per damage."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from mamba_jax.config import (
     TrainConfig,
 )
 from mamba_jax.errors import InputError
+from mamba_jax.export import __main__ as command
 from mamba_jax.export import configs, huggingface
 from mamba_jax.export.load import load_model
 from mamba_jax.generation.generate import generate
@@ -97,12 +99,18 @@ def test_golden_is_written_back_byte_for_byte(tmp_path) -> None:
 
 
 def random_model(**changes):
+    config, params = _random_model(**changes)
+    return config, jax.tree.map(np.asarray, params)
+
+
+@functools.cache
+def _random_model(**changes):
     mixer = Mamba1Config(state_dim=3, conv_width=3, dt_rank=5, use_bias=True)
     config = ModelConfig(
         vocab_size=31, d_model=8, num_layers=3, mixer=mixer, tie_embeddings=False, compute_dtype="float32"
     )
     config = dataclasses.replace(config, **changes)
-    return config, jax.tree.map(np.asarray, parameters.init(config, jax.random.key(0)))
+    return config, jax.jit(parameters.init, static_argnums=0)(config, jax.random.key(0))
 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
@@ -306,26 +314,96 @@ def test_pytorch_files_are_read_through_torch_alone(tmp_path, monkeypatch) -> No
         huggingface.load(folder)
 
 
-def test_a_training_run_is_exported_with_its_tokenizer(tmp_path) -> None:
-    model = random_model()[0]
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_finished_weights_are_not_scaled_again(tmp_path, layout: str) -> None:
+    """`transformers` divides what it has loaded where the option is true; other fields only draw random weights."""
+    config, params = random_model(rescale_residual=True)
+    huggingface.save(tmp_path / "model", config, params, layout=layout)
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert content.get("rescale_prenorm_residual", False) is False
+    if layout == "hf":
+        (tmp_path / "model" / "config.json").write_text(json.dumps(content | {"rescale_prenorm_residual": True}))
+    loaded = huggingface.load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    huggingface.save(tmp_path / "again", loaded.config, loaded.params, layout="hf", extra=loaded.extra)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["rescale_prenorm_residual"] is False
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_computes_in_the_dtype_of_its_weights(tmp_path, dtype: str) -> None:
+    config, params = random_model()
+    huggingface.save(tmp_path / "model", config, jax.tree.map(lambda leaf: leaf.astype(dtype), params), layout="hf")
+    loaded = huggingface.load(tmp_path / "model")
+    assert (loaded.config.param_dtype, loaded.config.compute_dtype) == (dtype, dtype)
+
+
+def save_run(
+    folder: Path, tokenizer: TokenizerConfig | None = None, **optimizer: float
+) -> tuple[ExperimentConfig, Any]:
+    """A checkpoint of step 5, with averaged weights twice the weights."""
+    model, params = random_model(vocab_size=257)
+    experiment = ExperimentConfig(
+        name="test",
+        model=model,
+        data=DataConfig(
+            train=TextFolderSource(path="text"), tokenizer=tokenizer or TokenizerConfig(), seq_len=8, global_batch=1
+        ),
+        optimizer=OptimizerConfig(peak_lr=1e-3, **optimizer),
+        train=TrainConfig(num_steps=5, run_dir=str(folder)),
+    )
+    items = {"params": jax.tree.map(jnp.asarray, params), "rest": {"step": jnp.asarray(5)}}
+    if optimizer:
+        items["ema"] = jax.tree.map(lambda leaf: 2 * leaf, items["params"])
+    checkpointer = Checkpointer(folder, experiment.checkpoint)
+    checkpointer.save(5, items, experiment)
+    checkpointer.close()
+    return experiment, params
+
+
+def export(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["export", *arguments])
+    command.main()
+
+
+def test_averaged_weights_and_bytes_are_exported(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    _, params = save_run(tmp_path / "run", ema_decay=0.9)
+    export(monkeypatch, str(tmp_path / "run"), str(tmp_path / "out"), "--weights", "average")
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    assert capsys.readouterr().out == f"wrote {', '.join(names)} (hf layout) to {tmp_path / 'out'}\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    loaded = load_model(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, jax.tree.map(lambda leaf: 2 * leaf, params))
+    assert loaded.extra["eos_token_id"] == 256
+    # Through the other layout and back, the tokenizer comes along and so do the ids of its special tokens.
+    export(monkeypatch, str(tmp_path / "out"), str(tmp_path / "original"), "--layout", "original")
+    export(monkeypatch, str(tmp_path / "original"), str(tmp_path / "again"))
+    for name in set(names) - {"config.json"}:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert load_model(tmp_path / "again").extra["eos_token_id"] == 256
+    with pytest.raises(SystemExit):
+        export(monkeypatch, str(tmp_path / "out"), str(tmp_path / "average"), "--weights", "average")
+    assert "is no training run, so it keeps no average" in capsys.readouterr().err
+    assert not (tmp_path / "average").exists()
+
+
+def test_a_run_that_was_moved_brings_its_tokenizer(tmp_path) -> None:
+    """The file that its config names is elsewhere; the one in its folder is taken."""
+    end = TokenizerConfig(kind="hf_json", path="nowhere/20B_tokenizer.json", end_of_document="[END]")
+    save_run(tmp_path / "run", end)
+    assert load_model(tmp_path / "run").tokenizer == end
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    beside = dataclasses.replace(end, path=str(tmp_path / "run" / "tokenizer.json"))
+    assert load_model(tmp_path / "run").tokenizer == beside
+
+
+def test_a_training_run_is_exported_with_its_tokenizer(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[END]": 2}, unk_token="a"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["[END]"])
     tokenizer.save(str(tmp_path / "words.json"))
     words = TokenizerConfig(kind="hf_json", path=str(tmp_path / "words.json"), end_of_document="[END]")
-    experiment = ExperimentConfig(
-        name="test",
-        model=model,
-        data=DataConfig(train=TextFolderSource(path="text"), tokenizer=words, seq_len=8, global_batch=1),
-        optimizer=OptimizerConfig(peak_lr=1e-3),
-        train=TrainConfig(num_steps=5, run_dir=str(tmp_path / "run")),
-    )
-    params = parameters.init(model, jax.random.key(0))
-    checkpointer = Checkpointer(tmp_path / "run", experiment.checkpoint)
-    checkpointer.save(5, {"params": params, "rest": {"step": jnp.asarray(5)}}, experiment)
-    checkpointer.close()
-    done = run_export(str(tmp_path / "run"), str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
+    experiment, params = save_run(tmp_path / "run", words)
+    export(monkeypatch, str(tmp_path / "run"), str(tmp_path / "out"))
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {content[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {2}
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
@@ -344,12 +422,11 @@ def run_export(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_command_line_converts_there_and_back(tmp_path) -> None:
+def test_command_line_converts_there_and_back(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     original, again = str(tmp_path / "original"), str(tmp_path / "again")
-    assert run_export(str(GOLDEN), original, "--layout", "original").returncode == 0
-    done = run_export(original, again)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
+    export(monkeypatch, str(GOLDEN), original, "--layout", "original")
+    export(monkeypatch, original, again)
+    assert capsys.readouterr().out.count("\n") == 2
     assert (Path(again) / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
 
 

@@ -33,7 +33,9 @@ def params() -> parameters.Params:
 
 
 @pytest.fixture(scope="module", params=["hf", "original"])
-def weights(request: pytest.FixtureRequest, params: parameters.Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(
+    request: pytest.FixtureRequest, params: parameters.Params, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("initial") / request.param
     huggingface.save(folder, MODEL, params, layout=request.param)
     return folder
@@ -98,7 +100,7 @@ def test_only_the_original_layout_tells_how_many_rows_are_tokens(weights: Path) 
     if weights.name == "hf":
         assert initial_params(config) is not None
     else:
-        with pytest.raises(InputError, match="model.vocab_size was 257, here 260"):
+        with pytest.raises(InputError, match=r"model\.vocab_size was 257, here 260"):
             initial_params(config)
 
 
@@ -106,7 +108,7 @@ def test_epsilon_of_the_original_layout_is_read(params: parameters.Params, tmp_p
     huggingface.save(tmp_path / "weights", MODEL, params, layout="original")
     content = json.loads((tmp_path / "weights" / "config.json").read_text())
     (tmp_path / "weights" / "config.json").write_text(json.dumps(content | {"norm_epsilon": 1e-6}))
-    with pytest.raises(InputError, match="model.norm_eps was 1e-06, here 1e-05"):
+    with pytest.raises(InputError, match=r"model\.norm_eps was 1e-06, here 1e-05"):
         initial_params(experiment(tmp_path / "weights"))
     assert initial_params(experiment(tmp_path / "weights", norm_eps=1e-6)) is not None
 
@@ -121,7 +123,9 @@ def test_tokenizer_in_the_folder(
         files = companions.written(config, MODEL, layout=layout)
         huggingface.save(tmp_path / kind, MODEL, params, layout=layout, companions=files)
         assert initial_params(experiment(tmp_path / kind, config)) is not None
-    with pytest.raises(InputError, match=r"data\.tokenizer was .*tokenizer\.json \(72 ids, end of document 2\), here by"):
+    with pytest.raises(
+        InputError, match=r"data\.tokenizer was .*tokenizer\.json \(72 ids, end of document 2\), here by"
+    ):
         initial_params(experiment(tmp_path / "wordpiece"))
     other = dataclasses.replace(tokenizer_configs["wordpiece"], end_of_document="[CLS]")
     with pytest.raises(InputError, match=r"end of document 2\), here .*end of document 1\), which gives other ids"):

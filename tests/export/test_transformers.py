@@ -74,9 +74,7 @@ def theirs(tokenizer_configs: dict[str, TokenizerConfig], tmp_path_factory: pyte
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([os.environ["TORCH_PYTHON"], str(worker), str(folder / "job.json")], env=env, check=True)
     answers = json.loads((folder / "answers.json").read_text())
-    return SimpleNamespace(
-        folder=folder, params=params, ids=ids, logits=np.load(folder / "logits.npy"), **answers
-    )
+    return SimpleNamespace(folder=folder, params=params, ids=ids, logits=np.load(folder / "logits.npy"), **answers)
 
 
 def test_logits(theirs: SimpleNamespace) -> None:
