@@ -135,7 +135,7 @@ def save(
     """
     path = Path(path)
     files.require_new_folder(path)
-    config_json = configs.to_json(config, layout=layout, extra=extra or {})
+    config_json = _config_text(config, layout, extra or {})
     flat = traverse_util.flatten_dict(params)
     tensors: dict[str, np.ndarray] = {}
     for key, tensor in _table(config, layout).items():
@@ -153,11 +153,18 @@ def save(
             safetensors.numpy.save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
-        content = {"config.json": (json.dumps(config_json, indent=2) + "\n").encode(), **(companions or {})}
-        for name, data in content.items():
+        for name, data in {"config.json": config_json, **(companions or {})}.items():
             (folder / name).write_bytes(data)
         # The library keeps others from reading what it writes.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def _config_text(config: ModelConfig, layout: Layout, extra: Mapping[str, Any]) -> bytes:
+    content = configs.to_json(config, layout=layout, extra=extra)
+    try:
+        return (json.dumps(content, indent=2) + "\n").encode()
+    except RecursionError:
+        raise InputError(f"config.json: a value is nested too deeply among {files.short(sorted(extra))}") from None
 
 
 def load(path: str | Path) -> LoadedModel:

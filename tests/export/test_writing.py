@@ -109,6 +109,15 @@ def test_files_moved_into_a_folder_go_back_if_one_cannot(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_config_that_cannot_be_written_is_one_line(golden: LoadedModel, tmp_path: Path) -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InputError, match=r"a value is nested too deeply among \['deep'\]"):
+        huggingface.save(tmp_path / "out", golden.config, golden.params, layout="hf", extra={"deep": deep})
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupt_leaves_nothing(golden: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
