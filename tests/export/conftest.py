@@ -1,17 +1,39 @@
-"""Tokenizers of every kind that people train on."""
+"""Tokenizers of every kind that people train on, and a model with random weights."""
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mamba_jax.config import TokenizerConfig
+from mamba_jax.config import Mamba1Config, ModelConfig, TokenizerConfig
+from mamba_jax.models import parameters
 
 END = "<|endoftext|>"
 _TEXT = ["the theory of the thing and the other thing", "naïve Füße don't walk .  They run , don't they ?"] * 9
+
+
+def random_model(**changes: Any) -> tuple[ModelConfig, Any]:
+    """A small model of uneven sizes; keywords replace fields of its config."""
+    config, params = _random_model(**changes)
+    return config, jax.tree.map(np.asarray, params)
+
+
+@functools.cache
+def _random_model(**changes: Any) -> tuple[ModelConfig, Any]:
+    mixer = Mamba1Config(state_dim=3, conv_width=3, dt_rank=5, use_bias=True)
+    config = ModelConfig(
+        vocab_size=31, d_model=8, num_layers=3, mixer=mixer, tie_embeddings=False, compute_dtype="float32"
+    )
+    config = dataclasses.replace(config, **changes)
+    return config, jax.jit(parameters.init, static_argnums=0)(config, jax.random.key(0))
 
 
 def _byte_level(*, add_prefix_space: bool) -> tokenizers.Tokenizer:
