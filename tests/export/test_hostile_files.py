@@ -100,8 +100,8 @@ A, B, INDEX = "a.safetensors", "b.safetensors", "model.safetensors.index.json"
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "layers 1e9": (change_config(num_hidden_layers=10**9), "1000000000 layers, but only 22 tensors"),
     "layers 1e400": (change_config(num_hidden_layers=10**400), "layers, but only 22 tensors"),
-    "rows 1e12": (change_config(vocab_size=10**12), "has shape (96, 32), expected (1000000000000, 32)"),
-    "rows 1e400": (change_config(vocab_size=10**400), "has shape (96, 32), expected (1000"),
+    "rows 1e9": (change_config(vocab_size=10**9), "has shape (96, 32), expected (1000000000, 32)"),
+    "rows 1e400": (change_config(vocab_size=10**400), "100000000000000"),
     "width 1e30": (change_config(hidden_size=10**30, intermediate_size=2 * 10**30), "expected (1000"),
     "states 1e12": (change_config(state_size=10**12), "A_log has shape (64, 16), expected (64, 1000000000000)"),
     "taps 1e12": (change_config(conv_kernel=10**12), "has shape (64, 1, 4), expected (64, 1, 1000000000000)"),
