@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: python eval.py runs/quickstart --prompt "The President"."""
 
 import dataclasses
+import sys
 from typing import Annotated
 
 import tyro
@@ -26,6 +27,8 @@ def main() -> None:
     with one_line_errors():
         arguments = parse(Arguments, prog="eval.py")
         report = evaluate_checkpoint(arguments.checkpoint, arguments.request)
+        text = "" if report.text is None else f", text {report.text}"
+        print(f"tokenizer {report.tokenizer}, computed in {report.compute_dtype}{text}", file=sys.stderr)
         if report.perplexity is not None:
             result = report.perplexity
             print_result(

@@ -216,8 +216,8 @@ def compare_runs(options: Options) -> list[str]:
         two, two_arrays = run_to_the_end(config, folder, kill_at=kill_at)
     arrays = "equal" if one_arrays == two_arrays else "different"
     return [
-        f"`train.py`, {options.run_steps} steps, killed after step {kill_at} and resumed, against uninterrupted: metrics "
-        f"and samples ({len(one)} records) {difference(one, two)}; arrays of the last checkpoint {arrays}."
+        f"`train.py`, {options.run_steps} steps, killed after step {kill_at} and resumed, against uninterrupted: "
+        f"metrics and samples ({len(one)} records) {difference(one, two)}; arrays of the last checkpoint {arrays}."
     ]
 
 

@@ -8,7 +8,6 @@ are in tokens and sequences; learning rates are per optimizer step; fractions li
 """
 
 import dataclasses
-import math
 from typing import Annotated, Literal
 
 import pydantic
@@ -120,7 +119,7 @@ class ModelConfig(Config):
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
-        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def d_inner(self) -> int:
@@ -130,7 +129,7 @@ class ModelConfig(Config):
     @property
     def dt_rank(self) -> int:
         """R, rank of the dt projection."""
-        return self.mixer.dt_rank if self.mixer.dt_rank is not None else math.ceil(self.d_model / 16)
+        return self.mixer.dt_rank if self.mixer.dt_rank is not None else -(-self.d_model // 16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

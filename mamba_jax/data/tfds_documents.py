@@ -103,24 +103,26 @@ def _no_foreign_code() -> Iterator[None]:
         connector.cls_from_name = original
 
 
+def require_prepared(source: TfdsSource) -> None:
+    """Makes sure that a set can be read without a download.
+
+    Raises:
+        InputError: there is no such set, or it is not prepared where `source` says.
+    """
+    with _no_foreign_code():
+        builder = _find_builder(source)
+    if not builder.is_prepared():
+        raise InputError(
+            f"TFDS set {source.name!r} is not prepared in {builder.data_path}: prepare it there, or give other text"
+        )
+
+
 def _builder(source: TfdsSource) -> Any:
     """The builder of a prepared set; a published set that is not prepared yet is downloaded and prepared."""
-    import tensorflow_datasets as tfds
-
-    if os.path.isdir(source.name):
-        return _prepared(source.name)
+    builder = _find_builder(source)
     try:
-        _import_legacy_builder(source.name)
-        # Without a format TFDS would write TFRecord, which needs TensorFlow.
-        builder = tfds.builder(source.name, data_dir=source.data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        raise InputError(f"TFDS knows no set {source.name!r}{_suggestion(source.name)}") from None
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"cannot open TFDS set {source.name!r}: {_brief(error)}") from error
-    try:
-        builder.download_and_prepare()
+        if not os.path.isdir(source.name):
+            builder.download_and_prepare()
     except Exception as error:
         raise InputError(
             f"TFDS set {source.name!r} is not prepared in {builder.data_path} and could not be prepared here: "
@@ -128,6 +130,23 @@ def _builder(source: TfdsSource) -> Any:
             "--file_format=array_record` and point data_dir at the result"
         ) from error
     return builder
+
+
+def _find_builder(source: TfdsSource) -> Any:
+    import tensorflow_datasets as tfds
+
+    if os.path.isdir(source.name):
+        return _prepared(source.name)
+    try:
+        _import_legacy_builder(source.name)
+        # Without a format TFDS would write TFRecord, which needs TensorFlow.
+        return tfds.builder(source.name, data_dir=source.data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(f"TFDS knows no set {source.name!r}{_suggestion(source.name)}") from None
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot open TFDS set {source.name!r}: {_brief(error)}") from error
 
 
 def _prepared(folder: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mamba_jax.config import Mamba1Config, ModelConfig, from_json
 from mamba_jax.errors import InputError
+from mamba_jax.export.files import read_json, short
 
 Layout = Literal["hf", "original"]
 
@@ -27,6 +28,7 @@ _HF_MIXER_KEYS = {
     "use_bias": "use_bias",
     "use_conv_bias": "use_conv_bias",
 }
+_MESSAGE = 500
 _ORIGINAL_MIXER_KEYS = {
     "d_state": "state_dim",
     "d_conv": "conv_width",
@@ -40,23 +42,6 @@ _ORIGINAL_MIXER_KEYS = {
     "conv_bias": "use_conv_bias",
     "bias": "use_bias",
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        InputError: the file is missing or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"no file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,15 +64,14 @@ def read(path: Path) -> PublishedConfig:
 
     Raises:
         InputError: it is of neither layout, lacks a key, has an ill-typed one, or describes a model that is not
-            supported.
+            supported; one short line, whatever the file holds.
     """
     content = read_json(path)
     try:
         if "model_type" in content:
             model = _validated(_from_hf(content, path), path)
             _refuse_unsupported(content, {"intermediate_size": model.d_inner}, path)
-            known = _to_hf(model).keys() | _HF_REQUIRED.keys() | {"torch_dtype"}
-            extra = {key: value for key, value in content.items() if key not in known}
+            extra = {key: value for key, value in content.items() if key not in _HF_KEYS}
             return PublishedConfig(layout="hf", config=model, extra=extra)
         if "d_model" in content:
             model = _validated(_from_original(content, path), path)
@@ -99,7 +83,13 @@ def read(path: Path) -> PublishedConfig:
 
 def _validated(fields: dict[str, Any], path: Path) -> ModelConfig:
     """The published files are no more trustworthy than other input, so types are checked as in our own JSON."""
-    return from_json(ModelConfig, json.dumps(fields), origin=str(path))
+    try:
+        return from_json(ModelConfig, json.dumps(fields), origin=str(path))
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if len(text) <= _MESSAGE else text[:_MESSAGE] + " ...") from None
+    except RecursionError:
+        raise InputError(f"{path}: a value is nested too deeply") from None
 
 
 def to_json(config: ModelConfig, *, layout: Layout, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +116,7 @@ def to_json(config: ModelConfig, *, layout: Layout, extra: Mapping[str, Any]) ->
 def _refuse_unsupported(content: dict[str, Any], required: dict[str, Any], path: Path) -> None:
     for key, value in required.items():
         if content.get(key, value) != value:
-            raise InputError(f"{path}: {key}={content[key]!r} is not supported, only {value!r}")
+            raise InputError(f"{path}: {key}={short(content[key])} is not supported, only {short(value)}")
 
 
 def _from_hf(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -161,7 +151,8 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.embedding_std,
-        "rescale_prenorm_residual": config.rescale_residual,
+        # `from_pretrained` scales what it has loaded if this is true; these weights are finished.
+        "rescale_prenorm_residual": False,
         "residual_in_fp32": True,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
@@ -173,11 +164,11 @@ def _from_original(content: dict[str, Any], path: Path) -> dict[str, Any]:
     _refuse_unsupported(content, _ORIGINAL_REQUIRED, path)
     ssm = content.get("ssm_cfg", {})
     if not isinstance(ssm, dict):
-        raise InputError(f"{path}: ssm_cfg={ssm!r} is not a JSON object")
+        raise InputError(f"{path}: ssm_cfg={short(ssm)} is not a JSON object")
     if ssm.get("layer", "Mamba1") != "Mamba1":
-        raise InputError(f"{path}: ssm_cfg.layer={ssm['layer']!r} is not supported, only 'Mamba1'")
+        raise InputError(f"{path}: ssm_cfg.layer={short(ssm['layer'])} is not supported, only 'Mamba1'")
     if unknown := sorted(ssm.keys() - _ORIGINAL_MIXER_KEYS.keys() - {"layer", "use_fast_path"}):
-        raise InputError(f"{path}: ssm_cfg keys {', '.join(unknown)} are not supported")
+        raise InputError(f"{path}: ssm_cfg keys {', '.join(unknown)[:100]} are not supported")
     mixer = {ours: ssm[key] for key, ours in _ORIGINAL_MIXER_KEYS.items() if key in ssm}
     if mixer.get("dt_rank") == "auto":
         del mixer["dt_rank"]
@@ -186,6 +177,7 @@ def _from_original(content: dict[str, Any], path: Path) -> dict[str, Any]:
         "vocab_multiple": content.get("pad_vocab_size_multiple", 8),
         "d_model": content["d_model"],
         "num_layers": content["n_layer"],
+        "norm_eps": content.get("norm_epsilon", 1e-5),
         "tie_embeddings": content.get("tie_embeddings", True),
         "mixer": mixer,
     }
@@ -210,3 +202,7 @@ def _to_original(config: ModelConfig) -> dict[str, Any]:
         "pad_vocab_size_multiple": config.vocab_multiple,
         "tie_embeddings": config.tie_embeddings,
     }
+
+
+# Keys of which others need not be told; the rest of a file goes along as it is.
+_HF_KEYS = {*_to_hf(ModelConfig(vocab_size=1, d_model=1, num_layers=1)), "torch_dtype"}

@@ -1,13 +1,15 @@
 """Any checkpoint this project can read, by its path."""
 
 import dataclasses
+from os.path import isdir, lexists
 from pathlib import Path
 from typing import Any, Literal
 
 from mamba_jax.checkpoint import load_params
-from mamba_jax.config import ExperimentConfig, ModelConfig
+from mamba_jax.config import ExperimentConfig, ModelConfig, TokenizerConfig
 from mamba_jax.errors import InputError
 from mamba_jax.export import huggingface
+from mamba_jax.export.companions import tokenizer_beside, tokenizer_of_run
 from mamba_jax.models.parameters import Params
 
 
@@ -21,6 +23,7 @@ class LoadedCheckpoint:
         experiment: the training run's config; None for a safetensors folder.
         step: updates done; None for a safetensors folder.
         extra: see `mamba_jax.export.huggingface.LoadedModel`; empty for a training run.
+        tokenizer: the one that lies in the folder, else that of the training run; None for a folder without one.
     """
 
     config: ModelConfig
@@ -28,6 +31,7 @@ class LoadedCheckpoint:
     experiment: ExperimentConfig | None
     step: int | None
     extra: dict[str, Any]
+    tokenizer: TokenizerConfig | None
 
 
 def load_model(
@@ -44,16 +48,30 @@ def load_model(
         InputError: the folder is neither, is damaged, or has no such step.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not isdir(path):
         raise InputError(f"no checkpoint folder {path}")
-    if (path / "checkpoints").is_dir():
+    if isdir(path / "checkpoints"):
         run = load_params(path, step, weights=weights)
         return LoadedCheckpoint(
-            config=run.config.model, params=run.params, experiment=run.config, step=run.step, extra={}
+            config=run.config.model,
+            params=run.params,
+            experiment=run.config,
+            step=run.step,
+            extra={},
+            tokenizer=tokenizer_of_run(path, run.config.data.tokenizer),
         )
-    if not (path / "config.json").is_file():
+    if not lexists(path / "config.json"):
         raise InputError(f"{path} is neither a training run (no folder 'checkpoints') nor a model (no 'config.json')")
     if step is not None:
         raise InputError(f"{path} is no training run, so it has no step {step}: leave the step out")
+    if weights == "average":
+        raise InputError(f"{path} is no training run, so it keeps no average of the weights: leave --weights out")
     model = huggingface.load(path)
-    return LoadedCheckpoint(config=model.config, params=model.params, experiment=None, step=None, extra=model.extra)
+    return LoadedCheckpoint(
+        config=model.config,
+        params=model.params,
+        experiment=None,
+        step=None,
+        extra=model.extra,
+        tokenizer=tokenizer_beside(path),
+    )

@@ -17,7 +17,7 @@ from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
-from mamba_jax.export import huggingface
+from mamba_jax.export.initial import initial_params as _initial_params
 from mamba_jax.generation.text import complete
 from mamba_jax.models.parameters import ModelDefinition, Params, define
 from mamba_jax.sharding import check_batches, make_mesh, process_rows, put_batch
@@ -91,27 +91,6 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
         raise InputError(
             "training in model.compute_dtype='float16' would lose small gradients: choose 'bfloat16' or 'float32'"
         )
-
-
-def _initial_params(config: ExperimentConfig) -> Params | None:
-    if config.train.init_from is None:
-        return None
-    if not Path(config.train.init_from).is_dir():
-        raise InputError(
-            f"train.init_from: no folder {config.train.init_from!r}; give one with config.json and weights"
-        )
-    loaded = huggingface.load(config.train.init_from)
-    expected = define(config.model).params
-    same_tree = jax.tree.structure(loaded.params) == jax.tree.structure(expected)
-    if not same_tree or any(
-        a.shape != b.shape for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(expected), strict=True)
-    ):
-        raise InputError(
-            f"train.init_from {config.train.init_from} holds another model: {loaded.config.num_layers} layers of width "
-            f"{loaded.config.d_model}, vocabulary {loaded.config.padded_vocab_size}; the config has "
-            f"{config.model.num_layers}, {config.model.d_model}, {config.model.padded_vocab_size}"
-        )
-    return loaded.params
 
 
 def _check_scan(config: ExperimentConfig, train_step: Any, abstract: TrainState, mesh: Mesh) -> None:

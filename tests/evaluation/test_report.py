@@ -5,15 +5,19 @@ import runpy
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import tokenizers
 
 from mamba_jax.checkpoint import Checkpointer
-from mamba_jax.config import MeshConfig, TokenizerConfig
+from mamba_jax.config import MeshConfig, ModelConfig, TfdsSource, TokenizerConfig
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation import report
 from mamba_jax.evaluation.report import EvaluationRequest, evaluate_checkpoint
-from mamba_jax.export import huggingface
+from mamba_jax.export import companions, huggingface
+from mamba_jax.export.load import load_model
 from mamba_jax.generation.sampling import SamplingConfig
+from mamba_jax.models.parameters import define
 from tests.evaluation.conftest import SavedRun
 
 EVAL = Path(__file__).parents[2] / "eval.py"
@@ -120,6 +124,82 @@ def test_bad_input_is_one_line(
     assert message.format(**places) in error
 
 
+@pytest.fixture(scope="module")
+def with_tokenizer(saved_run: SavedRun, exported: Path) -> Path:
+    """The same weights as float32 in the other layout, with bytes as a tokenizer file."""
+    folder, model = exported.with_name("with_tokenizer"), saved_run.config.model
+    files = companions.written(TokenizerConfig(), model, layout="hf")
+    huggingface.save(folder, model, saved_run.params, layout="hf", companions=files)
+    return folder
+
+
+def test_tokenizer_and_dtype_are_those_of_the_folder(
+    saved_run: SavedRun, exported: Path, with_tokenizer: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Unless a flag says otherwise; which they are is printed."""
+    text = saved_run.config.data.validation.path
+    request = EvaluationRequest(text=text, seq_len=12, batch_size=8)
+    expected = evaluate_checkpoint(str(exported), request)
+    assert expected.tokenizer == "bytes"
+    result = evaluate_checkpoint(str(with_tokenizer), request)
+    assert result.perplexity == expected.perplexity
+    assert (result.tokenizer, result.compute_dtype) == (str(with_tokenizer / "tokenizer.json"), "float32")
+    coarse = dataclasses.replace(request, compute_dtype="bfloat16", tokenizer=TokenizerConfig())
+    result = evaluate_checkpoint(str(with_tokenizer), coarse)
+    assert (result.tokenizer, result.compute_dtype) == ("bytes", "bfloat16")
+    assert result.perplexity is not None
+    assert expected.perplexity is not None
+    # Eight bits in each of some ten roundings on the way.
+    assert 0 < abs(result.perplexity.loss - expected.perplexity.loss) < 0.05 * expected.perplexity.loss
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.add_special_tokens(["[END]"])
+    words.save(str(tmp_path / "words.json"))
+    flags = ["--tokenizer.path", str(tmp_path / "words.json"), "--tokenizer.end-of-document", "[END]"]
+    evaluate_on_command_line(monkeypatch, str(with_tokenizer), "--text", text, "--seq-len", "12", *flags)
+    printed = capsys.readouterr()
+    assert f"tokenizer {tmp_path / 'words.json'}, computed in float32, text {text}\n" in printed.err
+    # One unknown word and an end for each of three documents, whose first tokens are not predicted.
+    assert "tokens         3\n" in printed.out
+
+
+def test_a_checkpoint_does_not_say_where_to_write(saved_run: SavedRun, tmp_path: Path) -> None:
+    """Whoever made it may have named any folder for a cache."""
+    foreign = tmp_path / "foreign"
+    config = dataclasses.replace(
+        saved_run.config, data=dataclasses.replace(saved_run.config.data, cache_dir=str(foreign))
+    )
+    checkpointer = Checkpointer(tmp_path / "run", config.checkpoint)
+    checkpointer.save(3, {"params": saved_run.params, "rest": {"step": jax.numpy.int32(3)}}, config)
+    checkpointer.close()
+    before = sorted(path for path in tmp_path.rglob("*"))
+    result = evaluate_checkpoint(str(tmp_path / "run"), EvaluationRequest())
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    own = EvaluationRequest(cache_dir=str(tmp_path / "own"))
+    assert evaluate_checkpoint(str(tmp_path / "run"), own) == result
+    assert (tmp_path / "own").is_dir()
+    assert not foreign.exists()
+
+
+def test_a_set_is_not_downloaded(saved_run: SavedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = TfdsSource(name="lm1b", split="test", data_dir=str(tmp_path / "foreign"))
+    experiment = dataclasses.replace(
+        saved_run.config, data=dataclasses.replace(saved_run.config.data, validation=source)
+    )
+    loaded = dataclasses.replace(load_model(saved_run.folder), experiment=experiment)
+    monkeypatch.setattr(report, "load_model", lambda *args, **kwargs: loaded)
+    with pytest.raises(InputError, match=r"TFDS set 'lm1b' is not prepared in .*foreign"):
+        evaluate_checkpoint("run", EvaluationRequest())
+    assert not (tmp_path / "foreign").exists()
+
+
+def test_more_ids_than_bytes_need_a_tokenizer(tmp_path: Path) -> None:
+    model = ModelConfig(vocab_size=600, d_model=8, num_layers=1)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), define(model).params)
+    huggingface.save(tmp_path / "model", model, params, layout="hf")
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json, and with 600 ids the model does not read bytes"):
+        evaluate_checkpoint(str(tmp_path / "model"), EvaluationRequest(prompt="a"))
+
+
 def test_length_need_not_divide_over_the_mesh_of_the_run(saved_run: SavedRun) -> None:
     """Evaluation splits the batch only: 13 tokens on eight devices, of a run that split 16 over them."""
     config = dataclasses.replace(
@@ -140,8 +220,6 @@ def test_length_need_not_divide_over_the_mesh_of_the_run(saved_run: SavedRun) ->
 
 
 def test_tokenizer_of_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
-    import tokenizers
-
     path = tmp_path / "tokenizer.json"
     vocabulary = {f"word{index}": index for index in range(999)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="word0"))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,26 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from mamba_jax.checkpoint import Checkpointer
 from mamba_jax.config import (
-    DataConfig,
-    ExperimentConfig,
     Mamba1Config,
-    ModelConfig,
-    OptimizerConfig,
-    TextFolderSource,
-    TokenizerConfig,
-    TrainConfig,
 )
 from mamba_jax.errors import InputError
 from mamba_jax.export import configs, huggingface
-from mamba_jax.export.load import load_model
 from mamba_jax.generation.generate import generate
 from mamba_jax.generation.sampling import SamplingConfig
 from mamba_jax.models import parameters
+from tests.export.conftest import random_model
 
 GOLDEN = Path("tests/golden/mamba1_tiny")
 
@@ -94,15 +84,6 @@ def test_golden_is_written_back_byte_for_byte(tmp_path) -> None:
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", GOLDEN))
     assert ours == theirs
-
-
-def random_model(**changes):
-    mixer = Mamba1Config(state_dim=3, conv_width=3, dt_rank=5, use_bias=True)
-    config = ModelConfig(
-        vocab_size=31, d_model=8, num_layers=3, mixer=mixer, tie_embeddings=False, compute_dtype="float32"
-    )
-    config = dataclasses.replace(config, **changes)
-    return config, jax.tree.map(np.asarray, parameters.init(config, jax.random.key(0)))
 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
@@ -306,54 +287,24 @@ def test_pytorch_files_are_read_through_torch_alone(tmp_path, monkeypatch) -> No
         huggingface.load(folder)
 
 
-def test_a_training_run_is_exported_with_its_tokenizer(tmp_path) -> None:
-    model = random_model()[0]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[END]": 2}, unk_token="a"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["[END]"])
-    tokenizer.save(str(tmp_path / "words.json"))
-    words = TokenizerConfig(kind="hf_json", path=str(tmp_path / "words.json"), end_of_document="[END]")
-    experiment = ExperimentConfig(
-        name="test",
-        model=model,
-        data=DataConfig(train=TextFolderSource(path="text"), tokenizer=words, seq_len=8, global_batch=1),
-        optimizer=OptimizerConfig(peak_lr=1e-3),
-        train=TrainConfig(num_steps=5, run_dir=str(tmp_path / "run")),
-    )
-    params = parameters.init(model, jax.random.key(0))
-    checkpointer = Checkpointer(tmp_path / "run", experiment.checkpoint)
-    checkpointer.save(5, {"params": params, "rest": {"step": jnp.asarray(5)}}, experiment)
-    checkpointer.close()
-    done = run_export(str(tmp_path / "run"), str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {content[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {2}
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "out").params, params)
-    run = load_model(tmp_path / "run", step=5)
-    assert run.step == 5
-    assert run.experiment == experiment
-    with pytest.raises(InputError, match="is no training run, so it has no step 5"):
-        load_model(tmp_path / "out", step=5)
-    with pytest.raises(InputError, match="neither a training run"):
-        load_model(tmp_path)
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_finished_weights_are_not_scaled_again(tmp_path, layout: str) -> None:
+    """`transformers` divides what it has loaded where the option is true; other fields only draw random weights."""
+    config, params = random_model(rescale_residual=True)
+    huggingface.save(tmp_path / "model", config, params, layout=layout)
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert content.get("rescale_prenorm_residual", False) is False
+    if layout == "hf":
+        (tmp_path / "model" / "config.json").write_text(json.dumps(content | {"rescale_prenorm_residual": True}))
+    loaded = huggingface.load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    huggingface.save(tmp_path / "again", loaded.config, loaded.params, layout="hf", extra=loaded.extra)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["rescale_prenorm_residual"] is False
 
 
-def run_export(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mamba_jax.export", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_command_line_converts_there_and_back(tmp_path) -> None:
-    original, again = str(tmp_path / "original"), str(tmp_path / "again")
-    assert run_export(str(GOLDEN), original, "--layout", "original").returncode == 0
-    done = run_export(original, again)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert (Path(again) / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
-
-
-def test_command_line_reports_a_bad_path_in_one_line(tmp_path) -> None:
-    done = run_export(str(tmp_path / "nowhere"), str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert done.stderr == f"error: no checkpoint folder {tmp_path / 'nowhere'}\n"
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_folder_computes_in_the_dtype_of_its_weights(tmp_path, dtype: str) -> None:
+    config, params = random_model()
+    huggingface.save(tmp_path / "model", config, jax.tree.map(lambda leaf: leaf.astype(dtype), params), layout="hf")
+    loaded = huggingface.load(tmp_path / "model")
+    assert (loaded.config.param_dtype, loaded.config.compute_dtype) == (dtype, dtype)

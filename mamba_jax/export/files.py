@@ -1,0 +1,146 @@
+"""Files that others wrote, read in bounded time and memory, and folders that appear whole."""
+
+import contextlib
+import json
+import os
+import reprlib
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mamba_jax.errors import InputError
+
+# The largest index of a published model takes a few MiB; parsed JSON takes up to fifty times its text.
+_JSON_BYTES = 16 * 2**20
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=6, maxstring=80, maxlong=40, maxother=80)
+
+
+def short(value: object) -> str:
+    """A value out of a file for a message, whatever its size and depth."""
+    return _SHORT.repr(value)
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What a call of the system says, without the path; a name that no file can have is a ValueError."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def require_file(path: Path) -> None:
+    """Makes sure that `path` is a file or a link to one; opening anything else may wait for ever.
+
+    Raises:
+        InputError: it is missing, a link to nothing, or something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist") from None
+        raise InputError(f"no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({reason(error)})") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, expected a file")
+
+
+def read_file(path: Path, *, limit: int | None = None) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: of the file.
+        limit: most bytes that it may have.
+
+    Raises:
+        InputError: it is no file, cannot be read or is larger.
+    """
+    require_file(path)
+    try:
+        size = path.stat().st_size
+        if limit is not None and size > limit:
+            raise InputError(f"{path} has {size} bytes, expected at most {limit}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({reason(error)})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of at most 16 MiB.
+
+    Raises:
+        InputError: the file is missing or holds something else.
+    """
+    text = read_file(path, limit=_JSON_BYTES)
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{path} is not JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def require_new_folder(path: str | Path) -> None:
+    """Raises an InputError if something is there already that writing the folder would destroy."""
+    path = Path(path)
+    try:
+        path.lstat()
+        if not path.exists():
+            raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist: choose another folder")
+        if not path.is_dir() or any(path.iterdir()):
+            raise InputError(f"{path} exists and is not an empty folder: choose another or remove it")
+    except InputError:
+        raise
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path} ({reason(error)}): choose another folder") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to write to, whose files appear in `path` together when the block ends without an error.
+
+    A new folder is renamed into place. One that is there and empty may be a mount point, the working directory or a
+    link, which no other folder can take the place of: files are moved into it, config.json last, so that until then
+    it is no model to any reader.
+
+    Args:
+        path: the folder; it must not exist, or be empty.
+
+    Raises:
+        InputError: there is something at `path`, or it cannot be written; nothing is left behind.
+    """
+    require_new_folder(path)
+    is_there = path.is_dir()
+    staging = (path if is_there else path.parent) / f".export-{uuid.uuid4().hex}"
+    try:
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        if is_there:
+            _move_files(staging, path)
+        else:
+            require_new_folder(path)
+            staging.rename(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({reason(error)}): make room there or choose another folder") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    moved: list[Path] = []
+    try:
+        for file in sorted(source.iterdir(), key=lambda file: file.name == "config.json"):
+            moved.append(target / file.name)
+            file.rename(moved[-1])
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,91 @@
+"""Weights that a training run starts from: those of the same model, or none."""
+
+import dataclasses
+import json
+from os.path import isdir
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from mamba_jax.config import ExperimentConfig, ModelConfig, TokenizerConfig
+from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
+from mamba_jax.errors import InputError
+from mamba_jax.export import huggingface
+from mamba_jax.export.companions import tokenizer_beside
+from mamba_jax.export.files import short
+from mamba_jax.models.parameters import Params
+
+# Fields that say how random weights are drawn, or how and in which precision a step is computed.
+_FREE = {
+    "embedding_std",
+    "rescale_residual",
+    "param_dtype",
+    "compute_dtype",
+    "remat",
+    "mixer.dt_min",
+    "mixer.dt_max",
+    "mixer.dt_init",
+    "mixer.dt_scale",
+    "mixer.dt_init_floor",
+    "mixer.a_init",
+    "mixer.scan_implementation",
+}
+
+
+def initial_params(config: ExperimentConfig) -> Params | None:
+    """The weights in the folder `config.train.init_from`; None if none is given.
+
+    Raises:
+        InputError: there is no such folder, it is damaged, or its model computes something else, which shapes need not
+            show; the message names each field that differs, and the tokenizer if the folder has another one.
+    """
+    if config.train.init_from is None:
+        return None
+    folder = Path(config.train.init_from)
+    if not isdir(folder):
+        raise InputError(f"train.init_from: no folder {str(folder)!r}; give one with config.json and weights")
+    if isdir(folder / "checkpoints"):
+        raise InputError(
+            f"train.init_from {folder} is a training run: export it (python -m mamba_jax.export {folder} FOLDER) and "
+            "give that folder"
+        )
+    loaded = huggingface.load(folder)
+    was, here = _decisive(loaded.config), _decisive(config.model)
+    if was["padded_vocab_size"] == here["padded_vocab_size"]:
+        # The "hf" layout tells the number of rows, and not how many of them stand for tokens.
+        for name in ("vocab_multiple", "vocab_size") if loaded.layout == "hf" else ("vocab_multiple",):
+            was[name] = here[name]
+    differences = [
+        f"model.{name} was {short(was[name])}, here {short(here[name])}" for name in was if was[name] != here[name]
+    ]
+    differences += _other_tokenizer(tokenizer_beside(folder), config.data.tokenizer)
+    if differences:
+        raise InputError(
+            f"train.init_from {folder} holds another model, {loaded.config.num_layers} layers of width "
+            f"{loaded.config.d_model}: {'; '.join(differences)}; make the config agree with it or take other weights"
+        )
+    return loaded.params
+
+
+def _decisive(config: ModelConfig) -> dict[str, Any]:
+    """What the weights depend on, by name."""
+    fields = flatten_dict(dataclasses.asdict(config), sep=".")
+    fields |= {"mixer.dt_rank": config.dt_rank, "padded_vocab_size": config.padded_vocab_size}
+    return {str(name): value for name, value in fields.items() if name not in _FREE}
+
+
+def _other_tokenizer(stored: TokenizerConfig | None, own: TokenizerConfig) -> list[str]:
+    if stored is None:
+        return []
+    was, here = make_tokenizer(stored), make_tokenizer(own)
+    if was.end_of_document == here.end_of_document and _definition(was) == _definition(here):
+        return []
+    return [
+        f"data.tokenizer was {stored.path} ({was.vocab_size} ids, end of document {was.end_of_document}), here "
+        f"{own.path or 'bytes'} ({here.vocab_size} ids, end of document {here.end_of_document}), which gives other ids"
+    ]
+
+
+def _definition(tokenizer: Tokenizer) -> Any:
+    return json.loads(tokenizer.to_json())

@@ -1,0 +1,137 @@
+"""Tensors of a checkpoint folder: names, dtypes and shapes at once, values one at a time."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from os.path import lexists
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from mamba_jax.errors import InputError
+from mamba_jax.export.files import read_json, reason, require_file, short
+
+_INDEX, _SINGLE, _TORCH = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
+# A header takes about 150 bytes a tensor: enough for 50,000 tensors a file.
+_HEADER_BYTES = 8 * 2**20
+_KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor that was not read yet.
+
+    Attributes:
+        file: that holds it.
+        dtype: numpy's name of it, or the file's where numpy has none, such as F8_E4M3.
+        shape: in the orientation of the file.
+        read: gives the values.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def open_weights(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a folder by name, in memory that does not depend on their sizes (but for PyTorch's files).
+
+    Args:
+        folder: with `model.safetensors`, `model.safetensors.index.json` or, if torch is installed,
+            `pytorch_model.bin`.
+
+    Raises:
+        InputError: a file is missing, damaged or not what the index says.
+    """
+    if lexists(folder / _INDEX):
+        return _open_indexed(folder)
+    if lexists(folder / _SINGLE):
+        return _open_safetensors(folder / _SINGLE)
+    if lexists(folder / _TORCH):
+        return _open_torch(folder / _TORCH)
+    raise InputError(f"{folder} holds no {_SINGLE}, {_INDEX} or {_TORCH}")
+
+
+def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / _INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise InputError(f"{index} has no 'weight_map' from tensor names to names of files beside it")
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if not lexists(folder / file):
+            raise InputError(f"{folder / file} is missing although the index names it")
+        stored = _open_safetensors(folder / file)
+        if both := found.keys() & stored.keys():
+            raise InputError(f"{folder}: two files of the index hold {short(min(both))}: fetch it again")
+        found |= stored
+    for name, file in weight_map.items():
+        if name in found and found[name].file.name != file:
+            raise InputError(f"{index} looks for {short(name)} in {file}, but {found[name].file.name} holds it")
+    return found
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\0\ud800-\udfff]", name)
+
+
+def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            if (header := int.from_bytes(file.read(8), "little")) > _HEADER_BYTES:
+                raise InputError(f"{path} is damaged or no safetensors file (a header of {header} bytes)")
+        # The alternative maps the file, and a file that someone shortens meanwhile would end the process.
+        opened: Any = safetensors.safe_open(path, framework="np", backend="pread")
+        return {name: _stored(path, opened, name) for name in opened.keys()}  # noqa: SIM118  no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _stored(path: Path, opened: Any, name: str) -> StoredTensor:
+    entry = opened.get_slice(name)
+    dtype = re.sub(r"^(F|BF|I|U)(\d+)$", lambda match: _KINDS[match[1]] + match[2], entry.get_dtype())
+
+    def read() -> np.ndarray:
+        try:
+            return opened.get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _unreadable(path, error) from None
+
+    return StoredTensor(file=path, dtype=dtype, shape=tuple(entry.get_shape()), read=read)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    if isinstance(error, OSError):
+        return InputError(f"cannot read {path} ({reason(error)})")
+    return InputError(f"{path} is damaged or no safetensors file ({str(error)[:200]}): fetch it again")
+
+
+def _open_torch(path: Path) -> dict[str, StoredTensor]:
+    require_file(path)
+    try:
+        import torch  # pyrefly: ignore[missing-import]
+    except ImportError:
+        raise InputError(
+            f"reading {path} needs PyTorch: install torch, or convert it to safetensors elsewhere"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        arrays = {str(name): tensor.float().numpy() for name, tensor in state.items()}
+    except Exception as error:  # which one depends on where the damage is
+        text = str(error).partition("\n")[0][:200]
+        raise InputError(f"{path} is damaged or no PyTorch state dictionary ({text}): fetch it again") from None
+    return {
+        name: StoredTensor(file=path, dtype="float32", shape=array.shape, read=lambda array=array: array)
+        for name, array in arrays.items()
+    }
+
+
+def first_few(problems: Iterable[str], *, limit: int = 10) -> str:
+    """Problems in one short line, by number where there are many."""
+    problems = list(problems)
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more

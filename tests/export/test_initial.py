@@ -1,0 +1,141 @@
+"""A run starts from weights of its own model, whatever shapes may hide, or names every field that differs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mamba_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    Mamba1Config,
+    ModelConfig,
+    OptimizerConfig,
+    TextFolderSource,
+    TokenizerConfig,
+    TrainConfig,
+)
+from mamba_jax.errors import InputError
+from mamba_jax.export import companions, huggingface
+from mamba_jax.export.configs import Layout
+from mamba_jax.export.initial import initial_params
+from mamba_jax.models import parameters
+
+MODEL = ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=Mamba1Config(state_dim=2))
+
+
+@pytest.fixture(scope="module")
+def params() -> parameters.Params:
+    return jax.device_get(parameters.init(MODEL, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module", params=["hf", "original"])
+def weights(
+    request: pytest.FixtureRequest, params: parameters.Params, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("initial") / request.param
+    huggingface.save(folder, MODEL, params, layout=request.param)
+    return folder
+
+
+def experiment(folder: Path, tokenizer: TokenizerConfig | None = None, **changes: object) -> ExperimentConfig:
+    return ExperimentConfig(
+        name="test",
+        model=dataclasses.replace(MODEL, **changes),
+        data=DataConfig(
+            train=TextFolderSource(path="text"), seq_len=8, global_batch=1, tokenizer=tokenizer or TokenizerConfig()
+        ),
+        optimizer=OptimizerConfig(peak_lr=1e-3),
+        train=TrainConfig(num_steps=1, run_dir="run", init_from=str(folder)),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"embedding_std": 1.0, "rescale_residual": False, "compute_dtype": "float16", "remat": "none"},
+        {"mixer": Mamba1Config(state_dim=2, dt_rank=1, dt_init="constant", dt_max=1.0, a_init="random")},
+        {"vocab_multiple": 24},
+    ],
+    ids=str,
+)
+def test_what_no_weight_depends_on_may_differ(
+    weights: Path, params: parameters.Params, changes: dict[str, object]
+) -> None:
+    jax.tree.map(np.testing.assert_array_equal, initial_params(experiment(weights, **changes)), params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"norm_eps": 1e-2}, ["model.norm_eps was 1e-05, here 0.01"]),
+        ({"tie_embeddings": False}, ["model.tie_embeddings was True, here False"]),
+        (
+            {"mixer": Mamba1Config(state_dim=2, discretization="zoh", selective=("dt",))},
+            ["model.mixer.discretization was 'euler', here 'zoh'", "model.mixer.selective was ('dt', 'B', 'C'), here"],
+        ),
+        (
+            {"mixer": Mamba1Config(state_dim=3, expand=1, dt_rank=4)},
+            ["mixer.state_dim was 2, here 3", "mixer.expand was 2, here 1", "mixer.dt_rank was 1, here 4"],
+        ),
+        ({"vocab_multiple": 16}, ["model.vocab_multiple was", "here 16", "model.padded_vocab_size was 264, here 272"]),
+        ({"d_model": 32, "num_layers": 2}, ["model.d_model was 16, here 32", "model.num_layers was 1, here 2"]),
+    ],
+    ids=str,
+)
+def test_every_difference_is_named(weights: Path, changes: dict[str, object], messages: list[str]) -> None:
+    with pytest.raises(InputError, match=r"holds another model, 1 layers of width 16") as error:
+        initial_params(experiment(weights, **changes))
+    for message in messages:
+        assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_only_the_original_layout_tells_how_many_rows_are_tokens(weights: Path) -> None:
+    config = experiment(weights, vocab_size=260)
+    if weights.name == "hf":
+        assert initial_params(config) is not None
+    else:
+        with pytest.raises(InputError, match=r"model\.vocab_size was 257, here 260"):
+            initial_params(config)
+
+
+def test_epsilon_of_the_original_layout_is_read(params: parameters.Params, tmp_path: Path) -> None:
+    huggingface.save(tmp_path / "weights", MODEL, params, layout="original")
+    content = json.loads((tmp_path / "weights" / "config.json").read_text())
+    (tmp_path / "weights" / "config.json").write_text(json.dumps(content | {"norm_epsilon": 1e-6}))
+    with pytest.raises(InputError, match=r"model\.norm_eps was 1e-06, here 1e-05"):
+        initial_params(experiment(tmp_path / "weights"))
+    assert initial_params(experiment(tmp_path / "weights", norm_eps=1e-6)) is not None
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_tokenizer_in_the_folder(
+    tokenizer_configs: dict[str, TokenizerConfig], params: parameters.Params, tmp_path: Path, layout: Layout
+) -> None:
+    """Compared by what it does to text, so the export of a run agrees with the run that wrote it."""
+    for kind in ("bytes", "wordpiece"):
+        config = tokenizer_configs[kind]
+        files = companions.written(config, MODEL, layout=layout)
+        huggingface.save(tmp_path / kind, MODEL, params, layout=layout, companions=files)
+        assert initial_params(experiment(tmp_path / kind, config)) is not None
+    with pytest.raises(
+        InputError, match=r"data\.tokenizer was .*tokenizer\.json \(72 ids, end of document 2\), here by"
+    ):
+        initial_params(experiment(tmp_path / "wordpiece"))
+    other = dataclasses.replace(tokenizer_configs["wordpiece"], end_of_document="[CLS]")
+    with pytest.raises(InputError, match=r"end of document 2\), here .*end of document 1\), which gives other ids"):
+        initial_params(experiment(tmp_path / "wordpiece", other))
+
+
+def test_a_training_run_is_exported_first(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="is a training run: export it"):
+        initial_params(experiment(tmp_path))
+    config = experiment(tmp_path)
+    none = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=None))
+    assert initial_params(none) is None

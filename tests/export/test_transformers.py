@@ -1,0 +1,112 @@
+"""An export is the same model, with the same tokenizer, to the program that most people will load it with.
+
+`TORCH_PYTHON=/path/to/python` names the interpreter of an environment with torch and transformers.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax.config import ModelConfig, TokenizerConfig
+from mamba_jax.data.tokenizer import make_tokenizer
+from mamba_jax.export import companions, huggingface
+from mamba_jax.generation.generate import generate
+from mamba_jax.generation.sampling import SamplingConfig
+from mamba_jax.models import parameters
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("TORCH_PYTHON" not in os.environ, reason="TORCH_PYTHON names no interpreter with transformers"),
+]
+TEXTS = [
+    "plain text",
+    " lead and  two ",
+    "naïve Füße, 漢字, 🐍\r\n\t\0",
+    "<|endoftext|> is only text [SEP] <s>",
+    "don't walk .  They , run ?",
+    "a" * 300,
+]
+PROMPTS = ["A prompt", "a longer prompt, of other length"]
+
+
+def export(folder: Path, config: ModelConfig, params: parameters.Params, tokenizer: TokenizerConfig) -> None:
+    huggingface.save(
+        folder,
+        config,
+        params,
+        layout="hf",
+        extra=companions.special_tokens(tokenizer),
+        companions=companions.written(tokenizer, config, layout="hf"),
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer_configs: dict[str, TokenizerConfig], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A model of the default config, trained as far as random numbers are, and what `transformers` makes of it."""
+    folder = tmp_path_factory.mktemp("exports")
+    config = ModelConfig(vocab_size=257, d_model=64, num_layers=5)
+    params = parameters.init(config, jax.random.key(0))
+    params["layers"]["mixer"]["out_proj"]["kernel"] *= 5.0
+    export(folder / "model", config, params, TokenizerConfig())
+    tokenizers = {}
+    for name, tokenizer in tokenizer_configs.items():
+        tiny = ModelConfig(vocab_size=make_tokenizer(tokenizer).vocab_size, d_model=8, num_layers=1)
+        tokenizers[name] = str(folder / name)
+        export(folder / name, tiny, parameters.init(tiny, jax.random.key(0)), tokenizer)
+    ids = np.random.default_rng(0).integers(0, 257, (2, 50))
+    job = {
+        "model": str(folder / "model"),
+        "ids": ids.tolist(),
+        "prompts": PROMPTS,
+        "tokenizers": tokenizers,
+        "texts": TEXTS,
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    worker = Path(__file__).with_name("transformers_worker.py")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([os.environ["TORCH_PYTHON"], str(worker), str(folder / "job.json")], env=env, check=True)
+    answers = json.loads((folder / "answers.json").read_text())
+    return SimpleNamespace(folder=folder, params=params, ids=ids, logits=np.load(folder / "logits.npy"), **answers)
+
+
+def test_logits(theirs: SimpleNamespace) -> None:
+    loaded = huggingface.load(theirs.folder / "model")
+    assert loaded.config.compute_dtype == "float32"
+    definition = parameters.define(loaded.config)
+    ours = jax.jit(lambda params: definition.merge(params)(jnp.asarray(theirs.ids)).logits)(theirs.params)
+    # Both are float32: five layers of some twenty roundings of 6e-8 each, on logits that reach ten.
+    np.testing.assert_allclose(theirs.logits, ours, rtol=0, atol=1e-4 * np.abs(ours).max())
+
+
+def test_greedy_continuation_of_a_padded_batch(theirs: SimpleNamespace) -> None:
+    config = dataclasses.replace(huggingface.load(theirs.folder / "model").config, vocab_size=257, vocab_multiple=8)
+    for prompt, tokens in zip(PROMPTS, theirs.tokens, strict=True):
+        ours = generate(
+            parameters.define(config),
+            theirs.params,
+            jnp.asarray([list(prompt.encode())], jnp.int32),
+            num_tokens=12,
+            key=jax.random.key(0),
+            sampling=SamplingConfig(temperature=0.0),
+        )
+        ended = np.flatnonzero(np.asarray(ours)[0] == 256)
+        count = ended[0] + 1 if ended.size else 12
+        assert tokens[:count] == ours[0, :count].tolist()
+
+
+def test_ids_and_texts(theirs: SimpleNamespace, tokenizer_configs: dict[str, TokenizerConfig]) -> None:
+    for name, config in tokenizer_configs.items():
+        ours, answer = make_tokenizer(config), theirs.tokenizers[name]
+        expected = ours.encode_batch(TEXTS)
+        assert answer["ids"] == [ids.tolist() for ids in expected], name
+        assert answer["texts"] == [ours.decode(ids) for ids in expected], name
+        assert answer["special"] == [ours.end_of_document] * 3, name
+        assert answer["size"] == ours.vocab_size, name
