@@ -55,6 +55,13 @@ class EnduringStream:
         except (OSError, ValueError) as error:
             self.failure = error
 
+    def isatty(self) -> bool:
+        """Whether a terminal is behind it, and there still."""
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 

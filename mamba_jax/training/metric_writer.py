@@ -256,6 +256,8 @@ class StatusDisplay:
             console=self._console,
             disable=not self._is_live,
             expand=True,
+            # Warnings that were sent to a file do not belong above the bar.
+            redirect_stderr=enduring(sys.stderr).isatty(),
         )
         self._task = self._progress.add_task("train", total=total, completed=completed, status="compiling")
 

@@ -322,6 +322,16 @@ def test_output_that_fails_is_one_warning(monkeypatch: pytest.MonkeyPatch, error
     assert len(warned) == 1
 
 
+def test_warnings_beside_a_bar_go_where_they_were_sent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal for the bar and a file for standard error, as of `2> log`."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with StatusDisplay(20, 0).live():
+        print("a warning", file=sys.stderr)
+    assert capsys.readouterr().err == "a warning\n"
+
+
 def test_characters_that_the_output_lacks_are_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
