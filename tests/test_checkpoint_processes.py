@@ -14,16 +14,17 @@ from tests.multiprocess.harness import Launcher
 from tests.test_checkpoint import DAMAGES, flip_all
 
 TWO_PROCESSES = """
-import shutil, sys
+import errno, shutil, sys
 from pathlib import Path
 from mamba_jax import distributed
 distributed.initialize()
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from mamba_jax.checkpoint import Checkpointer
+from mamba_jax.checkpoint import Checkpointer, record
+from mamba_jax.errors import InputError
 from tests.test_checkpoint import CONFIG, MeshConfig, abstract, make_mesh, random_state
-from tests.test_checkpoint_processes import DAMAGES_OF_ONE
+from tests.test_checkpoint_processes import DAMAGES, DAMAGES_OF_ONE
 mesh, root, index = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices()), Path(sys.argv[1]), jax.process_index()
 checkpointer = Checkpointer(root / "saved", CONFIG.checkpoint)
 for step in (3, 7):
@@ -47,6 +48,23 @@ for number, (name, damage) in enumerate(DAMAGES_OF_ONE.items()):
             np.testing.assert_array_equal(shard.data, other.data, err_msg=name)
     assert (run / "damaged" / "7").is_dir() and not (run / "checkpoints" / "7").exists(), name
     print("fell back:", name, events, flush=True)
+def refusal(name, identity=None):
+    checkpointer = Checkpointer(root / name, CONFIG.checkpoint, identity=identity)
+    try:
+        checkpointer.restore_newest(abstract(mesh).items())
+    except InputError as error:
+        print("refused:", error, flush=True)
+    checkpointer.close()
+refusal("saved", identity={"run": str(index)})
+if index == 0:
+    DAMAGES["config garbled"](root / "saved" / "checkpoints" / "7")
+multihost_utils.sync_global_devices("garbled")
+def trouble(folder):
+    raise OSError(errno.EIO, "Input/output error")
+if index == 1:
+    record.check_files = trouble
+refusal("saved")
+assert sorted(path.name for path in (root / "saved" / "checkpoints").iterdir()) == ["3", "7"]
 """
 
 # What a process of two saved under `fsdp` is read by that process alone when two go on.
@@ -60,7 +78,10 @@ DAMAGES_OF_ONE: dict[str, Callable[[Path], object]] = {
 
 
 def test_two_processes_fall_back_together(tmp_path: Path) -> None:
-    """Also where one of them finds nothing wrong with its part; both tell what the other found."""
+    """Also where one of them finds nothing wrong with its part; both tell what the other found.
+
+    Where one finds damage and the other cannot read, nothing is moved.
+    """
     launcher = Launcher(tmp_path, tmp_path / "programs")
     ended = launcher.run([["-c", TWO_PROCESSES, str(tmp_path)]] * 2, timeout=120)
     assert ended.statuses == (0, 0), ended.logs
@@ -68,6 +89,12 @@ def test_two_processes_fall_back_together(tmp_path: Path) -> None:
     assert reports[0] == reports[1]
     assert len(reports[0]) == len(DAMAGES_OF_ONE)
     assert all("is damaged (" in report for report in reports[0])
+    first, second = ([line for line in log.splitlines() if line.startswith("refused:")] for log in ended.logs)
+    assert first == second
+    assert [re.search("is of another run|cannot be read now", line)[0] for line in first] == [
+        "is of another run",
+        "cannot be read now",
+    ]
 
 
 ONE_FAILS = """
@@ -170,6 +197,7 @@ def run_on_full_disk(command: list[str], folder: Path, free: str) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 def test_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:

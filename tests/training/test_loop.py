@@ -375,7 +375,9 @@ def test_too_many_bad_batches_end_the_run(
     loaded = load_params(config.train.run_dir)
     assert loaded.step == 5
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(loaded.params))
-    assert read_events(Path(config.train.run_dir))[-1]["event"] == "aborted"
+    # The save of step 5 may still go on in the background.
+    events = [event["event"] for event in read_events(Path(config.train.run_dir))]
+    assert [name for name in events if name != "checkpoint"][-1] == "aborted"
 
 
 def test_events_tell_what_happened(finished: FinishedRun) -> None:
