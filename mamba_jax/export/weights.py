@@ -16,6 +16,7 @@ from mamba_jax.export.files import read_json, reason, require_file, short
 _INDEX, _SINGLE, _TORCH = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
 # A header takes about 150 bytes a tensor: enough for 50,000 tensors a file.
 _HEADER_BYTES = 8 * 2**20
+_NAME_BYTES = 255
 _KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 
 
@@ -75,7 +76,9 @@ def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\0\ud800-\udfff]", name)
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\0\ud800-\udfff]", name):
+        return False
+    return len(name.encode()) <= _NAME_BYTES
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
