@@ -27,7 +27,7 @@ from mamba_jax.fingerprints import fingerprints
 from mamba_jax.models.parameters import Params, define
 
 _FOLDER, _DAMAGED = "checkpoints", "damaged"
-_ARRAYS, _TEXTS = ("params", "rest", "ema"), ("config", "fingerprints")
+_ARRAYS, _TEXTS = ("params", "rest", "ema"), ("config", "fingerprints", "identity")
 _ITEM = {"weights": "params", "average": "ema"}
 _MESSAGE_BYTES = 1000
 # Statuses of a store that cannot be read now; they say nothing about what is in it.
@@ -70,6 +70,19 @@ class Restored:
     items: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """What a checkpoint says of its run.
+
+    Attributes:
+        config: the experiment that made it.
+        identity: of the run; None if it was not recorded.
+    """
+
+    config: ExperimentConfig
+    identity: Mapping[str, Any] | None
+
+
 class Checkpointer:
     """Saves and restores the training state of one run directory.
 
@@ -80,16 +93,23 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run_dir: str | Path, config: CheckpointConfig, *, on_event: Callable[..., None] = lambda *_, **__: None
+        self,
+        run_dir: str | Path,
+        config: CheckpointConfig,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        on_event: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         """Removes what saves that did not finish have left.
 
         Args:
             run_dir: of the run.
             config: how many checkpoints are kept.
+            identity: of the run; stored with every checkpoint and compared.
             on_event: told of "quarantined" and "save_failed" with fields `step` and `reason`.
         """
         self._run_dir, self._config, self._on_event = Path(run_dir), config, on_event
+        self._identity = identity
         self._saving: int | None = None
         self._open()
 
@@ -118,6 +138,8 @@ class Checkpointer:
             return
         args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args["config"] = ocp.args.JsonSave(json.loads(to_json(config)))
+        if self._identity is not None:
+            args["identity"] = ocp.args.JsonSave(dict(self._identity))
         args["fingerprints"] = ocp.args.JsonSave(fingerprints(dict(items)))
         with self._failure_in_one_line():
             self._manager.save(step, args=ocp.args.Composite(**args))
@@ -167,12 +189,18 @@ class Checkpointer:
             InputError: an array is missing, unexpected or of another shape or dtype.
         """
         with _reader(self._run_dir) as manager:
+            self._check_identity(manager, step)
             return _read_arrays(manager, step, abstract)
 
     def close(self) -> None:
         """Waits for what is being saved, and stops; unlike `wait`, this process alone, which may be on its way out."""
         with contextlib.suppress(Exception):
             self._manager.close()
+
+    def _check_identity(self, manager: ocp.CheckpointManager, step: int) -> None:
+        stored = _read_identity(manager, step)
+        if self._identity is not None and stored is not None and stored != self._identity:
+            raise InputError(f"checkpoint {manager.directory / str(step)} belongs to another run: move it away")
 
     def _open(self) -> None:
         if jax.process_index() == 0:
@@ -214,6 +242,19 @@ class Checkpointer:
         multihost_utils.sync_global_devices(f"moved checkpoint {step}")
         self._on_event("quarantined", step=step, reason=reason)
         self._open()
+
+
+def stored_run(run_dir: str | Path) -> StoredRun | None:
+    """What the newest checkpoint that can be read says of its run; None if there is none."""
+    if not (Path(run_dir) / _FOLDER).is_dir():
+        return None
+    with _reader(run_dir) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            origin = f"checkpoint {manager.directory / str(step)}"
+            with contextlib.suppress(InputError):
+                config = from_json(ExperimentConfig, json.dumps(_read_json(manager, step, "config")), origin=origin)
+                return StoredRun(config=config, identity=_read_identity(manager, step))
+    return None
 
 
 def load_params(
@@ -299,6 +340,11 @@ def _read_json(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
+
+
+def _read_identity(manager: ocp.CheckpointManager, step: int) -> dict[str, Any] | None:
+    has_it = (manager.directory / str(step) / "identity").is_dir()
+    return _read_json(manager, step, "identity") if has_it else None
 
 
 def _reader(run_dir: str | Path) -> ocp.CheckpointManager:

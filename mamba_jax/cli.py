@@ -15,14 +15,21 @@ from mamba_jax.config import ExperimentConfig
 from mamba_jax.errors import InputError
 
 
+# Ctrl-C that ended the program at once. 128 + SIGINT is left to a run that Ctrl-C stopped and that has saved.
+EXIT_INTERRUPTED = 3
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns an `InputError` into `error: ...` on standard error and exit status 2."""
+    """Turns an `InputError` into `error: ...` on standard error and status 2, and Ctrl-C into a line and status 3."""
     try:
         yield
     except InputError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: what was not saved before is lost", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def parse[T](

@@ -6,6 +6,7 @@ last block of the last shard may be shorter.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -117,6 +118,18 @@ class TokenDataset:
     def end_of_document(self) -> int:
         """Id that follows every document."""
         return self.index.end_of_document
+
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What tells this token stream from any other, as a JSON object."""
+        files = "".join(shard.sha256 for shard in self.index.shards)
+        return {
+            "documents": self.index.documents,
+            "tokens": self.index.tokens,
+            "num_bytes": self.index.num_bytes,
+            "tokenizer": self.index.tokenizer_fingerprint,
+            "content": hashlib.sha256(files.encode()).hexdigest(),
+        }
 
     def read(self, starts: Int[np.ndarray, " R"], *, length: int) -> Int[np.ndarray, "R W"]:
         """Reads `length` consecutive tokens from each start.
