@@ -29,8 +29,8 @@ from mamba_jax.training.out_of_memory import out_of_memory_in_one_line
 from mamba_jax.training.ownership import owned
 from mamba_jax.training.reporter import Reporter
 from mamba_jax.training.run_directory import (
+    begins_at_zero,
     check_is_run_or_free,
-    check_run_directory,
     claim_run_directory,
     set_aside,
     settle_run,
@@ -88,10 +88,11 @@ def train(
     if config.train.sample_every:
         tokenizer.check_prompt(config.train.sample_prompt)
     check_is_run_or_free(config)
-    mesh = make_mesh(config.mesh, devices)
-    check_batches(config, mesh)
     with owned(Path(config.train.run_dir), wait=wait):
-        from_first(lambda: check_run_directory(config, from_scratch=from_scratch))
+        begins = from_first(lambda: begins_at_zero(config, from_scratch=from_scratch)) == str(True)
+        initial = _initial_params(config) if begins else None
+        mesh = make_mesh(config.mesh, devices)
+        check_batches(config, mesh)
         dataset = open_source(config.data.train, config.data, tokenizer)
         validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
         record = settle_run(config, dataset.identity, from_scratch=from_scratch)
@@ -100,7 +101,7 @@ def train(
             dataset=dataset,
             validation=validation,
             record=record,
-            initial=_initial_params(config) if record.saved is None else None,
+            initial=initial,
             from_scratch=from_scratch,
         )
         with StopRequests() as stop, Watchdog() as watchdog, out_of_memory_in_one_line(config, watchdog):

@@ -110,8 +110,29 @@ def check_is_run_or_free(config: ExperimentConfig) -> None:
         _check_content(Path(run_dir))
 
 
+def begins_at_zero(config: ExperimentConfig, *, from_scratch: bool) -> bool:
+    """Checks the folder as its owner, and says whether a run begins there.
+
+    Args:
+        config: of the run.
+        from_scratch: whatever run is in it will be set aside.
+
+    Raises:
+        InputError: as `check_run_directory`; or a run would begin again though it was saved.
+    """
+    check_run_directory(config, from_scratch=from_scratch)
+    run_dir = Path(config.train.run_dir)
+    with _reading(run_dir):
+        if from_scratch:
+            return True
+        begins = newest_checkpoint(run_dir) is None
+        if begins:
+            check_may_begin(run_dir, read_record(run_dir))
+        return begins
+
+
 def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratch: bool) -> RunRecord:
-    """Says which run goes on or begins in a folder that `check_run_directory` has passed; the first process decides.
+    """Says which run goes on or begins in a folder that `begins_at_zero` has passed; the first process decides.
 
     Args:
         config: of the run.
@@ -122,7 +143,7 @@ def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratc
         Its record; `saved` is None if it begins.
 
     Raises:
-        InputError: the run was trained on other data, or would begin again though it was saved.
+        InputError: the run was trained on other data.
     """
     run_dir = Path(config.train.run_dir)
 
@@ -137,8 +158,6 @@ def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratc
 
 def _find_run(run_dir: Path, data: Mapping[str, Any]) -> RunRecord:
     record, newest = read_record(run_dir), newest_checkpoint(run_dir)
-    if newest is None:
-        check_may_begin(run_dir, record)
     if newest is None and not has_recorded_steps(run_dir):
         return RunRecord.new(data)
     if record is None and (stored := _stored_run(run_dir)) is not None:
@@ -230,35 +249,34 @@ def _check_content(run_dir: Path) -> None:
             raise InputError(
                 f"{path} is a link to {path.readlink()}, which is not there: mount or make it, or remove the link"
             )
-    if not run_dir.exists() or os.path.lexists(run_dir / _CONFIG) or (run_dir / RECORD).is_file():
+    if not run_dir.exists():
         return
-    if run_dir.is_dir() and (_is_free(run_dir) or _stored_run(run_dir) is not None):
-        return
+    if run_dir.is_dir():
+        known = _read_config(run_dir)
+        if isinstance(known, ExperimentConfig) or read_record(run_dir) is not None or _stored_run(run_dir) is not None:
+            return
+        if known is not None:
+            raise known
+        if all(_is_harmless(path) or path.name == _CONFIG or _is_empty_place(path) for path in run_dir.iterdir()):
+            return
     raise InputError(f"train.run_dir {run_dir} exists and holds no run: choose another folder")
-
-
-def _is_free(run_dir: Path) -> bool:
-    """Whether there is nothing in the folder but what starts and file systems leave, or a place for checkpoints."""
-    return all(
-        _is_harmless(path)
-        or (path.name == CHECKPOINTS and path.is_dir() and all(_is_harmless(inner) for inner in path.iterdir()))
-        for path in run_dir.iterdir()
-    )
 
 
 def _is_harmless(path: Path) -> bool:
     return path.name in _HARMLESS or path.name.startswith(_HARMLESS_STARTS)
 
 
+def _is_empty_place(path: Path) -> bool:
+    """Whether this is where checkpoints will be, such as a link to another disk."""
+    return path.name == CHECKPOINTS and path.is_dir() and all(_is_harmless(inner) for inner in path.iterdir())
+
+
 def _check_config(config: ExperimentConfig, run_dir: Path) -> None:
     """Compares the config with those of the run: the stored one, and that of its newest checkpoint."""
-    known = _read_config(run_dir)
-    stored = _stored_run(run_dir)
-    if isinstance(known, InputError) and stored is None:
-        raise known
-    if not _has_progress(run_dir):
+    if newest_checkpoint(run_dir) is None and not has_recorded_steps(run_dir):
         return
-    for other in (known, stored and stored.config):
+    stored = _stored_run(run_dir)
+    for other in (_read_config(run_dir), stored and stored.config):
         if isinstance(other, ExperimentConfig) and (changes := _result_changes(other, config)):
             raise InputError(
                 f"{run_dir} holds a run with another config ({'; '.join(changes)}): choose another train.run_dir, "
@@ -280,11 +298,6 @@ def _read_config(run_dir: Path) -> ExperimentConfig | InputError | None:
         return from_json(ExperimentConfig, text, origin=str(path))
     except InputError as error:
         return error
-
-
-def _has_progress(run_dir: Path) -> bool:
-    """Whether there is anything that another config would not continue."""
-    return newest_checkpoint(run_dir) is not None or has_recorded_steps(run_dir)
 
 
 def _stored_run(run_dir: Path) -> StoredRun | None:
