@@ -34,6 +34,7 @@ from mamba_jax.training.run_directory import (
     claim_run_directory,
     set_aside,
     settle_run,
+    store_record,
 )
 from mamba_jax.training.run_record import RunRecord
 from mamba_jax.training.saves import Saves
@@ -214,7 +215,7 @@ class _Run:
                 self.state = train_state.initialize(config, self.definition, optimizer, abstract, params=given.initial)
             else:
                 self.state = TrainState.from_items(restored.items)
-        from_first(lambda: claim_run_directory(config, given.record))
+        from_first(lambda: store_record(claim_run_directory(config), given.record))
         self.saves = Saves(config, self.checkpointer, given.record, self.reporter)
         self.reporter.start(self.first_step)
         if aside:

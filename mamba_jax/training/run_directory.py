@@ -168,14 +168,10 @@ def _find_run(run_dir: Path, data: Mapping[str, Any]) -> RunRecord:
     return dataclasses.replace(record, data=record.data or data, saved=saved)
 
 
-def claim_run_directory(config: ExperimentConfig, record: RunRecord | None = None) -> Path:
-    """Creates the run directory if need be and stores config and record there; later calls must agree with them.
+def claim_run_directory(config: ExperimentConfig) -> Path:
+    """Creates the run directory if need be and stores the config there; later calls must agree with it.
 
     Call it when nothing can be wrong any more.
-
-    Args:
-        config: of the run.
-        record: which run it is; None leaves that as it is.
 
     Raises:
         InputError: the folder cannot be created or written to; what it held stays as it was.
@@ -185,9 +181,17 @@ def claim_run_directory(config: ExperimentConfig, record: RunRecord | None = Non
         run_dir.mkdir(parents=True, exist_ok=True)
         with replacement(run_dir / _CONFIG, mark=f".{uuid.uuid4().hex}") as temporary:
             temporary.write_text(to_json(config) + "\n")
-        if record is not None:
-            write_record(run_dir, record)
     return run_dir
+
+
+def store_record(run_dir: Path, record: RunRecord) -> None:
+    """Stores which run it is.
+
+    Raises:
+        InputError: the folder cannot be written to; what it held stays as it was.
+    """
+    with _writing(run_dir):
+        write_record(run_dir, record)
 
 
 def set_aside(run_dir: Path) -> Path | None:
