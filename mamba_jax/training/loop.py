@@ -215,6 +215,7 @@ class _Run:
                 self.state = train_state.initialize(config, self.definition, optimizer, abstract, params=given.initial)
             else:
                 self.state = TrainState.from_items(restored.items)
+            jax.block_until_ready(self.state)
         from_first(lambda: store_record(claim_run_directory(config), given.record))
         self.saves = Saves(config, self.checkpointer, given.record, self.reporter)
         self.reporter.start(self.first_step)
