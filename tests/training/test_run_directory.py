@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from mamba_jax.training.ownership import LOCK
 
 MakeConfig = Callable[..., ExperimentConfig]
 
+pytestmark = pytest.mark.usefixtures("shared_step")
+
 
 def train(config: ExperimentConfig, **options: bool) -> TrainResult:
     return loop.train(config, devices=jax.devices()[:1], **options)
@@ -40,22 +42,6 @@ def refusal(config: ExperimentConfig, **options: bool) -> str:
         train(config, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_step() -> Iterator[None]:
-    """Starts of the same model trace its step once; here it is not what is tested."""
-    make, made = loop.make_train_step, {}
-
-    def make_once(config: ExperimentConfig, *rest: Any) -> Any:
-        key = (config.model, config.optimizer, config.train.num_steps)
-        if key not in made:
-            made[key] = make(config, *rest)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_once)
-        yield
 
 
 @pytest.fixture(scope="module")
