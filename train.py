@@ -1,57 +1,56 @@
-"""Trains a model: python train.py configs/mamba_130m.py --train.num-steps 100.
+"""Trains a model: python train.py configs/mamba_130m.py --train.num-steps 100; --help explains the rest."""
 
-With --compile-only --topology v5p:8x8x8 it compiles the training step for TPUs that need not be there, and reports.
-"""
+import argparse
 
-import sys
-
-from mamba_jax.cli import load_config, one_line_errors, print_result
+from mamba_jax.cli import load_config, one_line_errors
 from mamba_jax.errors import InputError
-
-USAGE = "usage: python train.py CONFIG [--compile-only --topology v5e:4x4 [--num-slices 2]] [--field value ...]"
 
 
 def main() -> None:
+    usage = "python train.py CONFIG [flags] [--field value ...]"
+    parser = argparse.ArgumentParser("train.py", usage, add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="Python file with get_config(), as in configs/")
+    parser.add_argument("--help", "-h", action="store_true", help="print this and, with a CONFIG, all of its fields")
+    for flag, text in {
+        "--wait": "for another job that trains in train.run_dir",
+        "--from-scratch": "set aside what train.run_dir holds, and begin at step 0",
+        "--distributed": "find the other processes of the run through the launcher",
+        "--compile-only": "compile the step for the TPUs of --topology, which need not be there, and report",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--topology", nargs="?", help="such as v5e:4x4")
+    parser.add_argument("--num-slices", nargs="?", const="(nothing)", default="1", help="of the topology; 1 by default")
     with one_line_errors():
-        if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-            raise InputError(USAGE)
-        path, overrides = sys.argv[1], sys.argv[2:]
-        if "--compile-only" in overrides:
-            return compile_only(path, overrides)
-        is_distributed = "--distributed" in overrides
-        config = load_config(path, [flag for flag in overrides if flag != "--distributed"])
-        from mamba_jax.distributed import initialize
-        from mamba_jax.training.loop import train
-
-        initialize(detect=is_distributed)
-        result = train(config)
-    if result.stop_signal is not None:
-        raise SystemExit(128 + result.stop_signal)
+        try:
+            raise SystemExit(run(parser))
+        except argparse.ArgumentError as error:
+            raise InputError(str(error)) from None
 
 
-def compile_only(path: str, overrides: list[str]) -> None:
-    """Prints what the compiler says about the training step on the pod of --topology and --num-slices."""
-    overrides.remove("--compile-only")
-    topology, num_slices = take(overrides, "--topology"), take(overrides, "--num-slices") or "1"
-    if topology is None:
-        raise InputError(f"--compile-only needs --topology, such as --topology v5e:4x4; {USAGE}")
-    if not num_slices.isdecimal():
-        raise InputError(f"--num-slices {num_slices} is not a whole number from 1 on")
-    config = load_config(path, overrides)
-    import jax
+def run(parser: argparse.ArgumentParser) -> int:
+    flags, overrides = parser.parse_known_args()
+    if flags.help:
+        parser.print_help()
+    if flags.config is None:
+        if flags.help:
+            return 0
+        raise InputError(f"{parser.format_usage().strip()}; --help says more")
+    config = load_config(flags.config, overrides + ["--help"] * flags.help)
+    if flags.compile_only:
+        from mamba_jax.training.pod_compile import print_report
 
-    jax.config.update("jax_platforms", "cpu")
-    from mamba_jax.training.pod_compile import compile_step
+        return print_report(config, flags.topology, flags.num_slices)
+    if (flags.topology, flags.num_slices) != (None, "1"):
+        raise InputError("--topology and --num-slices say what --compile-only compiles for: pass that too")
+    from mamba_jax import distributed
+    from mamba_jax.training import loop, watchdog
 
-    print_result("\n".join(compile_step(config, topology, num_slices=int(num_slices)).lines()))
-
-
-def take(overrides: list[str], flag: str) -> str | None:
-    """Removes a flag and its value from the overrides and returns the value; None if either is missing."""
-    if flag not in overrides[:-1]:
-        return None
-    place = overrides.index(flag)
-    return [overrides.pop(place) for _ in range(2)][1]
+    distributed.initialize(detect=flags.distributed)
+    try:
+        result = loop.train(config, wait=flags.wait, from_scratch=flags.from_scratch)
+    finally:
+        watchdog.end_within(config.faults.deadline_seconds)
+    return 0 if result.stop_signal is None else 128 + result.stop_signal
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ import tyro
 from mamba_jax.config import ExperimentConfig
 from mamba_jax.errors import InputError
 
+# Ctrl-C that ended the program at once. 128 + SIGINT is left to a run that Ctrl-C stopped and that has saved.
+EXIT_INTERRUPTED = 3
+
 
 class EnduringStream:
     r"""A text stream in front of another one that may fail: what cannot be written is lost, and nothing is raised.
@@ -97,13 +100,19 @@ def endure_lost_output() -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns an `InputError` into `error: ...` on standard error and exit status 2; output that is lost ends nothing."""
+    """Turns an `InputError` into `error: ...` on standard error and status 2, and Ctrl-C into a line and status 3.
+
+    Output that is lost ends nothing.
+    """
     endure_lost_output()
     try:
         yield
     except InputError as error:
         print("error:", error, file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: what was not saved before is lost", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def print_result(text: str) -> None:

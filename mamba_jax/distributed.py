@@ -2,14 +2,21 @@
 
 import os
 import re
+from collections.abc import Callable
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mamba_jax.errors import InputError
 
 # How long a process that crashed stands by for the others before it leaves, upon which they end too. Those that finish
 # do so within seconds of each other.
 _SHUTDOWN_SECONDS = 60
+
+# Of a text that processes tell each other; a longer error message is cut.
+_TEXT_BYTES = 16384
+_TEXT, _PROBLEM = "=", "!"
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -64,6 +71,58 @@ def initialize(*, detect: bool = False) -> None:
             f"--distributed found no launcher that JAX knows (TPU pod, SLURM, Open MPI): set {', '.join(given)}, "
             f"or leave the flag out for a single process; JAX says: {error}"
         ) from error
+
+
+def from_first(make: Callable[[], object]) -> str:
+    """What the first process finds out, as a text in all processes; each must call this at the same point.
+
+    Args:
+        make: called in the first process only; its result as a text must not be longer than 16 KiB, and None is empty.
+
+    Raises:
+        InputError: `make` raised it; then it is raised in all processes.
+    """
+
+    def text() -> str:
+        result = make()
+        return "" if result is None else str(result)
+
+    if jax.process_count() == 1:
+        return text()
+    told = ""
+    if jax.process_index() == 0:
+        try:
+            told = _TEXT + text()
+        except InputError as error:
+            told = _PROBLEM + str(error)
+    told = _decoded(multihost_utils.broadcast_one_to_all(_encoded(told)))
+    if told.startswith(_PROBLEM):
+        raise InputError(told.removeprefix(_PROBLEM))
+    return told.removeprefix(_TEXT)
+
+
+def raise_in_all(problem: str) -> None:
+    """Raises what is wrong in any process in all of them; each must call this at the same point.
+
+    Args:
+        problem: one line; empty if nothing is wrong in this process.
+
+    Raises:
+        InputError: the first problem there is.
+    """
+    if jax.process_count() > 1:
+        everyone = [_decoded(row) for row in multihost_utils.process_allgather(_encoded(problem))]
+        problem = next(filter(None, everyone), "")
+    if problem:
+        raise InputError(problem)
+
+
+def _encoded(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(errors="backslashreplace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0"), np.uint8)
+
+
+def _decoded(row: np.ndarray) -> str:
+    return np.asarray(row).tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def _address() -> str | None:

@@ -8,9 +8,10 @@ itself reads flipped bits without complaint.
 from mamba_jax.checkpoint.checkpointer import Checkpointer, Restored, SaveFailed
 from mamba_jax.checkpoint.damage import CheckpointGone, DamagedCheckpoint
 from mamba_jax.checkpoint.loading import LoadedParams, StoredRun, load_params, stored_run
-from mamba_jax.checkpoint.steps import check_path, quarantined
+from mamba_jax.checkpoint.steps import FOLDER, check_path, newest_step, quarantined
 
 __all__ = [
+    "FOLDER",
     "CheckpointGone",
     "Checkpointer",
     "DamagedCheckpoint",
@@ -20,6 +21,7 @@ __all__ = [
     "StoredRun",
     "check_path",
     "load_params",
+    "newest_step",
     "quarantined",
     "stored_run",
 ]

@@ -21,7 +21,8 @@ FOLDER, _DAMAGED = "checkpoints", "damaged"
 _LARGEST = 2**31
 # Left over by a save that did not finish, and on its way out.
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|removed)")
-# Damaged, where the folder for these is on another disk.
+# Damaged, in a folder of their own or, where that is on another disk, beside the others.
+_DAMAGED_STEP = re.compile(r"\d+(-\d+)?")
 _ASIDE = re.compile(r"\d+\.damaged(-\d+)?")
 # Linux takes paths of 4096 bytes; below a run's folder come those of Orbax, the longest some 140.
 _LONGEST = 4096 - 256
@@ -56,6 +57,15 @@ def check_path(run_dir: str | Path) -> None:
         raise InputError(f"the run directory {os.fspath(run_dir)!a} {problem}: choose another name")
 
 
+def newest_step(run_dir: str | Path) -> int | None:
+    """Step of the newest complete checkpoint of a run, in whatever state; None if there is none.
+
+    Raises:
+        InputError: the folder cannot be read, or is a link to nothing.
+    """
+    return max(steps_in(Path(run_dir) / FOLDER), default=None)
+
+
 def steps_in(folder: Path) -> list[int]:
     """Steps that have a folder, ascending; whatever has another name than a step gets is passed over.
 
@@ -77,8 +87,10 @@ def steps_in(folder: Path) -> list[int]:
 def quarantined(run_dir: str | Path) -> list[Path]:
     """Damaged checkpoints of a run that were moved aside."""
     damaged, folder = Path(run_dir) / _DAMAGED, Path(run_dir) / FOLDER
-    aside = [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted([*(damaged.iterdir() if damaged.is_dir() else ()), *aside])
+    places = ((damaged, _DAMAGED_STEP), (folder, _ASIDE))
+    return sorted(
+        path for place, names in places if place.is_dir() for path in place.iterdir() if names.fullmatch(path.name)
+    )
 
 
 def quarantine(run_dir: Path, step: int) -> None:

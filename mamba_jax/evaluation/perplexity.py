@@ -55,10 +55,14 @@ def evaluate(
     Raises:
         InputError: no token is counted.
     """
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    program = _program(mesh)
     with jax.set_mesh(mesh):
-        # Nothing is read back before the end, so that the devices need not wait for the host.
-        program = _program(mesh)
-        sums = [program(definition, loss_chunk, params, put_batch(mesh, batch)) for batch in batches]
+        for batch in batches:
+            sums.append(program(definition, loss_chunk, params, put_batch(mesh, batch)))
+            # The devices have the next batch to work on while the host waits. Unread, hundreds of batches would fill
+            # their memory, and processes on CPUs block each other for ever once 32 programs are in flight.
+            jax.block_until_ready(sums[-2:-1])
     loss_sum = math.fsum(float(batch_sum) for batch_sum, _ in sums)
     num_tokens = sum(int(batch_tokens) for _, batch_tokens in sums)
     if num_tokens == 0:

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import jax
 from jax.errors import JaxRuntimeError
 
+from mamba_jax.cli import print_result
 from mamba_jax.config import ExperimentConfig
 from mamba_jax.errors import InputError
 from mamba_jax.models.parameters import define
 from mamba_jax.sharding import check_batches, make_mesh
 from mamba_jax.training.flops import flops_per_token
 from mamba_jax.training.optimizer import make_optimizer
+from mamba_jax.training.out_of_memory import advice
 from mamba_jax.training.step import abstract_batch, make_train_step
 from mamba_jax.training.step_report import CORES, KERNELS, StepReport
 from mamba_jax.training.train_state import TrainState, abstract_state
@@ -72,17 +74,28 @@ def compile_step(config: ExperimentConfig, topology: str, *, num_slices: int = 1
             raise
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
         needs = f"needs {used[1]} of {used[2]} a device" if used else "needs more memory than a device has"
-        raise InputError(f"the step does not fit {topology}: it {needs}; {_advice(config)}") from None
+        raise InputError(f"the step does not fit {topology}: it {needs}; {advice(config)}") from None
     return _report(config, devices, num_slices, state, program)
 
 
-def _advice(config: ExperimentConfig) -> str:
-    """What would make a step smaller."""
-    advice = ["a larger mesh.fsdp or mesh.sequence", "a smaller data.global_batch"]
-    advice += ["a larger train.accumulation_steps or train.windows"]
-    if config.model.remat != "block":
-        advice.append("model.remat block")
-    return "try " + ", ".join(advice[:-1]) + f" or {advice[-1]}"
+def print_report(config: ExperimentConfig, topology: str | None, num_slices: str) -> int:
+    """What `train.py --compile-only` does; returns its exit status.
+
+    Args:
+        config: of the run.
+        topology: as given; None if it was not.
+        num_slices: as given.
+
+    Raises:
+        InputError: as `compile_step`, or there is no topology or number.
+    """
+    if topology is None:
+        raise InputError("--compile-only needs --topology, such as --topology v5e:4x4")
+    if not num_slices.isdecimal():
+        raise InputError(f"--num-slices {num_slices} is not a whole number from 1 on")
+    jax.config.update("jax_platforms", "cpu")
+    print_result("\n".join(compile_step(config, topology, num_slices=int(num_slices)).lines()))
+    return 0
 
 
 def _report(

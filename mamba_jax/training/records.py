@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,8 @@ class AppendOnlyFile:
     def __init__(self, path: Path) -> None:
         """Takes the path; nothing is opened before the first `append`."""
         self._path = path
+        # Saves tell of their end from a thread of their own.
+        self._lock = threading.Lock()
         self._pending: deque[bytes] = deque()
         self._lost = 0
         self._has_warned = False
@@ -44,11 +47,12 @@ class AppendOnlyFile:
             text: one record, which ends in a newline. If the file ends in a line that was cut off, the text starts on
                 a new one. Once `MOST_PENDING` bytes are pending, a record that cannot be written is lost.
         """
-        self._pending.append(text.encode("utf-8", "surrogatepass"))
-        self._write()
-        if sum(map(len, self._pending)) > MOST_PENDING:
-            self._pending.pop()
-            self._lost += 1
+        with self._lock:
+            self._pending.append(text.encode("utf-8", "surrogatepass"))
+            self._write()
+            if sum(map(len, self._pending)) > MOST_PENDING:
+                self._pending.pop()
+                self._lost += 1
 
     def close(self) -> None:
         """Tries once more to write what is pending, and tells how many records were lost."""

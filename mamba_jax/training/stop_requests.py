@@ -1,4 +1,4 @@
-"""Requests to save and stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Requests to save and stop: SIGTERM from a scheduler, Ctrl-C from a person, SIGHUP from a terminal that is gone."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ EXIT_PREEMPTED = 128 + signal.SIGTERM
 
 
 class StopRequests:
-    """Notices SIGTERM and Ctrl-C while the block runs, in all processes at the same point.
+    """Notices SIGTERM, Ctrl-C and SIGHUP while the block runs, in all processes at the same point.
 
-    One process: two signal handlers. Several: JAX's preemption service takes SIGTERM, tells the other processes, and
-    agrees with them on the first call of `requested` that none has made yet; Ctrl-C is handed to it as SIGTERM. A
+    One process: signal handlers. Several: JAX's preemption service takes SIGTERM, tells the other processes, and
+    agrees with them on the first call of `requested` that none has made yet; the others are handed to it as SIGTERM. A
     second Ctrl-C interrupts at once; a second SIGTERM changes nothing, because schedulers send it more than once.
-    Outside the main thread of a single process no signal is noticed.
+    Outside the main thread of a single process no signal is noticed, and SIGHUP not under `nohup`.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,9 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT,) if self._is_one_of_several else (signal.SIGINT, signal.SIGTERM)
+            numbers = [signal.SIGINT] if self._is_one_of_several else [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
             self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
@@ -66,5 +68,5 @@ class StopRequests:
         self._received = self._received or number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if self._is_one_of_several:
-                os.kill(os.getpid(), signal.SIGTERM)
+        if self._is_one_of_several and number != signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)

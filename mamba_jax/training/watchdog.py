@@ -55,6 +55,11 @@ class Watchdog:
         faulthandler.unregister(signal.SIGALRM)
         signal.setitimer(signal.ITIMER_REAL, *self._other_timer)
 
+    @property
+    def doing(self) -> str:
+        """What was to be over by the last deadline."""
+        return self._doing
+
     def arm(self, seconds: float, doing: str) -> None:
         """Moves the deadline; costs some microseconds.
 
@@ -82,6 +87,16 @@ class Watchdog:
                 if left is not None and left <= 0:
                     _exit_with_stacks(f"watchdog: no progress for {self._seconds:g} s while {self._doing}")
                 self._changed.wait(left)
+
+
+def end_within(seconds: float) -> None:
+    """Gives the rest of the process a deadline, which nothing takes away: call it when only its end is left.
+
+    Args:
+        seconds: from now; when they have passed, the operating system ends the process as a `Watchdog` would.
+    """
+    faulthandler.register(signal.SIGALRM, file=_STDERR, all_threads=True, chain=True)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _exit_with_stacks(message: str) -> None:

@@ -155,7 +155,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "index with a zero byte": (change_index(x="a\0b"), "has no 'weight_map'"),
     "index with half a character": (change_index(x="\ud800"), "has no 'weight_map'"),
     "index with a long name": (change_index(x="x" * 300), "has no 'weight_map'"),
-    "index with a line break": (change_index(x="a\nb"), r"a\nb is missing although the index names it"),
+    "index with a line break": (change_index(x="a\nb"), "a b is missing although the index names it"),
     "index of the wrong file": (change_index(**{D: B}), f"looks for '{D}' in b.safetensors, but a.safetensors holds"),
     "two files with a tensor": (lambda folder: shutil.copy(folder / A, folder / B) and None, "two files of the index"),
     "index is a pipe": (replace(INDEX, os.mkfifo), "is a pipe, expected a file"),

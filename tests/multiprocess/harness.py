@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,35 +44,42 @@ class Ended:
 
 
 class Launcher:
-    """Runs jobs in a folder; their programs are compiled once."""
+    """Runs jobs in a folder, also at the same time; their programs are compiled once."""
 
     def __init__(self, folder: Path, programs: Path) -> None:
         """Takes the folder for logs and that of the compilation cache."""
         self._folder, self._programs = folder, programs
-        self._jobs = 0
 
-    def train(self, config: ExperimentConfig, faults: Sequence[str] = ("none",), *, timeout: float = 120) -> Ended:
+    def train(
+        self,
+        config: ExperimentConfig,
+        faults: Sequence[str] = ("none",),
+        *,
+        flags: Sequence[str] = (),
+        timeout: float = 120,
+    ) -> Ended:
         """Runs train.py in as many processes as there are faults.
 
         Args:
             config: of the run.
             faults: what goes wrong in each process; see worker.py.
+            flags: of train.py, beside the config.
             timeout: seconds until all are killed, which fails the test.
         """
-        path = self._folder / f"config_{self._jobs}.py"
+        path = self._folder / f"config_{uuid.uuid4().hex}.py"
         path.write_text(
             "from mamba_jax.config import ExperimentConfig, from_json\n\n\n"
             f"def get_config():\n    return from_json(ExperimentConfig, {to_json(config)!r}, origin='test')\n"
         )
-        program = [str(ROOT / "train.py"), str(path)]
+        program = [str(ROOT / "train.py"), str(path), *flags]
         return self.run([[str(WORKER), fault, *program] for fault in faults], timeout=timeout)
 
     def run(self, commands: Sequence[Sequence[str]], *, timeout: float = 60) -> Ended:
         """Runs a Python command line for each process; with several they find each other by environment variables."""
-        self._jobs += 1
+        job = uuid.uuid4().hex
         common = self._environment(len(commands))
         start = time.monotonic()
-        logs = [self._folder / f"job_{self._jobs}_process_{index}.log" for index in range(len(commands))]
+        logs = [self._folder / f"job_{job}_process_{index}.log" for index in range(len(commands))]
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for index, (command, log) in enumerate(zip(commands, logs, strict=True)):

@@ -8,7 +8,9 @@ import dataclasses
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +167,57 @@ def test_killed_three_times(launcher: Launcher, new_run: MakeConfig, alone: dict
     ended = launcher.train(config, ALONE)
     assert ended.statuses == (0,), ended.logs
     assert exact_losses(config.train.run_dir) == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_second_start_is_refused_or_waits(
+    launcher: Launcher,
+    new_run: MakeConfig,
+    alone: dict[int, str],
+    uninterrupted: dict[int, str],
+    processes: int,
+) -> None:
+    """Three starts in one folder at the same time: the first is the owner and does as if it were alone."""
+    config = new_run(num_steps=12)
+    owner = Path(config.train.run_dir) / "owner.json"
+    with ThreadPoolExecutor() as pool:
+        # Slow from the second step on, and stopped by nothing.
+        first = pool.submit(launcher.train, config, ["SIGWINCH@step:2", "none"][:processes])
+        while not owner.is_file():
+            assert not first.done()
+            time.sleep(0.1)
+        waiting = pool.submit(launcher.train, config, BOTH[:processes], flags=["--wait"])
+        refused = launcher.train(config, BOTH[:processes])
+    assert refused.statuses == (2,) * processes, refused.logs
+    for log in refused.logs:
+        (line,) = (line for line in log.splitlines() if line.startswith("error: "))
+        assert "is being trained by process" in line
+        assert "Traceback" not in log
+    assert first.result().statuses == (0,) * processes, first.result().logs
+    assert waiting.result().statuses == (0,) * processes, waiting.result().logs
+    assert "waiting for process" in waiting.result().logs[0]
+    assert f"resuming at step {NUM_STEPS}" in waiting.result().logs[0]
+    assert exact_losses(config.train.run_dir) == (alone if processes == 1 else uninterrupted)
+    assert saved_steps(config.train.run_dir) == [5, 10, NUM_STEPS]
+
+
+@pytest.mark.slow
+def test_complete_run_of_two_processes_starts_again(launcher: Launcher, new_run: MakeConfig, tmp_path: Path) -> None:
+    """More evaluation batches than XLA's programs on CPUs may be in flight, of weights and averaged weights."""
+    (tmp_path / "a.txt").write_text("select what they remember and forget " * 300)
+    config = new_run(
+        num_steps=2,
+        ema_decay=0.9,
+        validation=TextFolderSource(path=str(tmp_path)),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    for _ in range(3):
+        ended = launcher.train(config, BOTH, timeout=240)
+        assert ended.statuses == (0, 0), ended.logs
+    found = read_metrics(Path(config.train.run_dir))
+    assert [record["kind"] for record in found] == ["train", "train", "validation", "validation_ema"]
+    assert found[-1]["num_tokens"] > 32 * config.data.global_batch * config.data.seq_len
 
 
 @pytest.mark.slow

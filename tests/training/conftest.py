@@ -1,7 +1,8 @@
 """A run small enough to train in a test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mamba_jax.config import (
     TextFolderSource,
     TrainConfig,
 )
+from mamba_jax.training import loop
 
 WORDS = ("state", "space", "models", "select", "what", "they", "remember", "and", "forget", "the", "rest")
 
@@ -78,3 +80,19 @@ def make_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeC
         return config
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shared_step() -> Iterator[None]:
+    """Starts of the same model trace its step once; here it is not what is tested."""
+    make, made = loop.make_train_step, {}
+
+    def make_once(config: ExperimentConfig, *rest: Any) -> Any:
+        key = (config.model, config.optimizer, config.train.num_steps)
+        if key not in made:
+            made[key] = make(config, *rest)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", make_once)
+        yield

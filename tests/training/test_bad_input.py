@@ -110,7 +110,7 @@ def test_unreadable_config_of_a_run(make_config: MakeConfig) -> None:
     config = make_config()
     run_dir = Path(config.train.run_dir)
     run_dir.mkdir()
-    for damage in (b"\xff\xfe", b"", b'{"name": 3}'):
+    for damage in (b"\xff\xfe", b'{"name": 3}', b'{"a":' * 100_000, b'{"seed": 1' + b"0" * 5000 + b"}"):
         (run_dir / "config.json").write_bytes(damage)
         with pytest.raises(InputError, match=r"config\.json: ") as error:
             loop.train(config, devices=jax.devices()[:1])

@@ -1,9 +1,16 @@
 """`train.py`: overrides, and one line for every mistake."""
 
 import runpy
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from mamba_jax.cli import EXIT_INTERRUPTED
+from mamba_jax.training import loop
+from mamba_jax.training.loop import TrainResult
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.py")
@@ -11,10 +18,30 @@ CONFIG = str(ROOT / "configs" / "quickstart.py")
 FITTING = ("--train.run-dir", "{tmp}/run", "--mesh.data", "4", "--mesh.tensor", "2")
 
 
+@pytest.fixture(autouse=True)
+def no_deadline() -> Iterator[None]:
+    """The program leaves its end under a deadline, and here it is not the end of the process."""
+    yield
+    assert 0 <= signal.getitimer(signal.ITIMER_REAL)[0] <= 1800
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Runs the program in this process; returns its exit status."""
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "usage"),
+        (["--wait"], "usage"),
+        ([CONFIG, "--wait=3"], "--wait"),
+        ([CONFIG, "--topology", "v5e:4x4"], "--compile-only"),
         (["nowhere.py"], "no config file 'nowhere.py'"),
         ([CONFIG, "--train.num-step", "5"], "--train.num-steps"),
         ([CONFIG, "--train.num-steps", "many"], "num-steps"),
@@ -64,13 +91,59 @@ def test_mistakes(
 ) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    monkeypatch.setattr("sys.argv", ["train.py", *(argument.format(tmp=tmp_path) for argument in arguments)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert main(monkeypatch, *(argument.format(tmp=tmp_path) for argument in arguments)) == 2
     error = capsys.readouterr().err
-    assert stop.value.code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis"]
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["-h"], [CONFIG, "--help"]):
+        assert main(monkeypatch, *arguments) == 0
+        text = capsys.readouterr().out
+        for flag in ("--wait", "--from-scratch", "--distributed", "--compile-only", "--topology", "--num-slices"):
+            assert flag in text
+        assert ("--train.num-steps" in text) == (CONFIG in arguments)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"wait": False, "from_scratch": False}),
+        (["--wait", "--train.num-steps", "7"], {"wait": True, "from_scratch": False}),
+        (["--train.num-steps", "7", "--from-scratch"], {"wait": False, "from_scratch": True}),
+    ],
+)
+def test_flags_are_told_from_fields(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, bool]
+) -> None:
+    calls: list[Any] = []
+
+    def train(config: Any, **options: bool) -> TrainResult:
+        calls.append((config.train.num_steps == 7, options))
+        return TrainResult(step=7, is_complete=True, stop_signal=None, loss=None, validation=None)
+
+    monkeypatch.setattr(loop, "train", train)
+    assert main(monkeypatch, CONFIG, *flags) == 0
+    assert calls == [("7" in flags, expected)]
+    # What is left is the end of the process.
+    assert 1790 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1800
+
+
+def test_statuses_of_signals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """130 has saved; Ctrl-C that did not wait for that has a status of its own, which no launcher restarts on."""
+    stopped = TrainResult(step=7, is_complete=False, stop_signal=signal.SIGINT, loss=None, validation=None)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: stopped)
+    assert main(monkeypatch, CONFIG) == 130
+
+    def interrupted(*_: Any, **__: Any) -> TrainResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    assert main(monkeypatch, CONFIG) == EXIT_INTERRUPTED == 3
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted: ")
+    assert error.count("\n") == 1

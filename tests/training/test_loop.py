@@ -122,7 +122,8 @@ def run_and_stop(config: ExperimentConfig, at: int, monkeypatch: pytest.MonkeyPa
 
 def test_run_directory_holds_everything(finished: FinishedRun) -> None:
     names = {path.name for path in finished.folder.iterdir()} - {"tensorboard"}
-    assert names == {"config.json", "checkpoints", "metrics.jsonl", "events.jsonl", "samples.txt", "loss_curve.png"}
+    records = {"metrics.jsonl", "events.jsonl", "samples.txt", "loss_curve.png"}
+    assert names == {"config.json", "run.json", "owner.lock", "checkpoints", *records}
     stored = from_json(ExperimentConfig, (finished.folder / "config.json").read_text(), origin="config.json")
     assert stored == finished.config
     assert sorted(int(path.name) for path in (finished.folder / "checkpoints").iterdir()) == [10, 12]

@@ -7,7 +7,7 @@ import pytest
 
 from mamba_jax.training.stop_requests import EXIT_PREEMPTED, StopRequests
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -44,6 +44,16 @@ def test_first_signal_names_the_cause() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGINT
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_thread_leaves_signals_alone() -> None:
