@@ -64,8 +64,10 @@ def owned(run_dir: Path, *, wait: bool) -> Iterator[None]:
                     "another folder"
                 )
             if is_first and not has_told:
-                print(f"waiting for {holder}, which trains in {run_dir}", flush=True)
                 has_told = True
+                # Nobody may be there to read it, or nothing that can show it.
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"waiting for {holder}, which trains in {run_dir}", flush=True)
             time.sleep(_POLL_SECONDS)
         yield
     finally:

@@ -102,8 +102,8 @@ def check_is_run_or_free(config: ExperimentConfig) -> None:
         )
     check_path(run_dir)
     with _writing(run_dir):
-        # Text that JSON cannot hold, or a path that is not Unicode.
-        to_json(config).encode()
+        # Some text that is not Unicode.
+        to_json(config)
     with _reading(run_dir):
         _check_content(Path(run_dir))
 

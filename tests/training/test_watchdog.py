@@ -53,6 +53,22 @@ def test_output_so_far_is_kept() -> None:
     assert ended.stdout == "a line without a flush\n"
 
 
+def test_end_of_the_process_has_a_deadline() -> None:
+    program = """
+import atexit, time
+from mamba_jax.training.watchdog import Watchdog, end_within
+atexit.register(time.sleep, 60)
+with Watchdog() as watchdog:
+    watchdog.arm(60.0, "step")
+end_within(0.5)
+"""
+    start = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert time.monotonic() - start < 0.5 + 10
+    assert ended.returncode == -signal.SIGALRM
+    assert b"most recent call first" in ended.stderr
+
+
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Messages of watchdogs that would have ended this process."""
