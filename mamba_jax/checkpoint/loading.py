@@ -68,8 +68,6 @@ def load_params(
             or does not hold what its config says.
     """
     check_path(run_dir)
-    if not (Path(run_dir) / FOLDER).is_dir():
-        raise InputError(f"{run_dir} is no run directory: it has no folder {FOLDER!r}")
     for _ in range(_TRIES):
         folder = _choose(Path(run_dir), step)
         try:
@@ -109,6 +107,8 @@ def stored_run(run_dir: str | Path) -> StoredRun | None:
 def _choose(run_dir: Path, step: int | None) -> Path:
     with same_for_all():
         steps = steps_in(run_dir / FOLDER)
+        if not steps and not (run_dir / FOLDER).is_dir():
+            raise InputError(f"{run_dir} is no run directory: it has no folder {FOLDER!r}")
         if not steps:
             raise InputError(f"{run_dir} has no complete checkpoint yet")
         if step is not None and step not in steps:
