@@ -56,30 +56,24 @@ class _Tensor:
 Table = dict[tuple[str, ...], _Tensor]
 
 
+def _layer(name: str, *shape: int, **ways: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
+    return _Tensor(name="backbone.layers.{}." + name, shape=shape, **ways)
+
+
 def _table(config: ModelConfig, layout: Layout) -> Table:
     """Storage of every parameter, by its path in our tree; of a size that does not depend on the model's."""
-    mixer, vocab, model, inner, rank = (
-        config.mixer,
-        config.padded_vocab_size,
-        config.d_model,
-        config.d_inner,
-        config.dt_rank,
-    )
-    state, width = mixer.state_dim, mixer.conv_width
+    vocab, model, inner, rank = config.padded_vocab_size, config.d_model, config.d_inner, config.dt_rank
+    mixer, state, width = config.mixer, config.mixer.state_dim, config.mixer.conv_width
     transpose = {"to_file": np.transpose, "from_file": np.transpose}
     embedding = "backbone.embeddings.weight" if layout == "hf" else "backbone.embedding.weight"
-
-    def layer(name: str, *shape: int, **ways: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
-        return _Tensor(name="backbone.layers.{}." + name, shape=shape, **ways)
-
-    in_proj = layer(
+    in_proj = _layer(
         "mixer.in_proj.weight",
         2 * inner,
         model,
         to_file=lambda w: w.reshape(w.shape[0], 2 * inner).T,
         from_file=lambda w: w.T.reshape(w.shape[1], 2, inner),
     )
-    conv1d = layer(
+    conv1d = _layer(
         "mixer.conv1d.weight",
         inner,
         1,
@@ -87,27 +81,27 @@ def _table(config: ModelConfig, layout: Layout) -> Table:
         to_file=lambda w: w.T[:, None],
         from_file=lambda w: w.reshape(inner, width).T,
     )
-    in_proj_bias = layer("mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner))
+    in_proj_bias = _layer("mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner))
     tensors = {
         "embedding/table": _Tensor(name=embedding, shape=(vocab, model)),
         "norm_f/scale": _Tensor(name="backbone.norm_f.weight", shape=(model,)),
-        "layers/norm/scale": layer("norm.weight", model),
+        "layers/norm/scale": _layer("norm.weight", model),
         "layers/mixer/in_proj/kernel": in_proj,
         "layers/mixer/conv1d/weight": conv1d,
-        "layers/mixer/x_proj/kernel": layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
-        "layers/mixer/dt_proj/kernel": layer("mixer.dt_proj.weight", inner, rank, **transpose),
-        "layers/mixer/dt_proj/bias": layer("mixer.dt_proj.bias", inner),
-        "layers/mixer/A_log": layer("mixer.A_log", inner, state),
-        "layers/mixer/D": layer("mixer.D", inner),
-        "layers/mixer/out_proj/kernel": layer("mixer.out_proj.weight", model, inner, **transpose),
+        "layers/mixer/x_proj/kernel": _layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
+        "layers/mixer/dt_proj/kernel": _layer("mixer.dt_proj.weight", inner, rank, **transpose),
+        "layers/mixer/dt_proj/bias": _layer("mixer.dt_proj.bias", inner),
+        "layers/mixer/A_log": _layer("mixer.A_log", inner, state),
+        "layers/mixer/D": _layer("mixer.D", inner),
+        "layers/mixer/out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
     }
     if not config.tie_embeddings:
         tensors["lm_head/table"] = _Tensor(name=_HEAD, shape=(vocab, model))
     if mixer.use_conv_bias:
-        tensors["layers/mixer/conv1d/bias"] = layer("mixer.conv1d.bias", inner)
+        tensors["layers/mixer/conv1d/bias"] = _layer("mixer.conv1d.bias", inner)
     if mixer.use_bias:
         tensors["layers/mixer/in_proj/bias"] = in_proj_bias
-        tensors["layers/mixer/out_proj/bias"] = layer("mixer.out_proj.bias", model)
+        tensors["layers/mixer/out_proj/bias"] = _layer("mixer.out_proj.bias", model)
     return {tuple(path.split("/")): tensor for path, tensor in tensors.items()}
 
 

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint folder: names, dtypes and shapes at once, values one at a time."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable
 from os.path import lexists
@@ -97,14 +98,15 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, opened: Any, name: str) -> StoredTensor:
     entry = opened.get_slice(name)
     dtype = re.sub(r"^(F|BF|I|U)(\d+)$", lambda match: _KINDS[match[1]] + match[2], entry.get_dtype())
-
-    def read() -> np.ndarray:
-        try:
-            return opened.get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise _unreadable(path, error) from None
-
+    read = functools.partial(_read, path, opened, name)
     return StoredTensor(file=path, dtype=dtype, shape=tuple(entry.get_shape()), read=read)
+
+
+def _read(path: Path, opened: Any, name: str) -> np.ndarray:
+    try:
+        return opened.get_tensor(name)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -29,7 +29,7 @@ MODEL = ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=Mamba1Config
 
 @pytest.fixture(scope="module")
 def params() -> parameters.Params:
-    return jax.device_get(parameters.init(MODEL, jax.random.key(0)))
+    return jax.device_get(jax.jit(parameters.init, static_argnums=0)(MODEL, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module", params=["hf", "original"])
