@@ -95,7 +95,7 @@ def test_nothing_is_saved_while_steps_are_skipped(config: ExperimentConfig, monk
 def test_state_that_is_not_finite_is_not_saved(
     config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    """A flipped bit in a moment, which no loss shows: the checkpoint before it is kept, and the run ends with a line."""
+    """A flipped bit that no loss shows: the checkpoint before it is kept, and the run ends with a line."""
     report = loop._Run._report
 
     def flip(self: Any, pending: Any) -> None:
