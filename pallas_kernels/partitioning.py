@@ -40,9 +40,9 @@ def on_own_part[*Outputs](
     specs = {name: _spec(letters[name], axes) for name in present}
     there = {name: jax.reshard(array, NamedSharding(mesh, specs[name])) for name, array in present.items()}
     out_specs = tuple(_spec(output, axes) for output in outputs)
-    return jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=out_specs, axis_names=set(mesh.explicit_axes))(
-        there
-    )
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=out_specs, axis_names=set(mesh.explicit_axes))
+    # Outside of jit JAX maps over all axes of a mesh only.
+    return (jax.jit(mapped) if mesh.auto_axes else mapped)(there)
 
 
 def _spec(letters: str, axes: Mapping[str, Any]) -> PartitionSpec:
