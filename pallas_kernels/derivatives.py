@@ -105,10 +105,6 @@ class _Functions:
     apply: Callable[[_Flat, _Flat], _Flat]
     transpose: Callable[[_Flat, _Flat], _Flat]
 
-    @property
-    def transposed(self) -> "_Functions":
-        return _Functions(self.transpose, self.apply)
-
     def mapped(self, **options: Any) -> "_Functions":
         """Over a new leading axis of everything but some residuals; options of `jax.vmap`."""
         return _Functions(jax.vmap(self.apply, **options), jax.vmap(self.transpose, **options))
@@ -135,16 +131,8 @@ mlir.register_lowering(_linear_map_p, mlir.lower_fun(_evaluate, multiple_results
 
 def _transpose(cotangents, *arrays, functions: _Functions, num_residuals: int, types: tuple[Any, ...]):
     del types
-    residuals, inputs = arrays[:num_residuals], arrays[num_residuals:]
-    results = _linear_map_p.bind(
-        *residuals,
-        *map(ad.instantiate_zeros, cotangents),
-        functions=functions.transposed,
-        num_residuals=num_residuals,
-        types=tuple(
-            (array.aval if ad.is_undefined_primal(array) else jax.typeof(array)).to_ct_aval() for array in inputs
-        ),
-    )
+    residuals, inputs = list(arrays[:num_residuals]), arrays[num_residuals:]
+    results = functions.transpose(residuals, [ad.instantiate_zeros(cotangent) for cotangent in cotangents])
     # An input that is known here is the zero tangent of another differentiation, see `_jvp`.
     wanted = [ad.is_undefined_primal(array) for array in inputs]
     return [None] * num_residuals + [
