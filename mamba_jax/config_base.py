@@ -43,6 +43,11 @@ class Config:
             raise InputError("; ".join(problems)) from None
         for name, value in checked:
             object.__setattr__(self, name, value)  # a scalar of numpy is a plain number from here on
+        for name, value in vars(self).items():
+            require(
+                not isinstance(value, int) or abs(value) < 2**32,
+                f"{type(self).__name__}.{name} must stay below 2**32, got {str(value):.40}",
+            )
         self._check()
         for name, value in vars(self).items():
             require(

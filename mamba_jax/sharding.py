@@ -68,6 +68,17 @@ class ShardingRules:
         """The partition of an array whose dimensions have these logical axes."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
+    def within(self, mesh: Mesh | AbstractMesh) -> "ShardingRules":
+        """The rules under a mesh of any axes: only those of its axes that are ours to split arrays over.
+
+        Arrays that are split over explicit or manual axes say so themselves.
+        """
+        kept = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+        axes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(
+            self, **{name: tuple(axis for axis in given if axis in kept) for name, given in axes.items()}
+        )
+
     def parts(self, mesh: Mesh | AbstractMesh, axis: Logical) -> int:
         """Number of parts that a dimension of this meaning is split into."""
         return math.prod(mesh.shape[mesh_axis] for mesh_axis in self.mesh_axes(axis))
@@ -228,7 +239,7 @@ def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | N
 
 
 def constrain(x: jax.Array, *axes: Logical) -> jax.Array:
-    """Pins an activation to the rules under the mesh of `jax.set_mesh`; without a mesh it returns `x` unchanged.
+    """Pins an activation to the rules under the mesh of `jax.set_mesh`; without a mesh they speak of, `x` is unchanged.
 
     A dimension that does not divide evenly, such as the length of a single token, is not split.
 
@@ -236,11 +247,49 @@ def constrain(x: jax.Array, *axes: Logical) -> jax.Array:
         x: the activation.
         *axes: a logical axis, several that the dimension enumerates, or None, for every dimension.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh, rules = _current()
+    if rules is None:
         return x
-    even = [None if dim % RULES.parts(mesh, axis) else axis for dim, axis in zip(x.shape, axes, strict=True)]
-    return jax.lax.with_sharding_constraint(x, RULES.spec(even))
+    even = [None if dim % rules.parts(mesh, axis) else axis for dim, axis in zip(x.shape, axes, strict=True)]
+    return jax.lax.with_sharding_constraint(x, rules.spec(even))
+
+
+def in_context(array: jax.Array) -> jax.Array:
+    """The array, whole on every device of the mesh of `jax.set_mesh` if explicit axes of its type are others'."""
+    mesh, named = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.mesh
+    if mesh == named or mesh.empty or not (mesh.explicit_axes or named.explicit_axes):
+        return array
+    return jax.reshard(array, PartitionSpec())
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """X W, summed over the last dimension of x and the first of W.
+
+    Under explicit mesh axes the result is split as x is, and over outputs as W is where x leaves the axes free.
+    """
+    x_spec, kernel_spec = (tuple(jax.typeof(array).sharding.spec) for array in (x, kernel))
+    if not any((*x_spec, *kernel_spec)):
+        return jnp.tensordot(x, kernel, axes=1)
+    taken = {name for part in x_spec if part is not None for name in (part if isinstance(part, tuple) else (part,))}
+    outputs = [
+        None if part is None or taken & set(part if isinstance(part, tuple) else (part,)) else part
+        for part in kernel_spec[1:]
+    ]
+    kernel = jax.reshard(kernel, PartitionSpec(x_spec[-1], *outputs))
+    return jnp.tensordot(x, kernel, axes=1, out_sharding=PartitionSpec(*x_spec[:-1], *outputs))
+
+
+def sharding_of_rows(indices: jax.Array) -> PartitionSpec | None:
+    """How rows of a table that are looked up lie under explicit mesh axes: as their indices; None without such axes."""
+    kind = jax.typeof(indices).sharding
+    return PartitionSpec(*kind.spec, None) if kind.mesh.explicit_axes else None
+
+
+def _current() -> tuple[AbstractMesh, ShardingRules | None]:
+    """The mesh of `jax.set_mesh`, and the rules that hold under it; None if they leave all arrays as they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = RULES.within(mesh)
+    return mesh, rules if any(dataclasses.astuple(rules)) else None
 
 
 def per_shard[*Outputs](
@@ -266,33 +315,37 @@ def per_shard[*Outputs](
     Returns:
         What `function` returns for the whole arrays.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh, rules = _current()
+    if rules is None:
         return function(**arrays)
     present = {name: array for name, array in arrays.items() if array is not None}
     absent = dict.fromkeys(arrays.keys() - present.keys())
-    mesh = jax.sharding.get_abstract_mesh()
     uneven = {
         axis
         for name, array in present.items()
         for dim, axis in zip(array.shape, axes[name], strict=True)
-        if dim % RULES.parts(mesh, axis)
+        if dim % rules.parts(mesh, axis)
     }
 
     def spec(axes: Sequence[Logical]) -> PartitionSpec:
-        return RULES.spec([None if axis in uneven else axis for axis in axes])
+        return rules.spec([None if axis in uneven else axis for axis in axes])
 
-    return jax.shard_map(
+    mapped = jax.shard_map(
         lambda shards: function(**shards, **absent),
         in_specs=({name: spec(axes[name]) for name in present},),
         out_specs=tuple(spec(output) for output in out_axes),
-        check_vma=False,
-    )(present)
+        axis_names=set(mesh.auto_axes),
+        # Off, it changes nothing under our own mesh; inside another's `jax.shard_map` types must go on being right.
+        check_vma=bool(mesh.manual_axes),
+    )
+    # Outside of jit JAX maps over all axes of a mesh only.
+    return (jax.jit(mapped) if mesh.explicit_axes else mapped)(present)
 
 
 def parts(axis: Axis, size: int) -> int:
     """Number of parts into which `per_shard` splits a dimension of this meaning and size; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    count = 1 if mesh.empty else RULES.parts(mesh, axis)
+    mesh, rules = _current()
+    count = 1 if rules is None else rules.parts(mesh, axis)
     return 1 if size % count else count
 
 

@@ -6,6 +6,7 @@ K convolution width, T tokens per chunk, C chunks of a sequence, F = E / G chann
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jaxtyping import Array, Float, Inexact, Int
 
 # A field of an op's output. To type checkers it is an array; at run time it may hold whatever a tree transformation
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
 else:
     Leaf = Any
 
-SequenceBLE = Float[Array, "B L E"]
-TokenBE = Float[Array, "B E"]
-ChannelE = Float[Array, " E"]
-MatrixEN = Inexact[Array, "E N"]
-StateBEN = Inexact[Array, "B E N"]
-SegmentsBL = Int[Array, "B L"]
-WeightKE = Float[Array, "K E"]
-WindowBKE = Float[Array, "B K-1 E"]
+# What becomes an array: nested lists of numbers as well.
+_Given = Array | np.ndarray
+SequenceBLE = Float[_Given, "B L E"] | list[Any]
+TokenBE = Float[_Given, "B E"] | list[Any]
+ChannelE = Float[_Given, " E"] | list[Any]
+MatrixEN = Inexact[_Given, "E N"] | list[Any]
+StateBEN = Inexact[_Given, "B E N"] | list[Any]
+SegmentsBL = Int[_Given, "B L"] | list[Any]
+WeightKE = Float[_Given, "K E"] | list[Any]
+WindowBKE = Float[_Given, "B K-1 E"] | list[Any]
 
 # The input and output matrices of the recurrence: shared by all channels, shared by each group, or constant over time.
-SequenceMatrix = Inexact[Array, "B L N"] | Inexact[Array, "B L #G N"] | Inexact[Array, "E N"]
-TokenMatrix = Inexact[Array, "B N"] | Inexact[Array, "B #G N"] | Inexact[Array, "E N"]
+SequenceMatrix = Inexact[_Given, "B L N"] | Inexact[_Given, "B L #G N"] | Inexact[_Given, "E N"] | list[Any]
+TokenMatrix = Inexact[_Given, "B N"] | Inexact[_Given, "B #G N"] | Inexact[_Given, "E N"] | list[Any]

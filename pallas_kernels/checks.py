@@ -1,7 +1,33 @@
 """One-line errors for arguments that no implementation could take."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+
+def as_arrays(op: str, required: Mapping[str, Any], optional: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as JAX arrays: NumPy's, nested lists of numbers, and whatever else `jnp.asarray` takes.
+
+    Args:
+        op: name of the op, for messages.
+        required: arguments by name.
+        optional: arguments by name; None stays None.
+
+    Raises:
+        ValueError: an argument is no array.
+    """
+
+    def convert(name: str, value: Any) -> jax.Array:
+        try:
+            return jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{op}: {name} is no array but {type(value).__name__} ({reason})") from error
+
+    given = {name: value for name, value in optional.items() if value is not None}
+    return dict.fromkeys(optional) | {name: convert(name, value) for name, value in (dict(required) | given).items()}
 
 
 def require(condition: bool, message: str) -> None:
@@ -42,6 +68,22 @@ def require_inexact(op: str, *, complex_allowed: bool, **arrays: jax.Array | Non
             raise ValueError(f"{op}: {name} has dtype {array.dtype}, expected a floating or complex dtype")
         if not complex_allowed:
             raise ValueError(f"{op}: {name} has dtype {array.dtype} but A is real; give a complex A or a real {name}")
+
+
+def require_integer(op: str, **arrays: jax.Array | None) -> None:
+    """Raises ValueError unless every array is None or of an integer dtype."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}, expected an integer dtype")
+
+
+def decline_symbolic_sizes(op: str, implementation: str, *arrays: jax.Array | None) -> None:
+    """Raises NotImplementedError if a size is a symbol, as in an export for any length: kernels are built for sizes."""
+    for array in arrays:
+        if array is not None and not all(isinstance(size, int) for size in array.shape):
+            raise NotImplementedError(
+                f"{op}: {implementation!r} takes known sizes only, got {array.shape}; use implementation='xla'"
+            )
 
 
 def decline_double_precision(op: str, *arrays: jax.Array | None) -> None:

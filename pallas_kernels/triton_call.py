@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import cuda_compute_capability
+from pallas_kernels.partitioning import varying_like
 
 MINIMUM_COMPUTE_CAPABILITY = 80
 
@@ -73,4 +74,5 @@ def call(
         name=name,
         **constants,
     )
-    return {key: result for key, result in zip(outputs, results, strict=True) if outputs[key] is not None}
+    written = {key: result for key, result in zip(outputs, results, strict=True) if outputs[key] is not None}
+    return varying_like(unread, written)

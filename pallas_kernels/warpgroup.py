@@ -23,6 +23,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.partitioning import varying_like
+
 LANES = 32
 WARPS = 4
 THREADS = LANES * WARPS
@@ -353,4 +355,4 @@ def launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
     )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
+    return varying_like(next(iter(inputs.values())), dict(zip(outputs, results, strict=True)))

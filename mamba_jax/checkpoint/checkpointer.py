@@ -161,7 +161,7 @@ class Checkpointer:
         if moved:
             raise InputError(
                 f"all checkpoints of {self._run_dir} are damaged and were moved to {self._run_dir / 'damaged'}: put a "
-                "good copy back, or choose another train.run_dir to start again"
+                "good copy back, or pass --from-scratch to set aside what is left and begin at step 0"
             )
         return None
 

@@ -22,11 +22,11 @@ class Block(nnx.Module):
     def __call__(
         self,
         residual_BLD: Float[jax.Array, "B L D"],
-        state: Mamba1State | None,
-        segment_ids_BL: Int[jax.Array, "B L"] | None,
+        state: Mamba1State | None = None,
+        segment_ids_BL: Int[jax.Array, "B L"] | None = None,
     ) -> tuple[Float[jax.Array, "B L D"], Mamba1State]:
         """Returns the residual stream after the block, and the mixer's state after the last token."""
         normed_BLD = self.norm(residual_BLD, dtype=self.compute_dtype)
-        update_BLD, state = self.mixer(normed_BLD, state, segment_ids_BL)
-        residual_BLD = residual_BLD + update_BLD.astype(residual_BLD.dtype)
-        return constrain(residual_BLD, Axis.BATCH, Axis.LENGTH, None), state
+        update = self.mixer.advance(normed_BLD, state, segment_ids_BL)
+        residual_BLD = residual_BLD + update.y.astype(residual_BLD.dtype)
+        return constrain(residual_BLD, Axis.BATCH, Axis.LENGTH, None), update.state

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from mamba_jax.config import ModelConfig
 from mamba_jax.models import initializers
 from mamba_jax.models.block import Block
-from mamba_jax.models.layers import Embedding, RMSNorm
+from mamba_jax.models.layers import Embedding, RMSNorm, read
 from mamba_jax.models.recurrent_state import LMState
 from mamba_jax.sharding import Axis, constrain
 
@@ -124,4 +124,4 @@ class LanguageModel(nnx.Module):
     def unembedding(self) -> Float[jax.Array, "V D"]:
         """The head's matrix (V, D), V the padded vocabulary, in the parameter dtype."""
         head = self.embedding if self.config.tie_embeddings else self.lm_head
-        return head.table[...]
+        return read(head.table)

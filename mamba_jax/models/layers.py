@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from mamba_jax.models.initializers import Initializer, ones
 from mamba_jax.models.lookup import look_up
-from mamba_jax.sharding import Axis, constrain
+from mamba_jax.sharding import Axis, constrain, in_context, product
 
 
 def parameter(
@@ -32,6 +32,11 @@ def parameter(
     return nnx.Param(initializer(rngs.params(), shape, jnp.dtype(dtype)), axes=axes, decay=decay)
 
 
+def read(param: nnx.Param) -> jax.Array:
+    """The value of a parameter, for use under the mesh of the context."""
+    return in_context(param[...])
+
+
 class Linear(nnx.Module):
     """y = x W + b, contracting the last dimension of x with the first of W; W may have several output dimensions."""
 
@@ -54,9 +59,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "... I"]) -> Float[jax.Array, "..."]:
         """Maps (..., I) to (..., O) or (..., O1, O2), in the compute dtype."""
-        y = jnp.tensordot(x.astype(self.compute_dtype), self.kernel[...].astype(self.compute_dtype), axes=1)
+        y = product(x.astype(self.compute_dtype), read(self.kernel).astype(self.compute_dtype))
         if self.has_bias:
-            bias = self.bias[...].astype(self.compute_dtype)
+            bias = read(self.bias).astype(self.compute_dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y
 
@@ -72,7 +77,7 @@ class RMSNorm(nnx.Module):
         """Normalises the last dimension and rounds the result to `dtype`."""
         x = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * inverse_rms * self.scale[...].astype(jnp.float32)[None, None]).astype(dtype)
+        return (x * inverse_rms * read(self.scale).astype(jnp.float32)[None, None]).astype(dtype)
 
 
 class Embedding(nnx.Module):
@@ -87,5 +92,5 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
         """Looks up the vectors of `tokens`, in float32."""
         # Split by the width too, the table would make the partitioner move the vectors instead.
-        table = constrain(self.table[...], Axis.VOCAB, None)
-        return look_up(table.shape[0], table, tokens).astype(jnp.float32)
+        table = constrain(read(self.table), Axis.VOCAB, None)
+        return look_up(table, tokens).astype(jnp.float32)

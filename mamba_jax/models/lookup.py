@@ -6,47 +6,57 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mamba_jax.sharding import Axis, constrain, parts, per_shard, shard_number
+from mamba_jax.sharding import Axis, constrain, parts, per_shard, shard_number, sharding_of_rows
+from pallas_kernels.derivatives import differentiable
 
 # Tokens whose sums are one product; the side of a matrix unit.
 _BLOCK = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def look_up(num_rows: int, table: Float[Array, "V D"], ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+def look_up(table: Float[Array, "V D"], ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """The rows of a table with the given numbers.
 
         y_t = table[ids_t];  dtable_v = sum of dy_t over the t with ids_t = v
 
     On GPUs the transpose of a gather adds with atomic operations, in another order every time. There the tokens are
-    sorted by id instead, and summed by products with matrices of zeros and ones. Elsewhere XLA adds in one order.
+    sorted by id instead, and summed by products with matrices of zeros and ones, unless mesh axes are explicit or
+    manual. Elsewhere XLA adds in one order.
 
     Args:
-        num_rows: V.
         table: (V, D).
         ids: (B, L) in [0, V); others give NaN and have no gradient.
 
     Returns:
         (B, L, D), in the dtype of the table. A row of `dy` that is not finite spoils the gradients of other rows too.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.explicit_axes or mesh.manual_axes:
+        return _rows(table.shape[0], table, ids)
+    return _look_up(table.shape[0], table, ids)
+
+
+def _rows(num_rows: int, table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
     del num_rows
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return table_VD.at[ids_BL].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=sharding_of_rows(ids_BL)
+    )
 
 
-def _forward(num_rows, table_VD, ids_BL):
-    return look_up(num_rows, table_VD, ids_BL), ids_BL
-
-
-def _backward(num_rows, ids_BL, dy_BLD):
+def _gradient(num_rows: int, ids_BL: jax.Array, dy_BLD: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         ids_BL,
         dy_BLD,
         cuda=functools.partial(_add_sorted, num_rows),
         default=functools.partial(_add_in_order, num_rows),
-    ), None
+    )
 
 
-look_up.defvjp(_forward, _backward)
+_look_up = differentiable(
+    _rows,
+    forward=lambda num_rows, table_VD, ids_BL: (_rows(num_rows, table_VD, ids_BL), ids_BL),
+    backward=_gradient,
+    tangent=lambda num_rows, ids_BL, dtable_VD: _rows(num_rows, dtable_VD, ids_BL),
+)
 
 
 def _add_in_order(num_rows: int, ids_BL: jax.Array, dy_BLD: jax.Array) -> jax.Array:

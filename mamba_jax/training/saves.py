@@ -50,7 +50,6 @@ class Saves:
             self._start(step, state)
         except SaveFailed as error:
             self._reporter.event("save_failed", step=step, reason=str(error))
-            self._reporter.note(f"step {step} could not be saved: {error}")
         self._reporter.goodput(step)
 
     def save_last(self, step: int, state: TrainState) -> None:

@@ -7,7 +7,6 @@ tokens. The gradients of weight and bias are summed over a run in registers; XLA
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -21,6 +20,7 @@ from pallas_kernels.causal_conv1d.windows import (
     final_window,
     with_defaults,
 )
+from pallas_kernels.derivatives import differentiable, no_forward_mode
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.register_math import Registers, loop, sigmoid, total
 from pallas_kernels.warpgroup import THREADS, Warpgroup, launch, widen
@@ -30,6 +30,8 @@ _COLUMNS = 16
 _RUNS = THREADS // _COLUMNS
 
 Arrays = dict[str, jax.Array]
+# x, window, weight and bias.
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,27 +88,28 @@ def causal_conv1d(
     options = _Options(
         activation=activation, interpreted=target_platform() == "cpu", forward=walks[0], backward=walks[1]
     )
-    y, last_inputs = _convolve(options, x, window, weight, bias, segment_ids)
+    y, last_inputs = _convolve(options, (x, window, weight, bias), segment_ids)
     return ConvOutput(y=y, final_window=last_inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(options: _Options, x, window, weight, bias, segment_ids) -> tuple[jax.Array, jax.Array]:
-    return _convolve_forward(options, x, window, weight, bias, segment_ids)[0]
+def _convolve_outputs(
+    options: _Options, arrays: Operands, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    return _convolve_forward(options, arrays, segment_ids)[0]
 
 
-def _convolve_forward(options: _Options, x, window, weight, bias, segment_ids):
+def _convolve_forward(options: _Options, arrays: Operands, segment_ids: jax.Array | None):
+    x, window, weight, bias = arrays
     inputs = _prepare(options.forward, x, window, weight, bias, segment_ids)
     walk = options.forward
     outputs = {"y": jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)}
     results = _call(options, _forward, walk, x.shape, inputs, outputs, extra_tokens=0)
     y = results["y"][:, : x.shape[2]].reshape(x.shape)
-    residuals = x, window, weight, bias, segment_ids
-    return (y, final_window(x, window, segment_ids)), residuals
+    return (y, final_window(x, window, segment_ids)), (arrays, segment_ids)
 
 
 def _convolve_backward(options: _Options, residuals, cotangents):
-    x, window, weight, bias, segment_ids = residuals
+    (x, window, weight, bias), segment_ids = residuals
     dy, dfinal_window = cotangents
     walk, past = options.backward, weight.shape[0] - 1
     inputs = _prepare(walk, x, window, weight, bias, segment_ids)
@@ -130,16 +133,15 @@ def _convolve_backward(options: _Options, residuals, cotangents):
         dx, dwindow = add_gradient_of_final_window(dx, dtail, dwindow, dfinal_window, segment_ids)
     dweight = results["dweight"].reshape(runs, weight.shape[0], columns).sum(axis=0)[:, :channels]
     dbias = results["dbias"].sum(axis=0)[:channels]
-    return (
-        dx,
-        dwindow.astype(window.dtype),
-        dweight.astype(weight.dtype),
-        dbias.astype(bias.dtype),
-        None,
-    )
+    return dx, dwindow.astype(window.dtype), dweight.astype(weight.dtype), dbias.astype(bias.dtype)
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+_convolve = differentiable(
+    _convolve_outputs,
+    forward=_convolve_forward,
+    backward=_convolve_backward,
+    tangent=no_forward_mode(OP, "pallas_gpu"),
+)
 
 
 def _runs(walk: Walk, tokens: int) -> int:

@@ -7,7 +7,6 @@ sequence; XLA adds up the batch.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -24,7 +23,9 @@ from pallas_kernels.causal_conv1d.windows import (
     final_window,
     with_defaults,
 )
+from pallas_kernels.derivatives import differentiable, no_forward_mode
 from pallas_kernels.devices import target_platform
+from pallas_kernels.partitioning import result_type
 from pallas_kernels.tpu_tiles import (
     GROUP,
     LANES,
@@ -39,6 +40,8 @@ from pallas_kernels.tpu_tiles import (
 )
 
 Arrays = dict[str, jax.Array]
+# x, window, weight and bias.
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 INTERPRETER = pltpu.InterpretParams()
 _VMEM_BYTES = 15 * 2**20
 
@@ -71,26 +74,28 @@ def causal_conv1d(
     decline_unusual("pallas_tpu", x, weight, bias, initial_window)
     window, bias = with_defaults(x, weight, bias, initial_window)
     options = _Options(activation=activation, interpreted=target_platform() == "cpu")
-    y, last_inputs = _convolve(options, x, window, weight, bias, segment_ids)
+    y, last_inputs = _convolve(options, (x, window, weight, bias), segment_ids)
     return ConvOutput(y=y, final_window=last_inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(options: _Options, x, window, weight, bias, segment_ids) -> tuple[jax.Array, jax.Array]:
-    return _convolve_forward(options, x, window, weight, bias, segment_ids)[0]
+def _convolve_outputs(
+    options: _Options, arrays: Operands, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    return _convolve_forward(options, arrays, segment_ids)[0]
 
 
-def _convolve_forward(options: _Options, x, window, weight, bias, segment_ids):
+def _convolve_forward(options: _Options, arrays: Operands, segment_ids: jax.Array | None):
+    x, window, weight, bias = arrays
     geometry, inputs, kinds = _prepare(x, window, weight, bias, segment_ids)
     outputs = {"y": ("sequence", x.dtype)}
     scratch = {"inputs": (geometry.tiles, SUBLANES + GROUP, LANES)}
     results = _call(options, _forward, geometry, inputs, kinds, outputs, scratch, is_reversed=False)
     y = results["y"][:, : x.shape[1], : x.shape[2]]
-    return (y, final_window(x, window, segment_ids)), (x, window, weight, bias, segment_ids)
+    return (y, final_window(x, window, segment_ids)), (arrays, segment_ids)
 
 
 def _convolve_backward(options: _Options, residuals, cotangents):
-    x, window, weight, bias, segment_ids = residuals
+    (x, window, weight, bias), segment_ids = residuals
     dy, dfinal_window = cotangents
     geometry, inputs, kinds = _prepare(x, window, weight, bias, segment_ids)
     inputs |= {"dy": _padded(geometry, dy), "group_before": inputs["x"]}
@@ -114,11 +119,15 @@ def _convolve_backward(options: _Options, residuals, cotangents):
         dtail = jnp.pad(dtail, ((0, 0), (geometry.past - dtail.shape[1], 0), (0, 0)))
         dx, dwindow = add_gradient_of_final_window(dx, dtail, dwindow, dfinal_window, segment_ids)
     dtaps = results["dtaps"].sum(axis=(0, 2))[:, :channels]
-    gradients = dx, dwindow.astype(window.dtype), dtaps[:-1].astype(weight.dtype), dtaps[-1].astype(bias.dtype)
-    return *gradients, None
+    return dx, dwindow.astype(window.dtype), dtaps[:-1].astype(weight.dtype), dtaps[-1].astype(bias.dtype)
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+_convolve = differentiable(
+    _convolve_outputs,
+    forward=_convolve_forward,
+    backward=_convolve_backward,
+    tangent=no_forward_mode(OP, "pallas_tpu"),
+)
 
 
 def _gradient_of_window(dfirst: jax.Array, weight: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -184,7 +193,7 @@ def _call(
         grid=geometry.grid,
         in_specs=[geometry.spec(kinds[name], is_reversed=is_reversed) for name in inputs],
         out_specs=[geometry.spec(kind, is_reversed=is_reversed) for kind, _ in outputs.values()],
-        out_shape=[jax.ShapeDtypeStruct(geometry.shape(kind), dtype) for kind, dtype in outputs.values()],
+        out_shape=[result_type(inputs["x"], geometry.shape(kind), dtype) for kind, dtype in outputs.values()],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES

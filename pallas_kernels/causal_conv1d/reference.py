@@ -23,9 +23,9 @@ def causal_conv1d(
     width = weight.shape[0]
     is_double = any(a is not None and a.dtype == jnp.float64 for a in (x, weight, bias, initial_window))
     real = jnp.float64 if is_double else jnp.float32
-    window_BKE = jnp.zeros((batch, width - 1, channels), real)
-    if initial_window is not None:
-        window_BKE = initial_window.astype(x.dtype).astype(real)
+    if initial_window is None:
+        initial_window = jnp.zeros_like(x, shape=(batch, width - 1, channels))
+    window_BKE = initial_window.astype(x.dtype).astype(real)
     is_start_LB = jnp.zeros((length, batch), bool)
     if segment_ids is not None:
         is_start_LB = is_start_LB.at[1:].set(segment_ids.T[1:] != segment_ids.T[:-1])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d.signature import OP
 from pallas_kernels.causal_conv1d.xla import count_segments
+from pallas_kernels.checks import decline_symbolic_sizes
 
 MAX_WIDTH = 8
 
@@ -13,6 +14,7 @@ def decline_unusual(
     implementation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None, initial_window: jax.Array | None
 ) -> None:
     """Raises NotImplementedError, with the reason, for what the Pallas kernels do not do."""
+    decline_symbolic_sizes(OP, implementation, x, weight)
     if weight.shape[0] > MAX_WIDTH:
         raise NotImplementedError(f"{OP}: {implementation!r} takes at most {MAX_WIDTH} taps, got {weight.shape[0]}")
     for name, array in {"x": x, "weight": weight, "bias": bias, "initial_window": initial_window}.items():
@@ -26,7 +28,7 @@ def with_defaults(
     """The initial window in the dtype of x, and the bias."""
     batch, _, channels = x.shape
     if initial_window is None:
-        initial_window = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
+        initial_window = jnp.zeros_like(x, shape=(batch, weight.shape[0] - 1, channels))
     bias = jnp.zeros((channels,), jnp.float32) if bias is None else bias
     return initial_window.astype(x.dtype), bias
 

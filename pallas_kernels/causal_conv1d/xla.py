@@ -31,7 +31,7 @@ def causal_conv1d(
     batch, _, channels = x.shape
     past = weight.shape[0] - 1
     if initial_window is None:
-        initial_window = jnp.zeros((batch, past, channels), x.dtype)
+        initial_window = jnp.zeros_like(x, shape=(batch, past, channels))
     segments = None if segment_ids is None else count_segments(segment_ids, past)
     y, final_window = _convolve(activation, x, initial_window.astype(x.dtype), weight, bias, segments)
     return ConvOutput(y=y, final_window=final_window)

@@ -1,11 +1,16 @@
 """The selective scan: the recurrence at the heart of Mamba."""
 
 import functools
+from typing import Any
+
+from jax import Array
 
 from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
+from pallas_kernels.checks import as_arrays
 from pallas_kernels.dispatch import Dispatcher
+from pallas_kernels.partitioning import on_own_part
 from pallas_kernels.selective_scan import pallas_gpu, pallas_tpu, reference, triton, xla
-from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput, check_arguments
+from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput, check_arguments, dimensions
 
 _dispatch = Dispatcher[ScanOutput](
     op=OP,
@@ -49,7 +54,9 @@ def selective_scan(
     Bbar_t is dt_t B_t ("euler", as in the released Mamba code) or (exp(dt_t A) - 1) / A B_t ("zoh"). With a complex A,
     whose states stand for conjugate pairs, sum_n C_t h_t becomes 2 Re(sum_n C_t h_t).
 
-    Reverse-mode differentiable in every floating argument, through both outputs. The state is float32 throughout.
+    Differentiable in every floating argument, through both outputs: in reverse mode, and but for the kernels in forward
+    mode. The state is float32 throughout. Under explicit mesh axes rows and channels stay split as those of x are.
+    NumPy arrays and nested lists are taken as well.
 
     Args:
         x: (B, L, E) input.
@@ -78,7 +85,17 @@ def selective_scan(
 
     Source: arXiv 2312.00752, algorithm 2 and equations 1-4; the gate is part of the block in its figure 3.
     """
-    options = {"D": D, "z": z, "dt_bias": dt_bias, "discretization": discretization}
+    required = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     carried = {"initial_state": initial_state, "segment_ids": segment_ids}
-    check_arguments(x, dt, A, B, C, **options, **carried)
-    return _dispatch(x, dt, A, B, C, **options, **carried, dt_softplus=dt_softplus, implementation=implementation)
+    optional = {"D": D, "z": z, "dt_bias": dt_bias, **carried}
+    arrays = as_arrays(OP, required, optional)
+    check_arguments(arrays, discretization=discretization)
+    options = {"dt_softplus": dt_softplus, "discretization": discretization, "implementation": implementation}
+
+    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
+        given = [arrays[name] for name in required]
+        output = _dispatch(*given, **{name: arrays[name] for name in optional}, **options)
+        return output.y, output.final_state
+
+    y, final_state = on_own_part(run, arrays, dimensions(arrays), ("BLE", "BEN"))
+    return ScanOutput(y=y, final_state=final_state)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import decline_symbolic_sizes
 from pallas_kernels.selective_scan.signature import OP, Discretization
 
 SLOWEST = 1e-30
@@ -80,6 +81,7 @@ def decline_unusual(
 ) -> None:
     """Raises NotImplementedError, with the reason, for what the Pallas kernels do not do."""
     A, B, C = arrays["A"], arrays["B"], arrays["C"]
+    decline_symbolic_sizes(OP, implementation, arrays["x"], A)
     if jnp.issubdtype(A.dtype, jnp.complexfloating):
         raise NotImplementedError(f"{OP}: {implementation!r} takes a real A only, got {A.dtype}")
     if B.ndim == 2 or C.ndim == 2:

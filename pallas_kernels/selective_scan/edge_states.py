@@ -10,17 +10,20 @@ and the cotangents of y alone make the cotangent of the state that enters
     dh_0 = sum_t exp(A s_0t) C_t silu(z_t) dy_t
 
 Tokens with a segment's start between them and the edge contribute nothing. A device that holds a part of a sequence
-learns from these what it passes on to others, before it can start its own scan. Neither has a gradient of its own.
+learns from these what it passes on to others, before it can start its own scan. The kernels have no derivatives.
 """
 
 import jax
+from jaxtyping import Inexact
 
-from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
+from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix
+from pallas_kernels.checks import as_arrays
 from pallas_kernels.dispatch import Dispatcher
+from pallas_kernels.partitioning import on_own_part
 from pallas_kernels.selective_scan import api, edge_states_xla, pallas_gpu, pallas_tpu
-from pallas_kernels.selective_scan.signature import Discretization
+from pallas_kernels.selective_scan.signature import Discretization, check_arguments, dimensions
 
-_dispatch = Dispatcher[StateBEN](
+_dispatch = Dispatcher[jax.Array](
     op="selective_scan_edge",
     implementations={
         "pallas_gpu": pallas_gpu.edge_state,
@@ -44,7 +47,7 @@ def selective_scan_final_state(
     discretization: Discretization = "euler",
     segment_ids: SegmentsBL | None = None,
     implementation: str | None = None,
-) -> StateBEN:
+) -> Inexact[jax.Array, "B E N"]:
     """The `final_state` of `selective_scan` from a zero initial state.
 
     Args:
@@ -63,14 +66,17 @@ def selective_scan_final_state(
         (B, E, N), float32 (complex64 for a complex A).
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a shape or dtype outside the above, or an unknown name.
         NotImplementedError: the named implementation does not take the arguments.
 
     Source: arXiv 2312.00752, equation 2a unrolled.
     """
+    required = {"x": x, "dt": dt, "A": A, "B": B}
+    op = "selective_scan_final_state"
+    arrays = as_arrays(op, required, {"dt_bias": dt_bias, "segment_ids": segment_ids})
+    check_arguments(arrays, op=op, discretization=discretization)
     return _edge_state(
-        {"x": x, "dt": dt, "A": A, "B": B, "C": B, "dt_bias": dt_bias},
-        segment_ids,
+        arrays | {"C": arrays["B"]},
         implementation,
         dt_softplus=dt_softplus,
         discretization=discretization,
@@ -89,7 +95,7 @@ def selective_scan_initial_cotangent(
     dt_softplus: bool = False,
     segment_ids: SegmentsBL | None = None,
     implementation: str | None = None,
-) -> StateBEN:
+) -> Inexact[jax.Array, "B E N"]:
     """The cotangent of the `initial_state` of `selective_scan`, where that of `final_state` is zero.
 
     Args:
@@ -108,15 +114,19 @@ def selective_scan_initial_cotangent(
         (B, E, N), float32 (complex64 for a complex A).
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a shape or dtype outside the above, or an unknown name.
         NotImplementedError: the named implementation does not take the arguments.
 
     Source: the adjoint of arXiv 2312.00752, equations 2a and 2b, unrolled.
     """
+    required = {"dy": dy, "dt": dt, "A": A, "C": C}
+    op = "selective_scan_initial_cotangent"
+    arrays = as_arrays(op, required, {"z": z, "dt_bias": dt_bias, "segment_ids": segment_ids})
     # The discretization has no part in the decay.
+    check_arguments(arrays, op=op, sequence="dy", discretization="euler")
+    arrays["x"] = arrays.pop("dy")
     return _edge_state(
-        {"x": dy, "dt": dt, "A": A, "B": C, "C": C, "z": z, "dt_bias": dt_bias},
-        segment_ids,
+        arrays | {"B": arrays["C"]},
         implementation,
         dt_softplus=dt_softplus,
         discretization="euler",
@@ -126,7 +136,6 @@ def selective_scan_initial_cotangent(
 
 def _edge_state(
     arrays: dict[str, jax.Array | None],
-    segment_ids: jax.Array | None,
     implementation: str | None,
     *,
     dt_softplus: bool,
@@ -134,11 +143,17 @@ def _edge_state(
     backwards: bool,
 ) -> jax.Array:
     """Either of the two; backwards "x" is dy. The one matrix stands for both that a scan has."""
-    return _dispatch(
-        {name: array for name, array in arrays.items() if array is not None},
-        segment_ids,
-        dt_softplus=dt_softplus,
-        discretization=discretization,
-        backwards=backwards,
-        implementation="xla" if implementation in _WITHOUT_KERNEL else implementation,
-    )
+
+    def run(arrays: dict[str, jax.Array | None]) -> tuple[jax.Array]:
+        state = _dispatch(
+            {name: array for name, array in arrays.items() if array is not None and name != "segment_ids"},
+            arrays["segment_ids"],
+            dt_softplus=dt_softplus,
+            discretization=discretization,
+            backwards=backwards,
+            implementation="xla" if implementation in _WITHOUT_KERNEL else implementation,
+        )
+        return (state,)
+
+    (state,) = on_own_part(run, arrays, dimensions(arrays), ("BEN",))
+    return state

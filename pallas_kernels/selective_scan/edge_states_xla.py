@@ -37,7 +37,7 @@ def edge_state(
     def constant(array_EN: jax.Array) -> jax.Array:
         return jnp.swapaxes(array_EN.astype(dtype).reshape(1, 1, groups, -1, states), 3, 4)
 
-    chunk = min(length, _CHUNK)
+    chunk = min(length, _CHUNK) if isinstance(length, int) else _CHUNK
     padding = round_up(length, chunk) - length
 
     def chunks(array: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ def edge_state(
             state_BGNF = jnp.where(starts_B[:, None, None, None] == 0, state_BGNF, 0)
         return state_BGNF + jnp.sum(terms, axis=1), None
 
-    start = jnp.zeros((batch, groups, states, channels // groups), dtype)
+    start = jnp.zeros_like(weights_BLE, dtype, (batch, groups, states, channels // groups))
     state_BGNF, _ = jax.lax.scan(advance, start, tokens, reverse=backwards)
     return jnp.swapaxes(state_BGNF, 2, 3).reshape(batch, channels, states)
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.derivatives import differentiable, no_forward_mode, not_differentiable
 from pallas_kernels.devices import cuda_compute_capability, target_platform
 from pallas_kernels.selective_scan import pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
 from pallas_kernels.selective_scan.argument_layout import (
@@ -97,6 +98,14 @@ def edge_state(
         NotImplementedError: as `selective_scan`.
     """
     options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization)
+
+    def run(arrays: Arrays, segment_ids: jax.Array | None) -> jax.Array:
+        return _edge_state(options, arrays, segment_ids, backwards=backwards)
+
+    return not_differentiable("selective_scan_edge", "pallas_gpu", run)(arrays, segment_ids)
+
+
+def _edge_state(options: _Options, arrays: Arrays, segment_ids: jax.Array | None, *, backwards: bool) -> jax.Array:
     geometry, padded = _prepare(options, options.backward if backwards else options.forward, arrays, segment_ids)
     if backwards:
         padded["dy"] = padded.pop("x")
@@ -128,8 +137,7 @@ def _choose(
     return _Options(dt_softplus=dt_softplus, interpreted=is_interpreted, forward=forward, backward=backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _scan_outputs(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     outputs, *_ = _run_forward(options, arrays, segment_ids, checkpoints=False)
     return outputs
 
@@ -187,10 +195,12 @@ def _scan_backward(options: _Options, residuals, cotangents):
         if name in arrays:
             outputs[f"d{name}"] = float32(parts * geometry.batch, geometry.width)
     results = _call(options, pallas_gpu_backward, geometry, parts, padded, outputs)
-    return _gradients(geometry, arrays, results), None
+    return _gradients(geometry, arrays, results)
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+_scan = differentiable(
+    _scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=no_forward_mode(OP, "pallas_gpu")
+)
 
 
 def _run_parts(options: _Options, geometry: Geometry, padded: Arrays, parts: int) -> Arrays:

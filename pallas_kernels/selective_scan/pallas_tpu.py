@@ -5,7 +5,6 @@ gradient will be needed, the backward kernel computes the others again from ther
 """
 
 import dataclasses
-import functools
 from types import ModuleType
 
 import jax
@@ -13,7 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.derivatives import differentiable, no_forward_mode, not_differentiable
 from pallas_kernels.devices import target_device_kind, target_platform
+from pallas_kernels.partitioning import result_type
 from pallas_kernels.register_math import LOG2_E
 from pallas_kernels.selective_scan import pallas_tpu_backward, pallas_tpu_edge, pallas_tpu_forward
 from pallas_kernels.selective_scan.argument_layout import (
@@ -117,14 +118,17 @@ def edge_state(
         NotImplementedError: as `selective_scan`.
     """
     options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization)
-    prepared = _prepare(options, arrays, segment_ids)
-    if backwards:
-        prepared["dy"] = prepared.pop("x")
     output = "dinitial_state" if backwards else "final_state"
-    results = _call(
-        options, pallas_tpu_edge, prepared, {output: jnp.dtype(jnp.float32)}, checkpoints=False, is_reversed=backwards
-    )
-    return _state_of_blocks(options.geometry, results[output], arrays)
+
+    def run(arrays: Arrays, segment_ids: jax.Array | None) -> jax.Array:
+        inputs = _prepare(options, arrays, segment_ids)
+        if backwards:
+            inputs["dy"] = inputs.pop("x")
+        dtypes = {output: jnp.dtype(jnp.float32)}
+        results = _call(options, pallas_tpu_edge, inputs, dtypes, checkpoints=False, is_reversed=backwards)
+        return _state_of_blocks(options.geometry, results[output], arrays)
+
+    return not_differentiable("selective_scan_edge", "pallas_tpu", run)(arrays, segment_ids)
 
 
 def _choose(
@@ -151,8 +155,7 @@ def _choose(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _scan_outputs(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     outputs, _ = _run_forward(options, arrays, segment_ids, checkpoints=False)
     return outputs
 
@@ -190,10 +193,12 @@ def _scan_backward(options: _Options, residuals, cotangents):
     wide = ("dmatrices", "dinitial_state", "dA", *(f"d{name}" for name in ("D", "dt_bias") if name in arrays))
     dtypes |= dict.fromkeys(wide, jnp.dtype(jnp.float32))
     results = _call(options, pallas_tpu_backward, inputs, dtypes, checkpoints=False, is_reversed=True)
-    return _gradients(geometry, arrays, results), None
+    return _gradients(geometry, arrays, results)
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+_scan = differentiable(
+    _scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=no_forward_mode(OP, "pallas_tpu")
+)
 
 
 def _call(
@@ -222,7 +227,7 @@ def _call(
         grid=geometry.grid,
         in_specs=specs(inputs),
         out_specs=specs(dtypes),
-        out_shape=[jax.ShapeDtypeStruct(geometry.shape(_KINDS[name]), dtype) for name, dtype in dtypes.items()],
+        out_shape=[result_type(inputs["dt"], geometry.shape(_KINDS[name]), dtype) for name, dtype in dtypes.items()],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),

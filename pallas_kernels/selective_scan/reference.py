@@ -44,9 +44,9 @@ def selective_scan(
     reset_LB = jnp.zeros((length, batch), bool)
     if segment_ids is not None:
         reset_LB = reset_LB.at[1:].set(segment_ids.T[1:] != segment_ids.T[:-1])
-    state_BEN = jnp.zeros((batch, channels, A_EN.shape[1]), state_dtype)
-    if initial_state is not None:
-        state_BEN = initial_state.astype(state_dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros_like(x_BLE, shape=(batch, channels, A_EN.shape[1]))
+    state_BEN = initial_state.astype(state_dtype)
 
     def step(state_BEN, inputs):
         x_BE, dt_BE, B_BEN, C_BEN, reset_B = inputs

@@ -5,13 +5,13 @@ chunk of 32 or 64 tokens; the backward kernel recomputes the others from there.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_call
-from pallas_kernels.checks import decline_double_precision
+from pallas_kernels.checks import decline_double_precision, decline_symbolic_sizes
+from pallas_kernels.derivatives import differentiable, no_forward_mode
 from pallas_kernels.selective_scan.argument_layout import group_count
 from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput
 
@@ -97,13 +97,14 @@ def selective_scan(
 
     Raises:
         NotImplementedError: the target is no CUDA GPU of compute capability 8.0 or more, jax-triton is not installed, A
-            is complex, N is over 256, or an argument is float64.
+            is complex, N is over 256, an argument is float64, or a size is not known.
     """
     decline_double_precision(OP, x, dt, A, B, C, D, z, dt_bias, initial_state)
     if jnp.issubdtype(A.dtype, jnp.complexfloating):
         raise NotImplementedError(f"{OP}: 'triton' takes a real A only, got {A.dtype}")
     if A.shape[1] > MAX_STATES:
         raise NotImplementedError(f"{OP}: 'triton' takes at most {MAX_STATES} states, got {A.shape[1]}")
+    decline_symbolic_sizes(OP, "triton", x, A)
     triton_call.import_kernels(OP, _KERNELS)
     options = _Options(
         dt_softplus=dt_softplus,
@@ -145,8 +146,7 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _scan_outputs(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     results = _run_forward(options, arrays, segment_ids, has_checkpoints=False)
     return results["y"], results["final_state"]
 
@@ -202,11 +202,12 @@ def _scan_backward(options: _Options, residuals, cotangents):
     outputs["dinitial_state"] = _float32(batch, channels, states)
     outputs["scratch"] = _float32(batch * blocks, kept, tile.channels, kept_states)
     results = _call(options, arrays, "backward", inputs, outputs, constants, tile)
-    gradients = {name: _summed(results[f"d{name}"], name, arrays[name]) for name in arrays}
-    return gradients, None
+    return {name: _summed(results[f"d{name}"], name, arrays[name]) for name in arrays}
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+_scan = differentiable(
+    _scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=no_forward_mode(OP, "triton")
+)
 
 
 def _summed(gradient: jax.Array, name: str, argument: jax.Array) -> jax.Array:

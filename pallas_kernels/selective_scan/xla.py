@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import decline_double_precision
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.devices import target_platform
 from pallas_kernels.selective_scan.argument_layout import group_count, segment_starts
 from pallas_kernels.selective_scan.coefficients import Tree, emit, inject
@@ -67,13 +68,13 @@ def selective_scan(
     decline_double_precision(OP, x, dt, A, B, C, D, z, dt_bias, initial_state)
     batch, length, channels = x.shape
     if initial_state is None:
-        initial_state = jnp.zeros((batch, channels, A.shape[1]), jnp.result_type(jnp.float32, A.dtype))
+        initial_state = jnp.zeros_like(x, jnp.result_type(jnp.float32, A.dtype), (batch, channels, A.shape[1]))
     arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": initial_state}
     options = _Options(
         dt_softplus=dt_softplus,
         discretization=discretization,
         recurrence=recurrence,
-        chunk_length=min(length, _chunk_length(recurrence)),
+        chunk_length=min(length, _chunk_length(recurrence)) if isinstance(length, int) else _chunk_length(recurrence),
     )
     y, final_state = _scan(options, {k: v for k, v in arrays.items() if v is not None}, segment_ids)
     return ScanOutput(y=y, final_state=final_state)
@@ -89,8 +90,7 @@ def _chunk_length(recurrence: RecurrenceName) -> int:
     return {r.name: r.chunk_length for r in (SEQUENTIAL, ASSOCIATIVE)}[recurrence]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options: _Options, arrays: Tree, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _scan_outputs(options: _Options, arrays: Tree, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     return _scan_forward(options, arrays, segment_ids)[0]
 
 
@@ -112,10 +112,18 @@ def _scan_backward(options: _Options, residuals, cotangents):
     dstate_BGNF = _packed_state(dstate_BEN, groups=state_BGNF.shape[1])
     run = functools.partial(_run_backward, options)
     cotangents = _on_platform(options, run, sequences, masks, constants, starts_CBGNF, dy_BLE, dstate_BGNF)
-    return *split_vjp(cotangents), None
+    (darrays,) = split_vjp(cotangents)
+    return darrays
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+def _scan_tangent(options: _Options, residuals, tangents: Tree):
+    arrays, segment_ids, _ = residuals
+    tangents = {name: tangent for name, tangent in tangents.items() if tangent is not None}
+    moving = {name: arrays[name] for name in tangents}
+    return jax.jvp(lambda moved: _scan_outputs(options, arrays | moved, segment_ids), (moving,), (tangents,))[1]
+
+
+_scan = differentiable(_scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=_scan_tangent)
 
 
 def _on_platform(options: _Options, run, *args):

@@ -1,10 +1,16 @@
 """One time step of the selective scan, for token-by-token generation."""
 
+from typing import Any
+
+from jax import Array
+
 from pallas_kernels.array_types import ChannelE, MatrixEN, StateBEN, TokenBE, TokenMatrix
+from pallas_kernels.checks import as_arrays
 from pallas_kernels.dispatch import Dispatcher
+from pallas_kernels.partitioning import on_own_part
 from pallas_kernels.selective_scan.signature import Discretization
 from pallas_kernels.selective_state_update import reference, xla
-from pallas_kernels.selective_state_update.signature import OP, StateUpdateOutput, check_arguments
+from pallas_kernels.selective_state_update.signature import OP, StateUpdateOutput, check_arguments, dimensions
 
 _dispatch = Dispatcher[StateUpdateOutput](
     op=OP, implementations={"reference": reference.selective_state_update, "xla": xla.selective_state_update}
@@ -32,6 +38,9 @@ def selective_state_update(
         h' = exp(dt A) h + Bbar x
         y = (sum_n C h' + D x) silu(z)
 
+    Differentiable in every floating argument. Under explicit mesh axes rows and channels stay split as those of x are.
+    NumPy arrays and nested lists are taken as well.
+
     Args:
         state: (B, E, N) state before the token.
         x: (B, E) input.
@@ -57,6 +66,16 @@ def selective_state_update(
 
     Source: arXiv 2312.00752, equation 2.
     """
-    options = {"D": D, "z": z, "dt_bias": dt_bias, "discretization": discretization}
-    check_arguments(state, x, dt, A, B, C, **options)
-    return _dispatch(state, x, dt, A, B, C, **options, dt_softplus=dt_softplus, implementation=implementation)
+    required = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C}
+    arrays = as_arrays(OP, required, {"D": D, "z": z, "dt_bias": dt_bias})
+    check_arguments(arrays, discretization=discretization)
+    # From here on two dimensions are (E, N), whatever part of the batch or the channels a device has.
+    arrays |= {name: arrays[name][:, None] for name in ("B", "C") if arrays[name].shape[:-1] == arrays["x"].shape[:1]}
+    options = {"dt_softplus": dt_softplus, "discretization": discretization, "implementation": implementation}
+
+    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
+        output = _dispatch(**arrays, **options)
+        return output.y, output.state
+
+    y, state = on_own_part(run, arrays, dimensions(arrays), ("BE", "BEN"))
+    return StateUpdateOutput(y=y, state=state)

@@ -21,11 +21,10 @@ def selective_state_update(
     dt_softplus: bool,
     discretization: Discretization,
 ) -> StateUpdateOutput:
-    """See `pallas_kernels.selective_state_update.api.selective_state_update`."""
+    """See `pallas_kernels.selective_state_update.api.selective_state_update`; B and C are (B, G, N) or (E, N)."""
 
     def with_time(matrix: jax.Array) -> jax.Array:
-        is_constant = matrix.ndim == 2 and matrix.shape[0] != x.shape[0]
-        return matrix if is_constant else matrix[:, None]
+        return matrix if matrix.ndim == 2 else matrix[:, None]
 
     output = reference.selective_scan(
         x[:, None],

@@ -1,6 +1,8 @@
 """What every implementation of the state update takes and returns."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +27,9 @@ class StateUpdateOutput:
     state: Leaf
 
 
-def check_arguments(
-    state: jax.Array,
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    *,
-    D: jax.Array | None,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
-    discretization: str,
-) -> None:
+def check_arguments(arrays: Mapping[str, Any], *, discretization: str) -> None:
     """Raises ValueError, in one line, for arguments outside the signature."""
+    x, A = arrays["x"], arrays["A"]
     require(x.ndim == 2 and 0 not in x.shape, f"{OP}: x has shape {x.shape}, expected non-empty (B, E)")
     batch, channels = x.shape
     require(
@@ -46,12 +37,13 @@ def check_arguments(
         f"{OP}: A has shape {A.shape}, expected (E, N) with E = {channels} as in x",
     )
     states = A.shape[1]
-    require_shape(OP, "state", state, (batch, channels, states), meaning="(B, E, N)")
-    require_shape(OP, "dt", dt, x.shape, meaning="the shape of x")
-    require_shape(OP, "z", z, x.shape, meaning="the shape of x")
-    require_shape(OP, "D", D, (channels,), meaning="(E,)")
-    require_shape(OP, "dt_bias", dt_bias, (channels,), meaning="(E,)")
-    for name, matrix in (("B", B), ("C", C)):
+    require_shape(OP, "state", arrays["state"], (batch, channels, states), meaning="(B, E, N)")
+    for name in ("dt", "z"):
+        require_shape(OP, name, arrays[name], x.shape, meaning="the shape of x")
+    for name in ("D", "dt_bias"):
+        require_shape(OP, name, arrays[name], (channels,), meaning="(E,)")
+    matrices = {name: arrays[name] for name in ("B", "C")}
+    for name, matrix in matrices.items():
         groups = matrix.shape[1] if matrix.ndim == 3 else 1
         require(
             groups > 0 and channels % groups == 0, f"{OP}: {name} has {groups} groups, which do not divide E={channels}"
@@ -63,10 +55,19 @@ def check_arguments(
             f"{OP}: {name} of shape {matrix.shape} could be (B, N) or (E, N) with B = E = {batch}; give it as "
             "(B, 1, N) or, if constant, broadcast to (B, E, N)",
         )
-    require_float(OP, x=x, dt=dt, D=D, z=z, dt_bias=dt_bias)
+    require_float(OP, **{name: arrays[name] for name in ("x", "dt", "D", "z", "dt_bias")})
     require_inexact(OP, complex_allowed=True, A=A)
     is_complex = jnp.issubdtype(A.dtype, jnp.complexfloating)
-    require_inexact(OP, complex_allowed=is_complex, state=state, B=B, C=C)
+    require_inexact(OP, complex_allowed=is_complex, state=arrays["state"], **matrices)
     require(
         discretization in ("euler", "zoh"), f"{OP}: unknown discretization {discretization!r}; choose 'euler' or 'zoh'"
     )
+
+
+def dimensions(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Letters of the dimensions of every argument, for `pallas_kernels.partitioning`; B and C are as they are run."""
+    letters = {"state": "BEN", "x": "BE", "dt": "BE", "A": "EN", "D": "E", "z": "BE", "dt_bias": "E"}
+    for name in ("B", "C"):
+        matrix = arrays[name]
+        letters[name] = "EN" if matrix.ndim == 2 else "B1N" if matrix.shape[1] == 1 else "BGN"
+    return letters

@@ -23,7 +23,7 @@ def selective_state_update(
     dt_softplus: bool,
     discretization: Discretization,
 ) -> StateUpdateOutput:
-    """See `pallas_kernels.selective_state_update.api.selective_state_update`.
+    """See `pallas_kernels.selective_state_update.api.selective_state_update`; B and C are (B, G, N) or (E, N).
 
     Raises:
         NotImplementedError: an argument is float64 or complex128.
@@ -49,9 +49,7 @@ def selective_state_update(
 
 
 def _per_channel(matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """(B, N), (B, G, N) or (E, N) to (B, E, N), or to (1, E, N) if constant."""
-    batch, channels = shape
-    if matrix.ndim == 2 and matrix.shape[0] != batch:
+    """(B, G, N) or (E, N) to (B, E, N), or to (1, E, N) if constant."""
+    if matrix.ndim == 2:
         return matrix[None]
-    matrix = matrix[:, None] if matrix.ndim == 2 else matrix
-    return jnp.repeat(matrix, channels // matrix.shape[1], axis=1)
+    return jnp.repeat(matrix, shape[1] // matrix.shape[1], axis=1)

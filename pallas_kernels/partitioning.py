@@ -1,0 +1,90 @@
+"""Operations on arrays whose types say how they lie on devices: inside `jax.shard_map`, or under explicit mesh axes.
+
+An operation names the dimensions of its arrays by letters. It treats batch rows (B) and channels (E) apart, so a device
+can work on its own rows and channels alone; groups of channels (G) lie with their channels, all else is needed whole.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Arrays = dict[str, jax.Array | None]
+
+
+def on_own_part[*Outputs](
+    function: Callable[[Arrays], tuple[*Outputs]], arrays: Arrays, letters: Mapping[str, str], outputs: Sequence[str]
+) -> tuple[*Outputs]:
+    """Calls `function` on what a device holds of the batch and of the channels.
+
+    Under explicit mesh axes rows and channels stay split as those of "x" are, and the other arrays are brought to them.
+
+    Args:
+        function: of the arrays by name, to a tuple of arrays.
+        arrays: by name; "x" is one of them.
+        letters: of the dimensions of every array that is not None.
+        outputs: letters of the dimensions of what `function` returns.
+    """
+    present = {name: array for name, array in arrays.items() if array is not None}
+    mesh = next((m for m in (jax.typeof(array).sharding.mesh for array in present.values()) if m.explicit_axes), None)
+
+    def run(parts: dict[str, jax.Array]) -> tuple[*Outputs]:
+        return function(arrays | alike_over_devices(parts))
+
+    if mesh is None:
+        return run(present)
+    axes = dict(zip(letters["x"], jax.typeof(present["x"]).sharding.spec, strict=True))
+    axes = _of_groups({letter: axes[letter] for letter in "BE"}, mesh, present, letters)
+    specs = {name: _spec(letters[name], axes) for name in present}
+    there = {name: jax.reshard(array, NamedSharding(mesh, specs[name])) for name, array in present.items()}
+    out_specs = tuple(_spec(output, axes) for output in outputs)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=out_specs, axis_names=set(mesh.explicit_axes))
+    # Outside of jit JAX maps over all axes of a mesh only.
+    return (jax.jit(mapped) if mesh.auto_axes else mapped)(there)
+
+
+def _spec(letters: str, axes: Mapping[str, Any]) -> PartitionSpec:
+    return PartitionSpec(*(axes.get(letter) for letter in letters))
+
+
+def _of_groups(
+    axes: dict[str, Any], mesh: Any, arrays: dict[str, jax.Array], letters: Mapping[str, str]
+) -> dict[str, Any]:
+    """Adds the mesh axes of groups, those of their channels; channels stay whole where groups would not."""
+    names = axes["E"] if isinstance(axes["E"], tuple) else (axes["E"],) * (axes["E"] is not None)
+    parts = math.prod(mesh.shape[name] for name in names)
+    counts = [arrays[name].shape[letters[name].index("G")] for name in arrays if "G" in letters[name]]
+    if any(count % parts for count in counts):
+        return axes | {"E": None}
+    return axes | {"G": axes["E"]}
+
+
+def alike_over_devices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays, each varying over all mesh axes that any of them varies over inside a `jax.shard_map`.
+
+    What is computed from some of them then has the type of what is computed from others, and the gradient of one that
+    devices share is summed over them.
+    """
+    over = frozenset[str]().union(*map(_varying, arrays.values()))
+    return {name: _varied(array, over) for name, array in arrays.items()}
+
+
+def varying_like(array: jax.Array, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Results of a kernel whose types do not say that they vary over mesh axes, as its argument `array` does."""
+    return {name: _varied(result, _varying(array)) for name, result in results.items()}
+
+
+def result_type(array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, which varies over the mesh axes that its argument `array` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+
+
+def _varying(array: jax.Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _varied(array: jax.Array, over: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(over - _varying(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
