@@ -31,6 +31,7 @@ import jax
 import jaxlib
 import numpy as np
 
+from mamba_jax.checkpoint import record
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
     CheckpointConfig,
@@ -195,14 +196,11 @@ def run_to_the_end(config: ExperimentConfig, folder: Path, *, kill_at: int | Non
             process.send_signal(signal.SIGKILL)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    for record in records:
+    for values in records:
         for name in _SPEEDS:
-            record.pop(name, None)
-    stored = sorted(run_dir.glob(f"checkpoints/{config.train.num_steps}/*/metadata")) or sorted(
-        path for path in run_dir.glob(f"checkpoints/{config.train.num_steps}/fingerprints/*") if path.is_file()
-    )
+            values.pop(name, None)
     records.append({"samples": (run_dir / "samples.txt").read_text()})
-    return records, json.loads(stored[0].read_text())
+    return records, record.read(run_dir / "checkpoints" / str(config.train.num_steps)).fingerprints
 
 
 def compare_runs(options: Options) -> list[str]:

@@ -43,13 +43,12 @@ class Config:
             raise InputError("; ".join(problems)) from None
         for name, value in checked:
             object.__setattr__(self, name, value)  # a scalar of numpy is a plain number from here on
+        self._check()
         for name, value in vars(self).items():
             require(
                 not isinstance(value, int) or abs(value) < 2**32,
-                f"{type(self).__name__}.{name} must stay below 2**32, got {str(value):.40}",
+                f"{type(self).__name__}.{name} must stay below 2**32, got more",
             )
-        self._check()
-        for name, value in vars(self).items():
             require(
                 not isinstance(value, float) or value == 0 or _FLOAT32_TINY <= abs(value) <= _FLOAT32_MAX,
                 f"{type(self).__name__}.{name} = {value} is beyond float32, which holds 0 and {_FLOAT32_TINY:.3g} to "
