@@ -103,8 +103,6 @@ def check_is_run_or_free(config: ExperimentConfig) -> None:
             f"train.run_dir {run_dir} is an address, but a folder is needed: mount the storage and name "
             "the folder (docs/running_on_a_pod.md)"
         )
-    if run_dir != run_dir.encode(errors="replace").decode():
-        raise InputError(f"train.run_dir {run_dir!r} is not UTF-8: choose another folder")
     with _writing(run_dir):
         # Some text that is not Unicode.
         to_json(config)

@@ -206,8 +206,8 @@ def test_checkpoints_on_another_disk(make_config: MakeConfig, finished: Experime
     assert (run_dir / "checkpoints").is_symlink()
 
 
-@pytest.mark.parametrize("kind", ["dangling link", "fifo as config", "foreign config", "line break", "not UTF-8"])
-def test_odd_folders(make_config: MakeConfig, saved: ExperimentConfig, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["dangling link", "fifo as config", "foreign config", "not UTF-8"])
+def test_odd_folders(saved: ExperimentConfig, tmp_path: Path, kind: str) -> None:
     def at(run_dir: Path) -> ExperimentConfig:
         return dataclasses.replace(saved, train=dataclasses.replace(saved.train, run_dir=str(run_dir)))
 
@@ -226,11 +226,8 @@ def test_odd_folders(make_config: MakeConfig, saved: ExperimentConfig, tmp_path:
         for from_scratch in (False, True):
             assert "unknown key 'model_type'" in refusal(at(tmp_path / "model"), from_scratch=from_scratch)
         assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
-    elif kind == "line break":
-        assert train(at(tmp_path / "a\nb")).is_complete
-        assert load_params(tmp_path / "a\nb").step == 4
     else:
-        assert "udcff' is not UTF-8" in refusal(at(tmp_path / os.fsdecode(b"\xff")))
+        assert "utf-8" in refusal(at(tmp_path / os.fsdecode(b"\xff"))).lower()
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
