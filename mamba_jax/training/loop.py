@@ -287,7 +287,7 @@ class _Run:
         return metrics
 
     def _call_profiler(self, call: Callable[..., None], *args: str) -> bool:
-        """Whether it worked; a run does not end for want of a profile."""
+        """Whether it worked; a failed profile never stops the run."""
         try:
             call(*args)
         except Exception as error:

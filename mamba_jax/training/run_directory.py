@@ -217,7 +217,8 @@ def set_aside(run_dir: Path) -> Path | None:
 
 def _set_content_aside(link: Path, target: Path) -> None:
     """Checkpoints behind a link stay on their disk, and so will the next ones."""
-    steps = [path for path in link.iterdir() if path.name.isdecimal()]
+    # Whole ones, damaged ones, and what is left of others.
+    steps = [path for path in link.iterdir() if path.name[0].isdecimal()]
     folder = link.resolve() / f"{target.parent.name}-{target.name}"
     folder.mkdir()
     for path in steps:

@@ -118,9 +118,10 @@ def check_may_begin(run_dir: Path, record: RunRecord | None) -> None:
     """
     told = [event.get("step") for event in read_events(run_dir) if event["event"] in ("start", "preempted", "finished")]
     saved = [step for step in (record.saved if record else None, *told) if isinstance(step, int)]
-    if max(saved, default=0) > 0 or quarantined(run_dir):
+    last = max(saved, default=0)
+    if last > 0 or quarantined(run_dir):
+        until = f" up to step {last}" if last else ""
         raise InputError(
-            f"{run_dir} holds a run that was saved (the last time at step {max(saved, default=0)}), but no checkpoint "
-            f"any more: put one back into {run_dir / FOLDER}, or pass --from-scratch to set aside what is left "
-            "and begin at step 0"
+            f"{run_dir} holds a run that was saved{until}, but no checkpoint any more: put one back into "
+            f"{run_dir / FOLDER}, or pass --from-scratch to set aside what is left and begin at step 0"
         )

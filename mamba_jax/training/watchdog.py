@@ -1,4 +1,4 @@
-"""Ends a process that no longer gets on, so that a launcher can restart the job.
+"""Exits a process that makes no progress, so that a launcher can restart the job.
 
 A host that is alive but stuck stops all others in their next collective operation, for ever and without an error.
 """
@@ -72,13 +72,6 @@ class Watchdog:
             self._seconds, self._doing = seconds, doing
             self._changed.notify()
         signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
-
-    def disarm(self) -> None:
-        """Takes the deadline away until `arm` is called again."""
-        with self._changed:
-            self._deadline = None
-            self._changed.notify()
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _watch(self) -> None:
         with self._changed:

@@ -77,6 +77,9 @@ def test_training_goes_on(make_config: MakeConfig, monkeypatch: pytest.MonkeyPat
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = loop.train(config, devices=jax.devices()[:1])
+    # A profile that cannot be written stays open in this process, where others follow.
+    (Path(config.train.run_dir) / "profile").unlink()
+    jax.profiler.stop_trace()
     assert result.is_complete
     assert load_params(config.train.run_dir).step == 6
     told = [str(warning.message) for warning in caught if warning.category is UserWarning]

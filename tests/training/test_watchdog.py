@@ -82,9 +82,6 @@ def test_progress_keeps_it_quiet(ends: set[str]) -> None:
         for _ in range(10):
             watchdog.arm(0.4, "step")
             time.sleep(0.1)
-        watchdog.disarm()
-        time.sleep(0.6)
-        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
         assert not ends
         watchdog.arm(60.0, "a long save")
         watchdog.arm(0.1, "a short step")
