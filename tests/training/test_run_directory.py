@@ -206,7 +206,7 @@ def test_checkpoints_on_another_disk(make_config: MakeConfig, finished: Experime
     assert (run_dir / "checkpoints").is_symlink()
 
 
-@pytest.mark.parametrize("kind", ["dangling link", "fifo as config", "foreign config", "not UTF-8"])
+@pytest.mark.parametrize("kind", ["dangling link", "fifo as config", "foreign config", "line break", "not UTF-8"])
 def test_odd_folders(saved: ExperimentConfig, tmp_path: Path, kind: str) -> None:
     def at(run_dir: Path) -> ExperimentConfig:
         return dataclasses.replace(saved, train=dataclasses.replace(saved.train, run_dir=str(run_dir)))
