@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class ShardingRules:
         """The partition of an array whose dimensions have these logical axes."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
-    def within(self, mesh: Mesh | AbstractMesh) -> Self:
+    def within(self, mesh: Mesh | AbstractMesh) -> "ShardingRules":
         """The rules under a mesh of any axes: only those of its axes that are ours to split arrays over.
 
         Arrays that are split over explicit or manual axes say so themselves.
