@@ -29,6 +29,19 @@ CONV = ConvSpec(name="conv", length=9, batch=4, channels=8, has_segments=True)
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
+ON_GPU = jax.default_backend() == "gpu"
+
+
+def with_ops(*default: str) -> pytest.MarkDecorator:
+    """Every op; those that are not named by the slow tests only."""
+    return pytest.mark.parametrize(
+        "name", [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    )
+
+
+NAMES = ("scan", "convolution", "update", "final state", "initial cotangent")
+
+
 def number(outputs: tuple[Any, ...]) -> jax.Array:
     return sum(jnp.sum(jnp.sin(output)) for output in outputs)
 
@@ -86,7 +99,6 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
-with_every_op = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def assert_close(actual: Any, expected: Any) -> None:
@@ -110,6 +122,11 @@ def unsharded(name: str) -> Any:
     """What one device gives."""
     case = CASES[name]
     return outputs_and_gradients(case.run, case, case.arrays)
+
+
+def skip_off_platform(implementation: str) -> None:
+    if implementation == "pallas_tpu" and ON_GPU:
+        pytest.skip("for TPUs")
 
 
 def tangents_of(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -173,6 +190,7 @@ def hessian_product(name: str) -> Any:
     return jax.jit(lambda arrays: jax.jvp(gradient, (arrays,), (tangents_of(arrays),))[1])(case.arrays)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_the_scan() -> None:
     assert_close(hessian_product("xla"), hessian_product("reference"))
 
@@ -203,6 +221,7 @@ KERNELS = [
 
 @pytest.mark.parametrize(("function", "name", "implementation"), KERNELS)
 def test_kernels_refuse_forward_mode_in_one_line(function, name: str, implementation: str) -> None:
+    skip_off_platform(implementation)
     case = CASES[name]
 
     def run(x: jax.Array) -> Any:
@@ -220,12 +239,13 @@ def test_kernels_refuse_forward_mode_in_one_line(function, name: str, implementa
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 def test_kernels_of_edge_states_refuse_derivatives(implementation: str) -> None:
+    skip_off_platform(implementation)
     case = CASES["final state"]
     with pytest.raises(NotImplementedError, match=f"'{implementation}' has no derivative; use implementation='xla'"):
         jax.eval_shape(jax.grad(functools.partial(case.loss, implementation=implementation)), case.arrays, case.fixed)
 
 
-@pytest.mark.parametrize("name", ["scan", "convolution"])
+@with_ops("scan")
 def test_mapped_over_an_axis(name: str) -> None:
     """A gradient through two mapped calls is twice that of one, by what is mapped and by what the calls share."""
     case = CASES[name]
@@ -249,7 +269,7 @@ def _spec(letters: str) -> PartitionSpec:
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@pytest.mark.parametrize("name", CASES)
+@with_ops("scan", "convolution")
 def test_inside_shard_map(name: str) -> None:
     """Over the batch and over channels, with the check of varying axes; what devices share gets the whole gradient."""
     case = CASES[name]
@@ -261,7 +281,7 @@ def test_inside_shard_map(name: str) -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@pytest.mark.parametrize("name", CASES)
+@with_ops("scan", "update")
 def test_under_explicit_axes(name: str) -> None:
     """Outputs are split as x is, whatever way the other arguments lie; gradients as the arguments are."""
     case = CASES[name]
@@ -294,6 +314,7 @@ def test_channels_that_would_cut_a_group_stay_whole() -> None:
 )
 def test_types_hold_inside_shard_map(name: str, implementation: str) -> None:
     """Every implementation can be traced there, with its gradient if it has one: JAX checks the types."""
+    skip_off_platform(implementation)
     case = CASES[name]
     has_gradient = "state" not in name.split() and "cotangent" not in name
     specs = [{name: _spec(case.letters[name]) for name in given} for given in (case.arrays, case.fixed)]
@@ -309,8 +330,9 @@ def test_types_hold_inside_shard_map(name: str, implementation: str) -> None:
     assert all(shape.size for shape in jax.tree.leaves(shapes))
 
 
-@with_every_op
-def test_exports_for_any_batch_and_length(case: Case) -> None:
+@with_ops("scan")
+def test_exports_for_any_batch_and_length(name: str) -> None:
+    case = CASES[name]
     rows, length = export.symbolic_shape("rows, length")
     symbols = {"B": rows, "L": length}
     given = case.arrays, case.fixed
@@ -326,13 +348,14 @@ def test_exports_for_any_batch_and_length(case: Case) -> None:
         return array[tuple(slice({"B": 3, "L": 7}.get(letter)) for letter in case.letters[name])]
 
     parts = [{name: part(name, array) for name, array in arrays.items()} for arrays in given]
-    assert_close(exported.call(*given), jax.jit(jax.grad(case.loss))(*given))
+    assert_close(exported.call(*given), unsharded(name)[1])
     assert_close(exported.call(*parts), jax.jit(jax.grad(case.loss))(*parts))
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 @pytest.mark.parametrize("name", ["scan", "convolution"])
 def test_kernels_decline_sizes_that_are_symbols(name: str, implementation: str) -> None:
+    skip_off_platform(implementation)
     case = CASES[name]
     (length,) = export.symbolic_shape("length")
     given = case.arrays | case.fixed
@@ -347,7 +370,7 @@ def test_kernels_decline_sizes_that_are_symbols(name: str, implementation: str) 
         export.export(jax.jit(lambda arrays: case.run(arrays, {}, implementation)))(shapes)
 
 
-@pytest.mark.parametrize("name", CASES)
+@with_ops("scan", "update")
 def test_numpy_arrays_and_lists_are_arrays(name: str) -> None:
     case = CASES[name]
 
