@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 else:
     Leaf = Any
 
+# A size is an int, or a symbol in an export for any size.
+Size = Any
+
 # What becomes an array: nested lists of numbers as well.
 _Given = Array | np.ndarray
 SequenceBLE = Float[_Given, "B L E"] | list[Any]
@@ -25,7 +28,7 @@ MatrixEN = Inexact[_Given, "E N"] | list[Any]
 StateBEN = Inexact[_Given, "B E N"] | list[Any]
 SegmentsBL = Int[_Given, "B L"] | list[Any]
 WeightKE = Float[_Given, "K E"] | list[Any]
-WindowBKE = Float[_Given, "B K-1 E"] | list[Any]
+WindowBKE = Float[_Given, "B W E"] | list[Any]
 
 # The input and output matrices of the recurrence: shared by all channels, shared by each group, or constant over time.
 SequenceMatrix = Inexact[_Given, "B L N"] | Inexact[_Given, "B L #G N"] | Inexact[_Given, "E N"] | list[Any]

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import Size
+from pallas_kernels.devices import target_platform
+
 
 def as_arrays(op: str, required: Mapping[str, Any], optional: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as JAX arrays: NumPy's, nested lists of numbers, and whatever else `jnp.asarray` takes.
@@ -36,14 +39,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_shape(op: str, name: str, array: jax.Array | None, *expected: tuple[int, ...], meaning: str) -> None:
+def require_shape(op: str, name: str, array: jax.Array | None, *expected: tuple[Size, ...], meaning: str) -> None:
     """Raises ValueError unless `array` is None or has one of the expected shapes.
 
     Args:
         op: name of the op, for the message.
         name: of the argument, for the message.
         array: the argument.
-        *expected: shapes that are allowed.
+        *expected: shapes that are allowed; a size may be a symbol.
         meaning: the allowed shapes in letters, for the message.
     """
     if array is None or array.shape in expected:
@@ -84,6 +87,23 @@ def decline_symbolic_sizes(op: str, implementation: str, *arrays: jax.Array | No
             raise NotImplementedError(
                 f"{op}: {implementation!r} takes known sizes only, got {array.shape}; use implementation='xla'"
             )
+
+
+def decline_off_tpu(op: str) -> None:
+    """Raises NotImplementedError unless 'pallas_tpu' can run: on a TPU, and interpreted on a CPU.
+
+    The compiler cannot split a kernel over devices by itself.
+    """
+    platform = target_platform()
+    if platform not in ("cpu", "tpu"):
+        raise NotImplementedError(f"{op}: 'pallas_tpu' needs a TPU")
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
+    if platform == "tpu" and automatic:
+        raise NotImplementedError(
+            f"{op}: 'pallas_tpu' is not split over automatic mesh axes ({', '.join(automatic)}); call it inside "
+            "jax.shard_map, or make the axes explicit"
+        )
 
 
 def decline_double_precision(op: str, *arrays: jax.Array | None) -> None:

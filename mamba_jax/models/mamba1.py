@@ -1,6 +1,5 @@
 """The Mamba-1 mixer: gated selective state space layer with a short convolution."""
 
-import dataclasses
 import functools
 import math
 import typing
@@ -18,27 +17,13 @@ from mamba_jax.errors import InputError
 from mamba_jax.models import initializers, sequence_parallel
 from mamba_jax.models.convolution import SEQUENCE, WHOLE_SEQUENCE, CausalConv1d
 from mamba_jax.models.layers import Linear, parameter, read
-from mamba_jax.models.recurrent_state import Mamba1State
+from mamba_jax.models.recurrent_state import Mamba1State, MixerOutput
 from mamba_jax.sharding import Axis, constrain, in_context, per_shard, product
 from pallas_kernels import selective_scan, selective_state_update
 
 # Logical axes of the recurrent state and of the scan's constants.
 STATE = (Axis.BATCH, Axis.INNER, Axis.STATE)
 DYNAMICS = {"A": (Axis.INNER, Axis.STATE), "D": (Axis.INNER,), "dt_bias": (Axis.INNER,)}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixerOutput:
-    """Result of a mixer that carries a state.
-
-    Attributes:
-        y: (B, L, D), in the compute dtype.
-        state: after the last token.
-    """
-
-    y: Float[jax.Array, "B L D"]
-    state: Mamba1State
 
 
 class Mamba1(nnx.Module):
@@ -53,6 +38,20 @@ class Mamba1(nnx.Module):
 
     Those of dt, B and C that the config's `selective` does not name are learned constants. It runs with any mesh: over
     explicit axes as its input is split, over automatic axes that are called as in `MeshConfig` by our rules.
+
+    Example:
+        class Model(nnx.Module):
+            def __init__(self, rngs: nnx.Rngs) -> None:
+                self.embed = nnx.Embed(256, 64, rngs=rngs)
+                self.norm = nnx.RMSNorm(64, rngs=rngs)
+                self.mixer = Mamba1(d_model=64, rngs=rngs)
+                self.head = nnx.Linear(64, 256, rngs=rngs)
+
+            def __call__(self, tokens):
+                x = self.embed(tokens)
+                return self.head(x + self.mixer(self.norm(x)))
+
+        logits = Model(nnx.Rngs(0))(tokens)
 
     Source: arXiv 2312.00752, algorithm 2, figure 3 and section 3.4.
     """

@@ -32,6 +32,21 @@ class Mamba1State:
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerOutput:
+    """Result of a mixer that carries a state.
+
+    Attributes:
+        y: (B, L, D), in the compute dtype.
+        state: after the last token.
+    """
+
+    y: Float[jax.Array, "B L D"]
+    state: Mamba1State
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LMState:
     """State of a language model.
 

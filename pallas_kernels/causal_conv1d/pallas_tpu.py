@@ -23,6 +23,7 @@ from pallas_kernels.causal_conv1d.windows import (
     final_window,
     with_defaults,
 )
+from pallas_kernels.checks import decline_off_tpu
 from pallas_kernels.derivatives import differentiable, no_forward_mode
 from pallas_kernels.devices import target_platform
 from pallas_kernels.partitioning import result_type
@@ -66,11 +67,10 @@ def causal_conv1d(
     """See `pallas_kernels.causal_conv1d.api.causal_conv1d`; on a CPU the kernels are interpreted, which is slow.
 
     Raises:
-        NotImplementedError: the target is no TPU, the filter has more than 8 taps, or a dtype is neither float32 nor
-            bfloat16.
+        NotImplementedError: the target is no TPU or several without `jax.shard_map`, a size is a symbol, the filter has
+            more than 8 taps, or a dtype is neither float32 nor bfloat16.
     """
-    if target_platform() not in ("cpu", "tpu"):
-        raise NotImplementedError(f"{OP}: 'pallas_tpu' needs a TPU")
+    decline_off_tpu(OP)
     decline_unusual("pallas_tpu", x, weight, bias, initial_window)
     window, bias = with_defaults(x, weight, bias, initial_window)
     options = _Options(activation=activation, interpreted=target_platform() == "cpu")

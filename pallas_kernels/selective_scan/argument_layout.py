@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import Size
 from pallas_kernels.checks import decline_symbolic_sizes
 from pallas_kernels.selective_scan.signature import OP, Discretization
 
@@ -53,7 +54,7 @@ def per_group(matrix: jax.Array, groups: int) -> jax.Array:
     return jnp.broadcast_to(matrix, (*matrix.shape[:2], groups, matrix.shape[3]))
 
 
-def round_up(size: int, multiple: int) -> int:
+def round_up(size: Size, multiple: int) -> Size:
     """The least multiple that is not less."""
     return -(-size // multiple) * multiple
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.checks import decline_off_tpu
 from pallas_kernels.derivatives import differentiable, no_forward_mode, not_differentiable
 from pallas_kernels.devices import target_device_kind, target_platform
 from pallas_kernels.partitioning import result_type
@@ -94,8 +95,9 @@ def selective_scan(
     `chip` replaces what the table says of the device.
 
     Raises:
-        NotImplementedError: the target is no TPU, A is complex, B or C is constant over time, N is over 256, the
-            discretization is not "euler", or a dtype is neither float32 nor bfloat16.
+        NotImplementedError: the target is no TPU or several without `jax.shard_map`, a size is a symbol, A is complex,
+            B or C is constant over time, N is over 256, the discretization is not "euler", or a dtype is neither
+            float32 nor bfloat16.
     """
     arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
     arrays = {name: array for name, array in arrays.items() if array is not None}
@@ -139,8 +141,7 @@ def _choose(
     Raises:
         NotImplementedError: see `selective_scan`.
     """
-    if target_platform() not in ("cpu", "tpu"):
-        raise NotImplementedError(f"{OP}: 'pallas_tpu' needs a TPU")
+    decline_off_tpu(OP)
     decline_unusual("pallas_tpu", arrays, discretization=discretization, max_states=MAX_STATES)
     batch, length, channels = arrays["x"].shape
     groups = group_count(arrays["B"], arrays["C"])

@@ -6,6 +6,7 @@ It computes in float64 (complex128) if an argument has that precision and in flo
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import Size
 from pallas_kernels.selective_scan.signature import Discretization, ScanOutput
 
 
@@ -69,7 +70,7 @@ def selective_scan(
     return ScanOutput(y=y_BLE.astype(x_BLE.dtype), final_state=state_BEN)
 
 
-def _per_channel(matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _per_channel(matrix: jax.Array, shape: tuple[Size, ...]) -> jax.Array:
     """The matrix of every token and channel, (L, B, E, N), from any of the three accepted layouts."""
     batch, length, channels = shape
     if matrix.ndim == 2:

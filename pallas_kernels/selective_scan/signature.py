@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Leaf
+from pallas_kernels.array_types import Leaf, Size
 from pallas_kernels.checks import require, require_float, require_inexact, require_integer, require_shape
 
 OP = "selective_scan"
@@ -68,7 +68,7 @@ def check_arguments(
 
 
 def _check_matrices(
-    op: str, matrices: dict[str, jax.Array], *, batch: int, length: int, channels: int, states: int
+    op: str, matrices: dict[str, jax.Array], *, batch: Size, length: Size, channels: int, states: int
 ) -> None:
     counts = {name: matrix.shape[2] for name, matrix in matrices.items() if matrix.ndim == 4}
     for name, matrix in matrices.items():

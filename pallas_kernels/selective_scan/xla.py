@@ -16,10 +16,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import Size
 from pallas_kernels.checks import decline_double_precision
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.devices import target_platform
-from pallas_kernels.selective_scan.argument_layout import group_count, segment_starts
+from pallas_kernels.selective_scan.argument_layout import group_count, round_up, segment_starts
 from pallas_kernels.selective_scan.coefficients import Tree, emit, inject
 from pallas_kernels.selective_scan.recurrence import (
     ASSOCIATIVE,
@@ -240,7 +241,7 @@ def _split(options: _Options, arrays: Tree) -> tuple[Tree, Tree, jax.Array]:
     return sequences, constants, _packed_state(arrays["state"].astype(constants["A"].dtype), groups)
 
 
-def _masks(options: _Options, shape: tuple[int, ...], segment_ids: jax.Array | None) -> Tree:
+def _masks(options: _Options, shape: tuple[Size, ...], segment_ids: jax.Array | None) -> Tree:
     """(B, L): `is_valid`, only if the length is padded, and `is_start` of a new segment, if there are any."""
     masks = {}
     if shape[1] % options.chunk_length:
@@ -253,7 +254,7 @@ def _masks(options: _Options, shape: tuple[int, ...], segment_ids: jax.Array | N
 
 def _padded(array: jax.Array, chunk: int) -> jax.Array:
     """Zeros after the last token, up to a whole number of chunks."""
-    padding = -array.shape[1] % chunk
+    padding = round_up(array.shape[1], chunk) - array.shape[1]
     return jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
 
 

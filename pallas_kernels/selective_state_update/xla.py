@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.array_types import Size
 from pallas_kernels.checks import decline_double_precision
 from pallas_kernels.selective_scan.discretization import step_size, zero_order_hold_gain
 from pallas_kernels.selective_scan.signature import Discretization
@@ -48,7 +49,7 @@ def selective_state_update(
     return StateUpdateOutput(y=y_BE.astype(x.dtype), state=state_BEN)
 
 
-def _per_channel(matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _per_channel(matrix: jax.Array, shape: tuple[Size, ...]) -> jax.Array:
     """(B, G, N) or (E, N) to (B, E, N), or to (1, E, N) if constant."""
     if matrix.ndim == 2:
         return matrix[None]

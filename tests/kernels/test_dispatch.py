@@ -4,10 +4,19 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import config as jaxtyping_config
 
-from pallas_kernels import causal_conv1d, dispatch, selective_scan, selective_state_update
+from pallas_kernels import (
+    causal_conv1d,
+    dispatch,
+    selective_scan,
+    selective_scan_final_state,
+    selective_scan_initial_cotangent,
+    selective_state_update,
+)
 from pallas_kernels.ahead_of_time import tracing_for_kind
 from pallas_kernels.devices import target_platform
 from pallas_kernels.dispatch import Dispatcher
@@ -82,11 +91,33 @@ def test_abstract_device_names_the_platform(platform: str) -> None:
         assert target_platform() == platform
 
 
+def test_tpu_kernels_are_not_split_by_the_compiler(caplog: pytest.LogCaptureFixture) -> None:
+    """Under automatic axes over several TPUs XLA's form runs, and says why; mapped over them the kernel does."""
+    target = AbstractDevice(platform="tpu", device_kind="TPU v5 lite", num_cores=1)
+    mesh = AbstractMesh((4,), ("rows",), axis_types=(AxisType.Auto,), abstract_device=target)
+    x = jnp.zeros((4, 8, 16))
+
+    def convolve(x: jax.Array) -> jax.Array:
+        return causal_conv1d(x, jnp.ones((4, 16))).y
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = str(jax.make_jaxpr(convolve)(x))
+        with pytest.raises(NotImplementedError, match=r"automatic mesh axes \(rows\); call it inside jax.shard_map"):
+            jax.make_jaxpr(lambda x: causal_conv1d(x, jnp.ones((4, 16)), implementation="pallas_tpu").y)(x)
+        spec = PartitionSpec("rows")
+        mapped = str(jax.make_jaxpr(jax.shard_map(convolve, in_specs=spec, out_specs=spec))(x))
+    assert "pallas_call" not in text
+    assert "'xla' on tpu" in caplog.text
+    assert "pallas_call" in mapped
+
+
 X = jnp.zeros((2, 5, 4))
 MATRIX = jnp.zeros((2, 5, 3))
 A = -jnp.ones((4, 3))
 SCAN = {"x": X, "dt": X, "A": A, "B": MATRIX, "C": MATRIX}
 CONV = {"x": X, "weight": jnp.zeros((4, 4))}
+ENTERING = {name: SCAN[name] for name in ("x", "dt", "A", "B")}
+LEAVING = {"dy": X, "dt": X, "A": A, "C": MATRIX}
 UPDATE = {
     "state": jnp.zeros((2, 4, 3)),
     "x": X[:, 0],
@@ -124,6 +155,30 @@ UPDATE = {
         (selective_state_update, UPDATE | {"x": X}, r"x has shape \(2, 5, 4\), expected non-empty \(B, E\)"),
         (selective_state_update, UPDATE | {"state": X}, r"state has shape \(2, 5, 4\), expected \(B, E, N\)"),
         (selective_state_update, UPDATE | {"B": jnp.zeros((5, 3))}, r"B has shape \(5, 3\), expected \(B, N\)"),
+        (selective_state_update, UPDATE | {"state": UPDATE["state"].astype(int)}, "state has dtype int32, expected a"),
+        (selective_scan_final_state, ENTERING | {"dt": X[:, :4]}, r"dt has shape \(2, 4, 4\), expected the shape of x"),
+        (selective_scan_final_state, ENTERING | {"B": MATRIX[:1]}, r"B has shape \(1, 5, 3\), expected \(B, L, N\)"),
+        (selective_scan_final_state, ENTERING | {"x": X[:0]}, r"x has shape \(0, 5, 4\), expected non-empty"),
+        (
+            selective_scan_initial_cotangent,
+            LEAVING | {"dt": X[:, :4]},
+            r"dt has .*, expected the shape of dy = \(2, 5, 4\)",
+        ),
+        (
+            selective_scan_initial_cotangent,
+            LEAVING | {"C": MATRIX.astype(int)},
+            "C has dtype int32, expected a floating",
+        ),
+        (selective_scan, SCAN | {"x": None}, r"x is no array but NoneType"),
+        (selective_scan, SCAN | {"z": "gate"}, r"z is no array but str"),
+        (selective_scan, SCAN | {"x": [[[1.0, 2.0]], [[1.0]]]}, r"x is no array but list \(setting an array element"),
+        (selective_scan, SCAN | {"x": X.astype(int).tolist()}, "x has dtype int32, expected a real floating dtype"),
+        (
+            selective_scan,
+            SCAN | {"segment_ids": np.zeros((2, 5), bool)},
+            "segment_ids has dtype bool, expected an integer",
+        ),
+        (causal_conv1d, CONV | {"weight": 1.0}, r"weight has shape \(\), expected \(K, E\)"),
     ],
 )
 def test_bad_arguments_are_one_line(function, arguments: dict, message: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from jaxtyping import config as jaxtyping_config
 
 from mamba_jax.config import Mamba1Config, ModelConfig
 
@@ -24,3 +25,9 @@ def small_config(*, mixer: dict[str, Any] | None = None, **changes: Any) -> Mode
 @pytest.fixture(name="small_config")
 def small_config_fixture():
     return small_config
+
+
+@pytest.fixture
+def only_our_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the annotations' run-time checks, as in production."""
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
