@@ -2,6 +2,7 @@
 
 from pallas_kernels.causal_conv1d.api import causal_conv1d
 from pallas_kernels.causal_conv1d.signature import ConvOutput
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.selective_scan.api import selective_scan
 from pallas_kernels.selective_scan.edge_states import selective_scan_final_state, selective_scan_initial_cotangent
 from pallas_kernels.selective_scan.signature import ScanOutput
@@ -13,6 +14,7 @@ __all__ = [
     "ScanOutput",
     "StateUpdateOutput",
     "causal_conv1d",
+    "differentiable",
     "selective_scan",
     "selective_scan_final_state",
     "selective_scan_initial_cotangent",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mamba_jax.sharding import Axis, constrain, parts, per_shard, shard_number, sharding_of_rows
-from pallas_kernels.derivatives import differentiable
+from pallas_kernels import differentiable
 
 # Tokens whose sums are one product; the side of a matrix unit.
 _BLOCK = 128

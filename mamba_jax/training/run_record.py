@@ -15,6 +15,8 @@ from mamba_jax.training.metric_writer import read_metrics
 from mamba_jax.training.replacement import replacement
 
 RECORD = "run.json"
+# Events whose step, if it is not 0, was saved.
+_AFTER_A_SAVE = ("start", "checkpoint", "preempted", "finished")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def check_may_begin(run_dir: Path, record: RunRecord | None) -> None:
     Raises:
         InputError: it had one.
     """
-    told = [event.get("step") for event in read_events(run_dir) if event["event"] in ("start", "preempted", "finished")]
+    told = [event.get("step") for event in read_events(run_dir) if event["event"] in _AFTER_A_SAVE]
     saved = [step for step in (record.saved if record else None, *told) if isinstance(step, int)]
     last = max(saved, default=0)
     if last > 0 or quarantined(run_dir):

@@ -1,22 +1,16 @@
 """The text that is shown is the prompt and what the model added, whatever the tokenizer does to spaces."""
 
-import contextlib
 import inspect
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.config import MeshConfig
 from mamba_jax.data.tokenizer import ByteTokenizer, Tokenizer
-from mamba_jax.errors import InputError
 from mamba_jax.generation import text
-from mamba_jax.sharding import make_mesh
-from mamba_jax.training import loop
 from tests.data.small_tokenizers import LOSSLESS, LOSSY, opened, saved, small
 
 
@@ -99,29 +93,3 @@ def test_ids_without_a_token_are_not_asked_for(monkeypatch, tmp_path: Path) -> N
     tokenizer = opened(parts, tmp_path)
     assert not tokenizer.known[17]
     assert written(monkeypatch, tokenizer, "the", [20, 17, 20]) == "the far far"
-
-
-def test_a_sample_that_cannot_be_drawn_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
-    reporter = SimpleNamespace(measure=lambda _: contextlib.nullcontext(), note=notes.append)
-    run = SimpleNamespace(
-        config=SimpleNamespace(
-            train=SimpleNamespace(sample_every=1, sample_prompt="a", sample_tokens=1),
-            faults=SimpleNamespace(deadline_seconds=None),
-            seed=0,
-        ),
-        stop=SimpleNamespace(requested=lambda: False),
-        watchdog=SimpleNamespace(arm=lambda *_: None),
-        mesh=make_mesh(MeshConfig()),
-        reporter=reporter,
-        definition=None,
-        state=SimpleNamespace(params=None),
-        tokenizer=None,
-    )
-
-    def refuse(*_, **__) -> str:
-        raise InputError("the logits are not finite")
-
-    monkeypatch.setattr(loop, "complete", refuse)
-    loop._Run._sample(run, 3)
-    assert notes == ["step 3 has no sample: the logits are not finite"]

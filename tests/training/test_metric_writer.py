@@ -365,7 +365,9 @@ def test_bar_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(
         metric_writer,
         "Console",
-        lambda **options: Console(**options, force_terminal=True, width=80, color_system=None, legacy_windows=False),
+        lambda **options: Console(
+            **{**options, "force_terminal": True, "width": 80, "color_system": None, "legacy_windows": False}
+        ),
     )
     display = StatusDisplay(120_000, 0)
     with display.live():
