@@ -50,7 +50,7 @@ ROUNDING = 426 * 23_000 * 32 * 2.0**-53
 
 def muon(**fields: object) -> OptimizerConfig:
     """A learning rate of 0.1 throughout, no decay and no clipping."""
-    defaults = {"peak_lr": 0.1, "schedule": CONSTANT, "weight_decay": 0.0, "clip_norm": 1e30}
+    defaults = {"peak_lr": 0.1, "schedule": CONSTANT, "weight_decay": 0.0, "clip_norm": 1e18}
     return OptimizerConfig(algorithm="muon", **{**defaults, **fields})
 
 
