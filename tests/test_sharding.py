@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from mamba_jax.config import (
     DataConfig,
@@ -29,6 +29,7 @@ from mamba_jax.sharding import (
     constrain,
     make_mesh,
     parameter_sharding,
+    parts,
     process_rows,
     put_batch,
 )
@@ -155,3 +156,21 @@ def test_constrain_splits_activations_under_a_mesh_only() -> None:
     assert y.addressable_shards[0].data.shape == (2, 4, 3)
     assert uneven.addressable_shards[0].data.shape == (2, 4, 5)
     assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"), "sequence")
+
+
+def test_rules_leave_axes_that_are_not_ours_alone() -> None:
+    """Other names, and our names where arrays say themselves how they are split."""
+    kinds = {"data": AxisType.Auto, "pipe": AxisType.Auto, "tensor": AxisType.Explicit}
+    mesh = jax.make_mesh((2, 2, 2), tuple(kinds), axis_types=tuple(kinds.values()))
+    rules = RULES.within(mesh)
+    assert rules == ShardingRules(batch=("data",), length=(), embed=(), inner=(), vocab=())
+    assert RULES.within(make_mesh(MeshConfig())) == RULES
+    x = jnp.zeros((8, 4, 6))
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda x: constrain(x, Axis.BATCH, Axis.LENGTH, Axis.INNER))(x)
+        assert parts(Axis.BATCH, 8) == 2
+        assert parts(Axis.INNER, 6) == 1
+    assert split.addressable_shards[0].data.shape == (4, 4, 6)
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))):
+        assert constrain(x, Axis.BATCH, Axis.LENGTH, None) is x
+        assert parts(Axis.BATCH, 8) == 1

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import (
     causal_conv1d,
@@ -19,9 +19,11 @@ from pallas_kernels import (
     selective_scan_initial_cotangent,
     selective_state_update,
 )
+from pallas_kernels.ahead_of_time import compiled_instructions, tpu_devices
 from pallas_kernels.causal_conv1d.arg_specs import ConvSpec
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
 from tests.kernels.op_contract import make_call
+from tests.kernels.test_selective_scan_pallas_tpu import needs_tpu_compiler
 
 SCAN = ScanSpec(name="scan", length=19, batch=4, channels=8, states=3, B="grouped", has_segments=True)
 CONV = ConvSpec(name="conv", length=9, batch=4, channels=8, has_segments=True)
@@ -328,6 +330,33 @@ def test_types_hold_inside_shard_map(name: str, implementation: str) -> None:
     mapped = jax.shard_map(run, mesh=_mesh(AxisType.Auto), in_specs=tuple(specs), out_specs=out_specs)
     shapes = jax.eval_shape(mapped, case.arrays, case.fixed)
     assert all(shape.size for shape in jax.tree.leaves(shapes))
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["shard_map", "explicit axes"])
+def test_compiled_for_tpus_every_device_runs_kernels_on_its_part(kind: AxisType) -> None:
+    mesh = Mesh(np.array(tpu_devices("v5e:2x2")).reshape(2, 2), ("rows", "lanes"), axis_types=(kind,) * 2)
+    spec = ScanSpec(name="v5e", batch=4, length=256, channels=512, states=16, dtype="bfloat16")
+    letters = CASES["scan"].letters | {"B": "BLN"}
+    specs = {name: _spec(letters[name]) for name in make_call(spec).arrays}
+    shapes = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, specs[name]))
+        for name, array in make_call(spec).arrays.items()
+    }
+
+    def layer(arrays: dict[str, jax.Array]) -> jax.Array:
+        y = selective_scan(**arrays, dt_softplus=True).y
+        return causal_conv1d(y, jnp.ones((4, y.shape[2]))).y
+
+    run = layer if kind == AxisType.Explicit else jax.shard_map(layer, in_specs=(specs,), out_specs=specs["x"])
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda arrays: number((run(arrays).astype(jnp.float32),))))
+        text = gradient.lower(shapes).compile().as_text()
+    instructions = [line for line, _ in compiled_instructions(text)]
+    assert sum("tpu_custom_call" in line for line in instructions) == 4
+    assert any(" all-reduce(" in line for line in instructions)
+    assert not any(" all-gather" in line for line in instructions)
 
 
 @with_ops("scan")
