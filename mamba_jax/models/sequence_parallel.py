@@ -14,7 +14,6 @@ one backward scan from there gives every gradient.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from mamba_jax.sharding import Axis, from_last, from_shard, parts, shard_count, shard_number
 from pallas_kernels import (
     causal_conv1d,
+    derivatives,
     selective_scan,
     selective_scan_final_state,
     selective_scan_initial_cotangent,
@@ -113,8 +113,7 @@ def scan(
     return y, from_last(final_state, Axis.LENGTH)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options: _Options, arrays: _Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _scan_outputs(options: _Options, arrays: _Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Output of the shard and the state after it."""
     return _scan_forward(options, arrays, segment_ids)[0]
 
@@ -153,10 +152,17 @@ def _scan_backward(options: _Options, residuals, cotangents):
     if "initial_state" in arrays:
         dstate = jnp.where(shard_number(Axis.LENGTH) == 0, dentering, 0)
         gradients["initial_state"] = dstate.astype(arrays["initial_state"].dtype)
-    return gradients, None
+    return gradients
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+def _scan_tangent(options: _Options, residuals, tangents: _Arrays):
+    *_, arrays, segment_ids = residuals
+    tangents = {name: tangent for name, tangent in tangents.items() if tangent is not None}
+    moving = {name: arrays[name] for name in tangents}
+    return jax.jvp(lambda moved: _scan_outputs(options, arrays | moved, segment_ids), (moving,), (tangents,))[1]
+
+
+_scan = derivatives.differentiable(_scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=_scan_tangent)
 
 
 def _decay(arrays: _Arrays) -> Decay:

@@ -145,6 +145,30 @@ def test_layer_equals_one_device_in_float32(mesh: MeshConfig) -> None:
     assert_equal_up_to_rounding(actual, expected, 2.0**-24)
 
 
+@pytest.mark.slow
+def test_forward_mode_equals_one_device() -> None:
+    _, scan_arrays, cotangents = make_arrays("float32")
+    arrays = {"x": cotangents[0], **scan_arrays}
+    tangents = jax.tree.map(jnp.sin, arrays)
+    ids = document_ids()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(function: Callable[..., Any]) -> Any:
+        def scan(arrays: dict[str, jax.Array]) -> Any:
+            return per_shard(function, {**arrays, "segment_ids": ids}, SCAN_AXES, (SEQUENCE, STATE))
+
+        return jax.jvp(scan, (arrays,), (tangents,))
+
+    def whole(**arrays: Any) -> tuple[jax.Array, jax.Array]:
+        output = selective_scan(**arrays, dt_softplus=True, implementation="reference")
+        return output.y, output.final_state
+
+    expected = run(whole)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4])):
+        actual = run(sequence_parallel.scan)
+    assert_equal_up_to_rounding(actual, expected, 2.0**-24)
+
+
 @pytest.mark.parametrize("documents", ["one", "packed"])
 def test_a_document_sees_nothing_of_another(documents: str) -> None:
     """What is not a number stays in its document and the device that holds it, for windows and states are not added."""
