@@ -1,4 +1,4 @@
-"""The one exception type that command-line programs turn into a single line."""
+"""The one exception type that command-line programs turn into a single line, and what its messages are made of."""
 
 _LONGEST = 2000
 
@@ -12,6 +12,11 @@ def clean_line(text: str) -> str:
     line = " ".join(part for part in text.splitlines() if part)
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What a call of the system says, without the path; a name that no file can have is a ValueError."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 class InputError(ValueError):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mamba_jax.errors import InputError
+from mamba_jax.errors import InputError, reason
 
 # The largest index of a published model takes a few MiB; parsed JSON takes up to fifty times its text.
 _JSON_BYTES = 16 * 2**20
@@ -22,11 +22,6 @@ _SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=6, maxstring=80, maxlong=40
 def short(value: object) -> str:
     """A value out of a file for a message, whatever its size and depth."""
     return _SHORT.repr(value)
-
-
-def reason(error: OSError | ValueError) -> str:
-    """What a call of the system says, without the path; a name that no file can have is a ValueError."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def require_file(path: Path) -> None:

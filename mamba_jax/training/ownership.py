@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from mamba_jax.distributed import from_first
-from mamba_jax.errors import InputError
+from mamba_jax.errors import InputError, reason
 from mamba_jax.training.replacement import replacement
 
 LOCK, OWNER = "owner.lock", "owner.json"
@@ -204,11 +204,6 @@ class _Heartbeat:
     def _is_mine(self, *, unreadable: bool = False) -> bool:
         owner = _read(self._path)
         return owner.get("mark") == self._owner["mark"] if owner else unreadable
-
-
-def reason(error: OSError | ValueError) -> str:
-    """What a call of the system, or a text with a character that files cannot hold, says in one line."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else ascii(str(error))
 
 
 def _key(path: Path) -> tuple[int, int] | None:

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict
 from mamba_jax.checkpoint import FOLDER, StoredRun, check_path, newest_step, stored_run
 from mamba_jax.config import ExperimentConfig, from_json, to_json
 from mamba_jax.distributed import from_first, raise_in_all
-from mamba_jax.errors import InputError
-from mamba_jax.training.ownership import LOCK, OWNER, reason
+from mamba_jax.errors import InputError, reason
+from mamba_jax.training.ownership import LOCK, OWNER
 from mamba_jax.training.replacement import replacement
 from mamba_jax.training.run_record import (
     RECORD,
