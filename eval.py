@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from mamba_jax.cli import one_line_errors, parse, print_result
-from mamba_jax.evaluation.report import EvaluationRequest, evaluate_checkpoint
+from mamba_jax.evaluation.checkpoints import EvaluationRequest, evaluate_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,13 +37,12 @@ def run(parser: argparse.ArgumentParser) -> int:
         raise InputError(f"{parser.format_usage().strip()}; --help says more")
     config = load_config(flags.config, overrides + ["--help"] * flags.help)
     if flags.compile_only:
-        from mamba_jax.training.pod_compile import print_report
+        from mamba_jax.pods.compile import print_report
 
         return print_report(config, flags.topology, flags.num_slices)
     if (flags.topology, flags.num_slices) != (None, "1"):
         raise InputError("--topology and --num-slices say what --compile-only compiles for: pass that too")
-    from mamba_jax import distributed
-    from mamba_jax.training import loop, watchdog
+    from mamba_jax.run import distributed, loop, watchdog
 
     distributed.initialize(detect=flags.distributed)
     try:

@@ -25,9 +25,9 @@ os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
 import jax
 
 from pallas_kernels import selective_scan
-from pallas_kernels.ahead_of_time import compile_for, cuda_devices
-from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, GROUP, Tiling
-from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
+from pallas_kernels.common.ahead_of_time import compile_for, cuda_devices
+from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, Tiling
+from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
 
 SHAPES = ("8x2048x1536x16", "8x2048x5120x16", "1x2048x2048x16", "1x131072x2048x16", "64x512x1536x16")
 TARGET = Path(__file__).parent / "targets" / "h100_sxm.txtpb"

@@ -32,6 +32,7 @@ import jaxlib
 import numpy as np
 
 from mamba_jax.checkpoint import record
+from mamba_jax.checkpoint.fingerprints import fingerprints
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
     CheckpointConfig,
@@ -47,7 +48,6 @@ from mamba_jax.config import (
 )
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
-from mamba_jax.fingerprints import fingerprints
 from mamba_jax.models import lookup, parameters
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training import step as step_module

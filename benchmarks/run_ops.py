@@ -36,8 +36,8 @@ from pallas_kernels import (
     selective_scan_initial_cotangent,
     selective_state_update,
 )
-from pallas_kernels.ahead_of_time import cuda_devices, described, tracing_for
-from pallas_kernels.arg_spec import DType
+from pallas_kernels.common.ahead_of_time import cuda_devices, described, tracing_for
+from pallas_kernels.common.arg_spec import DType
 
 OpName = Literal["selective_scan", "causal_conv1d", "selective_state_update"]
 SHAPE_MEANING: dict[OpName, str] = {

@@ -22,7 +22,7 @@ import optax
 
 from mamba_jax.cli import load_config, one_line_errors, parse
 from mamba_jax.config import ExperimentConfig
-from mamba_jax.training.loop import train
+from mamba_jax.run.loop import train
 
 ALGORITHMS: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
 

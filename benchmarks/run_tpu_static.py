@@ -30,13 +30,14 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from mamba_jax.training import step_report
+from mamba_jax.pods import estimate as step_report
+from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
-from pallas_kernels.ahead_of_time import compile_for, compiled_instructions, tpu_devices
-from pallas_kernels.causal_conv1d import pallas_tpu_geometry as convolution
-from pallas_kernels.selective_scan import pallas_tpu
-from pallas_kernels.selective_scan.pallas_tpu_tilings import Generation, choose_geometry, generation
-from pallas_kernels.tpu_tiles import GROUP, LANES
+from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
+from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
+from pallas_kernels.common.tpu_tiles import GROUP, LANES
+from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
+from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, choose_geometry, generation
 
 MEGABYTE = 1e6
 DIRECTIONS = ("forward", "backward")

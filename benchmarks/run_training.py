@@ -40,10 +40,10 @@ from mamba_jax.config import (
 )
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.models import parameters
+from mamba_jax.models.flops import flops_per_token, model_flops_utilization
+from mamba_jax.models.loss import next_token_loss
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training import train_state
-from mamba_jax.training.flops import flops_per_token, model_flops_utilization
-from mamba_jax.training.loss import next_token_loss
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.step import make_train_step
 from pallas_kernels import causal_conv1d, selective_scan

@@ -3,7 +3,7 @@
     python benchmarks/tune_scan.py
     python benchmarks/tune_scan.py --shapes 8x2048x1536 1x131072x2048
 
-`pallas_kernels/selective_scan/pallas_gpu_tilings.py` holds what the table says. Times are medians of repeated jitted
+`pallas_kernels/selective_scan/pallas_gpu/tilings.py` holds what the table says. Times are medians of repeated jitted
 calls, launches included, in milliseconds; the backward pass is timed together with the forward pass of the present
 choice.
 """
@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan import pallas_gpu
-from pallas_kernels.selective_scan.pallas_gpu_geometry import Tiling
-from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
+from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
+from pallas_kernels.selective_scan.pallas_gpu.geometry import Tiling
+from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
 
 SHAPES = (
     "1x2048x1024",

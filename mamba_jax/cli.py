@@ -13,8 +13,8 @@ from typing import Any
 
 import tyro
 
-from mamba_jax.config import ExperimentConfig
 from mamba_jax.errors import InputError
+from mamba_jax.experiment import ExperimentConfig
 
 # Ctrl-C that ended the program at once. 128 + SIGINT is left to a run that Ctrl-C stopped and that has saved.
 EXIT_INTERRUPTED = 3

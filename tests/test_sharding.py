@@ -25,7 +25,6 @@ from mamba_jax.sharding import (
     Axis,
     ShardingRules,
     batch_sharding,
-    check_batches,
     constrain,
     make_mesh,
     parameter_sharding,
@@ -33,7 +32,8 @@ from mamba_jax.sharding import (
     process_rows,
     put_batch,
 )
-from pallas_kernels.ahead_of_time import tpu_devices
+from mamba_jax.training.program import check_batches
+from pallas_kernels.common.ahead_of_time import tpu_devices
 
 
 def test_rules_have_a_field_per_axis() -> None:

@@ -14,10 +14,10 @@ import tensorstore
 from mamba_jax.checkpoint import record as records
 from mamba_jax.checkpoint.agreement import same_for_all
 from mamba_jax.checkpoint.damage import DamagedCheckpoint, judged
+from mamba_jax.checkpoint.fingerprints import fingerprints
 from mamba_jax.checkpoint.quiet import quiet
 from mamba_jax.checkpoint.record import Record
 from mamba_jax.checkpoint.steps import LiteralPath
-from mamba_jax.fingerprints import fingerprints
 
 
 def read_arrays(folder: Path, items: Mapping[str, Any], *, identity: Mapping[str, Any] | None) -> dict[str, Any]:

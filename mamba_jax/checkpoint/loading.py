@@ -14,8 +14,9 @@ from mamba_jax.checkpoint.agreement import from_first, same_for_all
 from mamba_jax.checkpoint.arrays import read_arrays
 from mamba_jax.checkpoint.damage import CheckpointGone, DamagedCheckpoint
 from mamba_jax.checkpoint.steps import FOLDER, check_path, steps_in
-from mamba_jax.config import ExperimentConfig, from_json
+from mamba_jax.config_base import from_json
 from mamba_jax.errors import InputError
+from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.parameters import Params, define
 
 _ITEM = {"weights": "params", "average": "ema"}

@@ -11,9 +11,10 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from mamba_jax.checkpoint.damage import DamagedCheckpoint, check_files, judged, read_object
-from mamba_jax.config import ExperimentConfig, to_json
+from mamba_jax.checkpoint.fingerprints import fingerprints
+from mamba_jax.config_base import to_json
 from mamba_jax.errors import InputError
-from mamba_jax.fingerprints import fingerprints
+from mamba_jax.experiment import ExperimentConfig
 
 # Orbax's name for the file of a JSON item.
 _FILE = "metadata"
@@ -29,7 +30,7 @@ class Record:
         identity: which run this is; None if it was not told.
         config: the resolved experiment, as JSON holds it.
         arrays: by path, such as "params/norm_f/scale": dtype and shape, such as "float32[16]".
-        fingerprints: by path; see `mamba_jax.fingerprints`.
+        fingerprints: by path; see `mamba_jax.checkpoint.fingerprints`.
     """
 
     step: int

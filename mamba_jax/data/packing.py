@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Int
 
-from mamba_jax.config import DataConfig
 from mamba_jax.data.batch import LMBatch
+from mamba_jax.data.config import DataConfig
 
 
 def pack(windows: Int[np.ndarray, "B W"], config: DataConfig, *, end_of_document: int) -> LMBatch:

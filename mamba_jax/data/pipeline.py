@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mamba_jax import cli
-from mamba_jax.config import DataConfig, ShardSource, Source
 from mamba_jax.data.batch import LMBatch
+from mamba_jax.data.config import DataConfig, ShardSource, Source
 from mamba_jax.data.documents import DocumentReader
 from mamba_jax.data.packing import pack
 from mamba_jax.data.prepare import write_shards

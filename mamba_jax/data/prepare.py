@@ -13,7 +13,7 @@ import rich.markup
 import rich.progress
 
 from mamba_jax import cli
-from mamba_jax.config import TextFolderSource, TfdsSource, TokenizerConfig
+from mamba_jax.data.config import TextFolderSource, TfdsSource, TokenizerConfig
 from mamba_jax.data.documents import DocumentReader, Piece
 from mamba_jax.data.shard_index import ShardIndex
 from mamba_jax.data.shard_writer import SHARD_TOKENS, ShardWriter, refuse_existing

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mamba_jax.config import TextFolderSource, TfdsSource
+from mamba_jax.data.config import TextFolderSource, TfdsSource
 from mamba_jax.data.documents import DocumentReader, Piece
 from mamba_jax.data.text_files import find_files
 from mamba_jax.data.tfds_documents import TfdsDocuments

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mamba_jax.config import TfdsSource
+from mamba_jax.data.config import TfdsSource
 from mamba_jax.data.documents import DocumentReader, Piece
 from mamba_jax.errors import InputError
 

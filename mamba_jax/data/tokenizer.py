@@ -13,7 +13,7 @@ import tokenizers
 from jaxtyping import Bool, Int
 from tokenizers import decoders, models, pre_tokenizers
 
-from mamba_jax.config import TokenizerConfig
+from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer_file import library_errors, read_tokenizer, without_prefix_space
 from mamba_jax.data.tokenizer_loss import find_loss
 from mamba_jax.errors import InputError

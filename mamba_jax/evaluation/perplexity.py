@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
+from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.sharding import put_batch, repeatable
-from mamba_jax.training.loss import next_token_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

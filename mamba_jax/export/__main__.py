@@ -8,9 +8,9 @@ import tyro
 
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.export import companions, huggingface
-from mamba_jax.export.configs import Layout
 from mamba_jax.export.files import require_new_folder
 from mamba_jax.export.load import load_model
+from mamba_jax.export.published_config import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import tokenizers
 
-from mamba_jax.config import ModelConfig, TokenizerConfig
+from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
-from mamba_jax.export.configs import Layout
 from mamba_jax.export.files import read_file, read_json, require_file, short
+from mamba_jax.export.published_config import Layout
+from mamba_jax.models.config import ModelConfig
 
 _TOKENIZER = "tokenizer.json"
 _OWN = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

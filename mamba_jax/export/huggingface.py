@@ -16,11 +16,12 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from mamba_jax.config import DType, ModelConfig
 from mamba_jax.errors import InputError
-from mamba_jax.export import configs, files
-from mamba_jax.export.configs import Layout
+from mamba_jax.export import files
+from mamba_jax.export import published_config as configs
+from mamba_jax.export.published_config import Layout
 from mamba_jax.export.weights import StoredTensor, first_few, open_weights
+from mamba_jax.models.config import DType, ModelConfig
 from mamba_jax.models.parameters import Params
 
 _HEAD = "lm_head.weight"

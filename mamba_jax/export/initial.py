@@ -8,12 +8,14 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from mamba_jax.config import ExperimentConfig, ModelConfig, TokenizerConfig
+from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
+from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.export import huggingface
 from mamba_jax.export.companions import tokenizer_beside
 from mamba_jax.export.files import short
+from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.parameters import Params
 
 # Fields that say how random weights are drawn, or how and in which precision a step is computed.

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mamba_jax.checkpoint import load_params
-from mamba_jax.config import ExperimentConfig, ModelConfig, TokenizerConfig
+from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.errors import InputError
+from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.export import huggingface
 from mamba_jax.export.companions import tokenizer_beside, tokenizer_of_run
+from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.parameters import Params
 
 

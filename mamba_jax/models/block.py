@@ -4,10 +4,10 @@ import jax
 from flax import nnx
 from jaxtyping import Float, Int
 
-from mamba_jax.config import ModelConfig
+from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.layers import RMSNorm
-from mamba_jax.models.mamba1 import Mamba1
-from mamba_jax.models.recurrent_state import Mamba1State
+from mamba_jax.models.mixers.mamba1.mixer import Mamba1
+from mamba_jax.models.state import Mamba1State
 from mamba_jax.sharding import Axis, constrain
 
 

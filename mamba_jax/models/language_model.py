@@ -8,11 +8,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from mamba_jax.config import ModelConfig
 from mamba_jax.models import initializers
 from mamba_jax.models.block import Block
+from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.layers import Embedding, RMSNorm, read
-from mamba_jax.models.recurrent_state import LMState
+from mamba_jax.models.state import LMState
 from mamba_jax.sharding import Axis, constrain
 
 _REMAT_POLICIES = {

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mamba_jax.config import ModelConfig
+from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.language_model import LanguageModel
 from mamba_jax.sharding import Axis
 

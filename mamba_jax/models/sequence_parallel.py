@@ -22,13 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from mamba_jax.sharding import Axis, from_last, from_shard, parts, shard_count, shard_number
-from pallas_kernels import (
-    causal_conv1d,
-    derivatives,
-    selective_scan,
-    selective_scan_final_state,
-    selective_scan_initial_cotangent,
-)
+from pallas_kernels import causal_conv1d, selective_scan, selective_scan_final_state, selective_scan_initial_cotangent
+from pallas_kernels.common import derivatives
 
 Decay = Callable[[jax.Array], jax.Array]
 _Arrays = dict[str, Any]

@@ -8,9 +8,9 @@ import tyro
 
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
+from mamba_jax.files import replacement
 from mamba_jax.report.page import render
 from mamba_jax.report.run import read_run
-from mamba_jax.training.replacement import replacement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.errors import InputError
-from mamba_jax.training.event_log import read_events
-from mamba_jax.training.goodput import GoodputSummary, summarize
-from mamba_jax.training.metric_writer import read_metrics, read_samples
-from mamba_jax.training.records import parse_objects
+from mamba_jax.telemetry.events import read_events
+from mamba_jax.telemetry.goodput import GoodputSummary, summarize
+from mamba_jax.telemetry.metrics import read_metrics, read_samples
+from mamba_jax.telemetry.records import parse_objects
 
 # Of float32, in which runs compute: a picture has no use for what is beyond, and can have trouble with it.
 _LARGEST, _SMALLEST = 3.4e38, 1e-45

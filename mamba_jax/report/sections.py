@@ -8,8 +8,8 @@ from typing import Any
 
 from mamba_jax.report.curves import short
 from mamba_jax.report.run import Run
-from mamba_jax.training.goodput import GoodputSummary
-from mamba_jax.training.metric_writer import format_seconds
+from mamba_jax.telemetry.goodput import GoodputSummary
+from mamba_jax.telemetry.metrics import format_seconds
 
 # Colours of the buckets, by palette index; those not named share the last.
 _BUCKETS = {

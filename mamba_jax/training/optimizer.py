@@ -7,9 +7,9 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from mamba_jax.config import CosineSchedule, OptimizerConfig
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.sharding import Axis
+from mamba_jax.training.config import CosineSchedule, OptimizerConfig
 
 # Root mean square of an AdamW update before the learning rate, as measured in arXiv 2502.16982, section 2.2.
 _ADAMW_RMS = 0.2

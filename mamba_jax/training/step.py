@@ -11,12 +11,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
-from mamba_jax.config import ExperimentConfig, FaultsConfig
 from mamba_jax.data.batch import LMBatch
+from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.models.recurrent_state import STATE_AXES, LMState, init_state, reset_rows
+from mamba_jax.models.state import STATE_AXES, LMState, init_state, reset_rows
 from mamba_jax.sharding import Axis, batch_sharding, constrain, repeatable
-from mamba_jax.training.loss import next_token_loss
+from mamba_jax.training.config import FaultsConfig
 from mamba_jax.training.optimizer import learning_rate
 from mamba_jax.training.train_state import SkipState, TrainState
 

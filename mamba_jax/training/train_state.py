@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mamba_jax.config import ExperimentConfig
+from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.models.recurrent_state import STATE_AXES, init_state
+from mamba_jax.models.state import STATE_AXES, init_state
 from mamba_jax.sharding import parameter_sharding, replicated
 
 

@@ -4,12 +4,15 @@ from typing import Any
 
 from jax import Array
 
-from pallas_kernels.array_types import ChannelE, SegmentsBL, SequenceBLE, WeightKE, WindowBKE
-from pallas_kernels.causal_conv1d import pallas_gpu, pallas_tpu, reference, xla
-from pallas_kernels.causal_conv1d.signature import DIMENSIONS, OP, Activation, ConvOutput, check_arguments
-from pallas_kernels.checks import as_arrays
-from pallas_kernels.dispatch import Dispatcher
-from pallas_kernels.partitioning import on_own_part
+from pallas_kernels.causal_conv1d import reference
+from pallas_kernels.causal_conv1d.arguments import DIMENSIONS, OP, Activation, ConvOutput, check_arguments
+from pallas_kernels.causal_conv1d.pallas_gpu import op as pallas_gpu
+from pallas_kernels.causal_conv1d.pallas_tpu import op as pallas_tpu
+from pallas_kernels.causal_conv1d.xla import op as xla
+from pallas_kernels.common.array_types import ChannelE, SegmentsBL, SequenceBLE, WeightKE, WindowBKE
+from pallas_kernels.common.checks import as_arrays
+from pallas_kernels.common.dispatch import Dispatcher
+from pallas_kernels.common.partitioning import on_own_part
 
 _dispatch = Dispatcher[ConvOutput](
     op=OP,

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from pallas_kernels.arg_spec import Arguments, DType, segment_ids
-from pallas_kernels.causal_conv1d.signature import Activation
+from pallas_kernels.causal_conv1d.arguments import Activation
+from pallas_kernels.common.arg_spec import Arguments, DType, segment_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

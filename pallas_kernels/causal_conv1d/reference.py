@@ -6,7 +6,7 @@ It computes in float64 if an argument has that precision and in float32 otherwis
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.signature import Activation, ConvOutput
+from pallas_kernels.causal_conv1d.arguments import Activation, ConvOutput
 
 
 def causal_conv1d(

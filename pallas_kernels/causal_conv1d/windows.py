@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.signature import OP
-from pallas_kernels.causal_conv1d.xla import count_segments
-from pallas_kernels.checks import decline_symbolic_sizes
+from pallas_kernels.causal_conv1d.arguments import OP
+from pallas_kernels.causal_conv1d.xla.op import count_segments
+from pallas_kernels.common.checks import decline_symbolic_sizes
 
 MAX_WIDTH = 8
 

@@ -5,12 +5,16 @@ from typing import Any
 
 from jax import Array
 
-from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
-from pallas_kernels.checks import as_arrays
-from pallas_kernels.dispatch import Dispatcher
-from pallas_kernels.partitioning import on_own_part
-from pallas_kernels.selective_scan import pallas_gpu, pallas_tpu, reference, triton, xla
-from pallas_kernels.selective_scan.signature import OP, Discretization, ScanOutput, check_arguments, dimensions
+from pallas_kernels.common.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
+from pallas_kernels.common.checks import as_arrays
+from pallas_kernels.common.dispatch import Dispatcher
+from pallas_kernels.common.partitioning import on_own_part
+from pallas_kernels.selective_scan import reference
+from pallas_kernels.selective_scan.arguments import OP, Discretization, ScanOutput, check_arguments, dimensions
+from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
+from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
+from pallas_kernels.selective_scan.triton import op as triton
+from pallas_kernels.selective_scan.xla import op as xla
 
 _dispatch = Dispatcher[ScanOutput](
     op=OP,

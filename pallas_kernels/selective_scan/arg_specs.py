@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from pallas_kernels.arg_spec import Arguments, DType, segment_ids
-from pallas_kernels.selective_scan.signature import Discretization
+from pallas_kernels.common.arg_spec import Arguments, DType, segment_ids
+from pallas_kernels.selective_scan.arguments import Discretization
 
 Layout = Literal["shared", "grouped", "constant"]
 

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Size
-from pallas_kernels.checks import decline_symbolic_sizes
-from pallas_kernels.selective_scan.signature import OP, Discretization
+from pallas_kernels.common.array_types import Size
+from pallas_kernels.common.checks import decline_symbolic_sizes
+from pallas_kernels.selective_scan.arguments import OP, Discretization
 
 SLOWEST = 1e-30
 

@@ -16,12 +16,15 @@ learns from these what it passes on to others, before it can start its own scan.
 import jax
 from jaxtyping import Inexact
 
-from pallas_kernels.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix
-from pallas_kernels.checks import as_arrays
-from pallas_kernels.dispatch import Dispatcher
-from pallas_kernels.partitioning import on_own_part
-from pallas_kernels.selective_scan import api, edge_states_xla, pallas_gpu, pallas_tpu
-from pallas_kernels.selective_scan.signature import Discretization, check_arguments, dimensions
+from pallas_kernels.common.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix
+from pallas_kernels.common.checks import as_arrays
+from pallas_kernels.common.dispatch import Dispatcher
+from pallas_kernels.common.partitioning import on_own_part
+from pallas_kernels.selective_scan import api
+from pallas_kernels.selective_scan.arguments import Discretization, check_arguments, dimensions
+from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
+from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
+from pallas_kernels.selective_scan.xla import edge as edge_states_xla
 
 _dispatch = Dispatcher[jax.Array](
     op="selective_scan_edge",

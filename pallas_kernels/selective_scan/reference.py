@@ -6,8 +6,8 @@ It computes in float64 (complex128) if an argument has that precision and in flo
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Size
-from pallas_kernels.selective_scan.signature import Discretization, ScanOutput
+from pallas_kernels.common.array_types import Size
+from pallas_kernels.selective_scan.arguments import Discretization, ScanOutput
 
 
 def selective_scan(

@@ -4,13 +4,14 @@ from typing import Any
 
 from jax import Array
 
-from pallas_kernels.array_types import ChannelE, MatrixEN, StateBEN, TokenBE, TokenMatrix
-from pallas_kernels.checks import as_arrays
-from pallas_kernels.dispatch import Dispatcher
-from pallas_kernels.partitioning import on_own_part
-from pallas_kernels.selective_scan.signature import Discretization
-from pallas_kernels.selective_state_update import reference, xla
-from pallas_kernels.selective_state_update.signature import OP, StateUpdateOutput, check_arguments, dimensions
+from pallas_kernels.common.array_types import ChannelE, MatrixEN, StateBEN, TokenBE, TokenMatrix
+from pallas_kernels.common.checks import as_arrays
+from pallas_kernels.common.dispatch import Dispatcher
+from pallas_kernels.common.partitioning import on_own_part
+from pallas_kernels.selective_scan.arguments import Discretization
+from pallas_kernels.selective_state_update import reference
+from pallas_kernels.selective_state_update.arguments import OP, StateUpdateOutput, check_arguments, dimensions
+from pallas_kernels.selective_state_update.xla import op as xla
 
 _dispatch = Dispatcher[StateUpdateOutput](
     op=OP, implementations={"reference": reference.selective_state_update, "xla": xla.selective_state_update}

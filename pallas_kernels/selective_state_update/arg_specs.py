@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.arg_spec import Arguments, DType
+from pallas_kernels.common.arg_spec import Arguments, DType
 from pallas_kernels.selective_scan import arg_specs as scan
 
 

@@ -3,8 +3,8 @@
 import jax
 
 from pallas_kernels.selective_scan import reference
-from pallas_kernels.selective_scan.signature import Discretization
-from pallas_kernels.selective_state_update.signature import StateUpdateOutput
+from pallas_kernels.selective_scan.arguments import Discretization
+from pallas_kernels.selective_state_update.arguments import StateUpdateOutput
 
 
 def selective_state_update(

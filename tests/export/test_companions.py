@@ -10,7 +10,7 @@ from mamba_jax.config import ModelConfig, TokenizerConfig
 from mamba_jax.data.tokenizer import make_tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.export import companions
-from mamba_jax.export.configs import to_json
+from mamba_jax.export.published_config import to_json
 from tests.export.conftest import END, TOKENIZERS
 
 TEXTS = [

@@ -18,7 +18,8 @@ from mamba_jax.config import (
     Mamba1Config,
 )
 from mamba_jax.errors import InputError
-from mamba_jax.export import configs, huggingface
+from mamba_jax.export import huggingface
+from mamba_jax.export import published_config as configs
 from mamba_jax.generation.generate import generate
 from mamba_jax.generation.sampling import SamplingConfig
 from mamba_jax.models import parameters

@@ -20,8 +20,8 @@ from mamba_jax.config import (
 )
 from mamba_jax.errors import InputError
 from mamba_jax.export import companions, huggingface
-from mamba_jax.export.configs import Layout
 from mamba_jax.export.initial import initial_params
+from mamba_jax.export.published_config import Layout
 from mamba_jax.models import parameters
 
 MODEL = ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=Mamba1Config(state_dim=2))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.arg_spec import Arguments
+from pallas_kernels.common.arg_spec import Arguments
 
 # Every sum of the ops runs in float32, whose rounding is half an epsilon relative to the partial sum at hand. Roundings
 # are as good as independent, so a sum of n terms is off by sqrt(n) of them; the factor 8 is for partial sums that

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import causal_conv1d
-from pallas_kernels.ahead_of_time import tracing_for_kind
 from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
+from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from tests.kernels import op_contract
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_causal_conv1d import OP

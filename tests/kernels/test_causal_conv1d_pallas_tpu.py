@@ -10,10 +10,11 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import causal_conv1d
-from pallas_kernels.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.causal_conv1d import pallas_tpu, pallas_tpu_geometry
 from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
-from pallas_kernels.tpu_tiles import GROUP
+from pallas_kernels.causal_conv1d.pallas_tpu import geometry as pallas_tpu_geometry
+from pallas_kernels.causal_conv1d.pallas_tpu import op as pallas_tpu
+from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
+from pallas_kernels.common.tpu_tiles import GROUP
 from tests.kernels import op_contract
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_causal_conv1d import OP, UNSEGMENTED

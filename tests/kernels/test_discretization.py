@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.selective_scan.discretization import step_size, zero_order_hold_gain
+from pallas_kernels.common.discretization import step_size, zero_order_hold_gain
 
 MAGNITUDES = np.concatenate([10.0 ** np.arange(-30, 3, 0.37), [0.999, 1.0, 1.001, 0.5, 2.0]])
 # A few roundings in a row (product, exp or a Horner step each, quotient), each half an epsilon; where exp(z) is the

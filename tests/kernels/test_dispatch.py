@@ -11,15 +11,15 @@ from jaxtyping import config as jaxtyping_config
 
 from pallas_kernels import (
     causal_conv1d,
-    dispatch,
     selective_scan,
     selective_scan_final_state,
     selective_scan_initial_cotangent,
     selective_state_update,
 )
-from pallas_kernels.ahead_of_time import tracing_for_kind
-from pallas_kernels.devices import target_platform
-from pallas_kernels.dispatch import Dispatcher
+from pallas_kernels.common import dispatch
+from pallas_kernels.common.ahead_of_time import tracing_for_kind
+from pallas_kernels.common.devices import target_platform
+from pallas_kernels.common.dispatch import Dispatcher
 
 
 @pytest.fixture

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels import selective_scan, selective_scan_final_state, selective_scan_initial_cotangent
-from pallas_kernels.ahead_of_time import compile_for, compiled_instructions, tpu_devices, tracing_for_kind
-from pallas_kernels.selective_scan import edge_states_xla, pallas_gpu, pallas_tpu
+from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices, tracing_for_kind
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
-from pallas_kernels.selective_scan.pallas_gpu_geometry import Tiling
+from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
+from pallas_kernels.selective_scan.pallas_gpu.geometry import Tiling
+from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
+from pallas_kernels.selective_scan.xla import edge as edge_states_xla
 from tests.kernels.op_contract import Call, assert_close, make_call
 from tests.kernels.test_selective_scan_pallas_gpu import SMALL, SMALL_SPECS, call_name
 from tests.kernels.test_selective_scan_pallas_tpu import BLOCKS, TINY, needs_tpu_compiler

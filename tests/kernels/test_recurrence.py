@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.selective_scan.recurrence import ASSOCIATIVE, ASSOCIATIVE_TIME_FIRST, SEQUENTIAL, Recurrence
+from pallas_kernels.selective_scan.xla.recurrence import ASSOCIATIVE, ASSOCIATIVE_TIME_FIRST, SEQUENTIAL, Recurrence
 
 
 def run(recurrence: Recurrence) -> list[np.ndarray]:

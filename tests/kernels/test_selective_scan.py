@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selective_scan
-from pallas_kernels.arg_spec import DType
+from pallas_kernels.common.arg_spec import DType
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Call, Op, make_call, with_arrays

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selective_scan
-from pallas_kernels.ahead_of_time import tracing_for_kind
-from pallas_kernels.selective_scan import pallas_gpu, pallas_gpu_backward, pallas_gpu_forward, pallas_gpu_parts
+from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
-from pallas_kernels.selective_scan.pallas_gpu_geometry import CHUNK, SLICE, Geometry, Tiling
-from pallas_kernels.selective_scan.pallas_gpu_tilings import choose_tilings
+from pallas_kernels.selective_scan.pallas_gpu import backward as pallas_gpu_backward
+from pallas_kernels.selective_scan.pallas_gpu import edge as pallas_gpu_parts
+from pallas_kernels.selective_scan.pallas_gpu import forward as pallas_gpu_forward
+from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
+from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, Geometry, Tiling
+from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
 from tests.kernels import op_contract, test_selective_scan
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan import OP

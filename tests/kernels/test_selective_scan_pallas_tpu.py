@@ -11,12 +11,12 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selective_scan
-from pallas_kernels.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.selective_scan import pallas_tpu
+from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
+from pallas_kernels.common.tpu_tiles import GROUP
 from pallas_kernels.selective_scan.arg_specs import FULL, ScanSpec
-from pallas_kernels.selective_scan.pallas_tpu_geometry import SLICE
-from pallas_kernels.selective_scan.pallas_tpu_tilings import GENERATIONS, Generation, choose_geometry
-from pallas_kernels.tpu_tiles import GROUP
+from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
+from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE
+from pallas_kernels.selective_scan.pallas_tpu.tilings import GENERATIONS, Generation, choose_geometry
 from tests.kernels import op_contract, test_selective_scan
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan import OP

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import selective_scan, triton_call
-from pallas_kernels.ahead_of_time import tracing_for_kind
-from pallas_kernels.selective_scan import triton as triton_backend
+from pallas_kernels import selective_scan
+from pallas_kernels.common import triton_call
+from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
-from pallas_kernels.selective_scan.signature import ScanOutput
-from pallas_kernels.selective_scan.triton import Tile, Tiling
+from pallas_kernels.selective_scan.arguments import ScanOutput
+from pallas_kernels.selective_scan.triton import op as triton_backend
+from pallas_kernels.selective_scan.triton.op import Tile, Tiling
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Op, make_call, with_arrays
 

@@ -12,6 +12,7 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels import (
     causal_conv1d,
     selective_scan,
@@ -19,8 +20,8 @@ from pallas_kernels import (
     selective_scan_initial_cotangent,
     selective_state_update,
 )
-from pallas_kernels.ahead_of_time import compiled_instructions, tpu_devices
 from pallas_kernels.causal_conv1d.arg_specs import ConvSpec
+from pallas_kernels.common.ahead_of_time import tpu_devices
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan_pallas_tpu import needs_tpu_compiler

@@ -12,7 +12,7 @@ import pytest
 
 from mamba_jax.config import MeshConfig, ModelConfig
 from mamba_jax.models import parameters
-from mamba_jax.models.recurrent_state import init_state
+from mamba_jax.models.state import init_state
 from mamba_jax.sharding import batch_sharding, make_mesh, parameter_sharding, put_batch
 
 # Two orders of summation of the same float32 model: a few roundings (6e-8) per layer, against logits of order 0.3.

@@ -17,7 +17,7 @@ from mamba_jax.config import Mamba1Config
 from mamba_jax.errors import InputError
 from mamba_jax.models.block import Block
 from mamba_jax.models.language_model import LanguageModel
-from mamba_jax.models.mamba1 import Mamba1
+from mamba_jax.models.mixers.mamba1.mixer import Mamba1
 from mamba_jax.sharding import Axis
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit

@@ -13,12 +13,12 @@ import pytest
 
 from mamba_jax.config import MeshConfig, ModelConfig
 from mamba_jax.models import sequence_parallel
+from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import define, init
-from mamba_jax.models.recurrent_state import init_state
+from mamba_jax.models.state import init_state
+from mamba_jax.pods.hlo import compiled_instructions
 from mamba_jax.sharding import Axis, make_mesh, parameter_sharding, per_shard, put_batch
-from mamba_jax.training.loss import next_token_loss
 from pallas_kernels import causal_conv1d, selective_scan
-from pallas_kernels.ahead_of_time import compiled_instructions
 
 SEQUENCE, STATE = (Axis.BATCH, Axis.LENGTH, Axis.INNER), (Axis.BATCH, Axis.INNER, Axis.STATE)
 WINDOW, MATRIX = (Axis.BATCH, None, Axis.INNER), (Axis.INNER, Axis.STATE)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.multiprocess.harness import Launcher
-from tests.training.conftest import corpus, make_config
+from tests.runs import corpus, make_config
 
 __all__ = ["corpus", "launcher", "make_config"]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mamba_jax.config import ExperimentConfig, to_json
-from mamba_jax.training.metric_writer import read_metrics
+from mamba_jax.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")

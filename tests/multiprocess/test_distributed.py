@@ -5,8 +5,8 @@ import signal
 import jax
 import pytest
 
-from mamba_jax import distributed
 from mamba_jax.errors import InputError
+from mamba_jax.run import distributed
 from tests.multiprocess.harness import Launcher
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -106,7 +106,7 @@ import os, signal, sys, time
 from mamba_jax import distributed
 distributed.initialize()
 import jax
-from mamba_jax.training.stop_requests import StopRequests
+from mamba_jax.run.stop_requests import StopRequests
 calls = 0
 with StopRequests() as stop:
     while True:

@@ -24,9 +24,9 @@ from mamba_jax.config import (
     MeshConfig,
     TextFolderSource,
 )
-from mamba_jax.training.metric_writer import read_metrics, read_samples
-from mamba_jax.training.stop_requests import EXIT_PREEMPTED
-from mamba_jax.training.watchdog import EXIT_HUNG
+from mamba_jax.run.stop_requests import EXIT_PREEMPTED
+from mamba_jax.run.watchdog import EXIT_HUNG
+from mamba_jax.telemetry.metrics import read_metrics, read_samples
 from tests.multiprocess.harness import Launcher, exact_losses, saved_steps
 
 MakeConfig = Callable[..., ExperimentConfig]

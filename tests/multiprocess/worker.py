@@ -20,7 +20,7 @@ import jax
 
 from mamba_jax.checkpoint import Checkpointer
 from mamba_jax.data.pipeline import TrainBatches
-from mamba_jax.training import loop
+from mamba_jax.run import loop
 
 SLOW_SECONDS = 0.5
 has_struck = threading.Event()

@@ -17,7 +17,7 @@ from mamba_jax.errors import InputError
 from mamba_jax.report.__main__ import main
 from mamba_jax.report.page import render
 from mamba_jax.report.run import read_run
-from mamba_jax.training.metric_writer import MetricWriter, read_metrics, read_samples
+from mamba_jax.telemetry.metrics import MetricWriter, read_metrics, read_samples
 
 STEPS = 8
 START = {"time": 1.8e9, "event": "start", "step": 0, "devices": 1, "device_kind": "cpu", "processes": 1}

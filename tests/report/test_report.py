@@ -15,7 +15,7 @@ from mamba_jax.report.__main__ import main
 from mamba_jax.report.curves import Curve, draw, thin
 from mamba_jax.report.page import render
 from mamba_jax.report.run import Series, read_run
-from mamba_jax.training.metric_writer import MetricWriter
+from mamba_jax.telemetry.metrics import MetricWriter
 
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=alert(1)>&amp;"
 

@@ -12,7 +12,7 @@ import pytest
 from mamba_jax.config import ExperimentConfig, MeshConfig
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.models.parameters import define
-from mamba_jax.models.recurrent_state import LMState
+from mamba_jax.models.state import LMState
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training.train_state import TrainState
 from tests.training.test_step import REORDERING, gradient, make_batch, relative_difference, run_steps, set_up

@@ -1,0 +1,212 @@
+"""What `eval.py` does: held-out loss and text samples of any checkpoint."""
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from mamba_jax.data.config import DataConfig, Source, TextFolderSource, TfdsSource, TokenizerConfig
+from mamba_jax.data.pipeline import evaluation_batches, open_source
+from mamba_jax.data.tfds_documents import require_prepared
+from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.errors import InputError
+from mamba_jax.evaluation.perplexity import Perplexity, evaluate
+from mamba_jax.export.companions import open_tokenizer
+from mamba_jax.export.load import LoadedCheckpoint, load_model
+from mamba_jax.generation.sampling import SamplingConfig
+from mamba_jax.generation.text import complete
+from mamba_jax.models.config import DType
+from mamba_jax.models.parameters import define
+from mamba_jax.sharding import batch_shards, make_mesh, replicated
+from mamba_jax.sharding.config import MeshConfig
+
+# A vocabulary of bytes has 257 ids, padded to a multiple of no more than that.
+_MOST_BYTE_ROWS = 514
+
+
+def _tokenizer_flags(
+    kind: Literal["byte", "hf_json"] | None = None, path: str | None = None, end_of_document: str | None = None
+) -> TokenizerConfig | None:
+    if kind is None and path is None and end_of_document is None:
+        return None
+    return TokenizerConfig(
+        kind=kind or "hf_json", path=path, end_of_document=end_of_document or TokenizerConfig.end_of_document
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """What to evaluate.
+
+    Attributes:
+        split: which text of the training run to read.
+        text: folder of text files to read instead; needed for a safetensors folder, which names no data.
+        tokenizer: None takes that of the checkpoint: `tokenizer.json` in its folder, or what its training run used.
+        compute_dtype: of matrix products and activations; None takes that of the training run, or of the weights.
+        cache_dir: where text is tokenised to and kept for the next time; None keeps nothing. A checkpoint's config
+            does not decide what is written here.
+        seq_len: tokens of a window; None takes that of the training run, or 2048.
+        batch_size: sequences of a batch; None takes that of the training run, or 8.
+        max_batches: read only so many batches, spread over the text; None reads all.
+        step: which checkpoint of a training run; None is the newest.
+        weights: those of the last update, or their average if the run keeps one.
+        prompt: text to continue; None writes no sample.
+        num_tokens: most tokens of the continuation.
+        sampling: how they are drawn.
+        seed: of the sample.
+    """
+
+    split: Literal["validation", "train"] = "validation"
+    text: str | None = None
+    tokenizer: Annotated[TokenizerConfig | None, tyro.conf.arg(constructor=_tokenizer_flags)] = None
+    compute_dtype: DType | None = None
+    cache_dir: str | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    max_batches: int | None = None
+    step: int | None = None
+    weights: Literal["weights", "average"] = "weights"
+    prompt: str | None = None
+    num_tokens: int = 256
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "max_batches", "num_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed must lie in 0 .. 2**32 - 1, got {self.seed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """What came out.
+
+    Attributes:
+        perplexity: of the text; None if there was none to read.
+        sample: prompt and continuation; None without a prompt.
+        text: where the text is; None if there was none to read.
+        tokenizer: the JSON file, or "bytes".
+        compute_dtype: of matrix products and activations.
+    """
+
+    perplexity: Perplexity | None
+    sample: str | None
+    text: str | None
+    tokenizer: str
+    compute_dtype: DType
+
+
+def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> EvaluationReport:
+    """Loads a training run or a safetensors folder, reads the text and continues the prompt.
+
+    Raises:
+        InputError: one line about what is wrong.
+    """
+    loaded = load_model(checkpoint, step=request.step, weights=request.weights)
+    model = dataclasses.replace(loaded.config, compute_dtype=request.compute_dtype or loaded.config.compute_dtype)
+    loaded = dataclasses.replace(loaded, config=model)
+    tokenizer_config = request.tokenizer or loaded.tokenizer or _bytes(loaded, checkpoint)
+    tokenizer = open_tokenizer(tokenizer_config)
+    if tokenizer.vocab_size > model.padded_vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but {checkpoint} only {model.padded_vocab_size}: "
+            "give the tokenizer it was trained with"
+        )
+    if request.prompt is not None:
+        tokenizer.check_prompt(request.prompt)
+    source = _source(loaded, request, checkpoint)
+    perplexity = None if source is None else _perplexity(loaded, source, request, tokenizer)
+    sample = None
+    if request.prompt is not None:
+        sample = complete(
+            define(model),
+            loaded.params,
+            tokenizer,
+            request.prompt,
+            num_tokens=request.num_tokens,
+            key=jax.random.key(request.seed),
+            sampling=request.sampling,
+        )
+    return EvaluationReport(
+        perplexity=perplexity,
+        sample=sample,
+        text=None if source is None else source.name if isinstance(source, TfdsSource) else source.path,
+        tokenizer=tokenizer_config.path or "bytes",
+        compute_dtype=model.compute_dtype,
+    )
+
+
+def _bytes(loaded: LoadedCheckpoint, checkpoint: str) -> TokenizerConfig:
+    """The tokenizer of a folder that has none: bytes, which need no file, unless the model knows more."""
+    rows = loaded.config.padded_vocab_size
+    if rows > _MOST_BYTE_ROWS:
+        raise InputError(
+            f"{checkpoint} holds no tokenizer.json, and with {rows} ids the model does not read bytes: give "
+            "--tokenizer.path FILE"
+        )
+    return TokenizerConfig()
+
+
+def _source(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoint: str) -> Source | None:
+    """The text to read; None if only a sample is asked for."""
+    if request.text is not None:
+        return TextFolderSource(path=request.text)
+    source = getattr(loaded.experiment.data, request.split) if loaded.experiment is not None else None
+    if source is None and request.prompt is None:
+        raise InputError(
+            f"{checkpoint} names no {request.split} text: give --text FOLDER, or --prompt for a sample only"
+        )
+    if isinstance(source, TfdsSource):
+        require_prepared(source)
+    return source
+
+
+def _perplexity(
+    loaded: LoadedCheckpoint, source: Source, request: EvaluationRequest, tokenizer: Tokenizer
+) -> Perplexity:
+    if tokenizer.lossy:
+        print("warning:", tokenizer.lossy, file=sys.stderr)
+    experiment = loaded.experiment
+    # Sequences stay whole, so any length will do, whatever the mesh of the training run was.
+    mesh = make_mesh(MeshConfig())
+    batch_size = request.batch_size or (experiment.evaluation_batch_size if experiment else 8)
+    with _cache(request) as cache:
+        data = DataConfig(
+            train=source,
+            seq_len=request.seq_len or (experiment.data.seq_len if experiment else 2048),
+            global_batch=batch_size,
+            documents=experiment.data.documents if experiment else "packed",
+            cache_dir=cache,
+        )
+        dataset = open_source(source, data, tokenizer)
+        rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+        return evaluate(
+            define(loaded.config),
+            jax.device_put(loaded.params, replicated(mesh)),
+            evaluation_batches(dataset, data, batch_size=rows, max_batches=request.max_batches),
+            mesh=mesh,
+            tokens_per_byte=dataset.num_tokens / dataset.num_bytes,
+            loss_chunk=512,
+        )
+
+
+@contextlib.contextmanager
+def _cache(request: EvaluationRequest) -> Iterator[str]:
+    """Where to tokenise to."""
+    if request.cache_dir is not None:
+        yield request.cache_dir
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="mamba-jax-")
+    except OSError as error:
+        raise InputError(f"no room for tokenised text ({error.strerror}): give --cache-dir FOLDER") from None
+    with folder as name:
+        yield name

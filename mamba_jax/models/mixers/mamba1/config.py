@@ -1,0 +1,64 @@
+"""What a Mamba-1 mixer is made of."""
+
+import dataclasses
+from typing import Literal
+
+from mamba_jax.config_base import Config, require
+
+ScanName = Literal["reference", "pallas_gpu", "pallas_tpu", "triton", "xla", "xla_sequential", "xla_associative"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba1Config(Config):
+    """The Mamba-1 mixer (arXiv 2312.00752, sections 3.2-3.6) and the ablations of its section 4.6.
+
+    Attributes:
+        kind: discriminator between mixers.
+        state_dim: N, recurrent states per inner channel.
+        conv_width: K, taps of the short causal convolution.
+        expand: inner channels E = expand * d_model.
+        dt_rank: R, rank of the projection that makes dt; None means ceil(d_model / 16).
+        dt_min: smallest initial step size.
+        dt_max: largest initial step size.
+        dt_init: distribution of the dt projection's weights.
+        dt_scale: scale of the dt projection's initial weights, times R**-0.5.
+        dt_init_floor: lower clamp of the initial step size.
+        use_bias: biases on the input and output projections.
+        use_conv_bias: bias on the convolution.
+        use_conv: the short convolution; False leaves only its SiLU.
+        use_gate: the SiLU(z) output gate; False also halves the input projection.
+        selective: which of dt, B and C depend on the input; the others are learned constants.
+        discretization: of B: "euler" is dt * B as in the released code, "zoh" is the exact zero-order hold
+            (exp(dt A) - 1) / A * B of the paper's equation 4.
+        a_init: "s4d_real" is A_n = -(n + 1), "constant" is -1/2, "random" is -exp(normal).
+        scan_implementation: backend of the selective scan; None lets the platform decide.
+    """
+
+    kind: Literal["mamba1"] = "mamba1"
+    state_dim: int = 16
+    conv_width: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init: Literal["random", "constant"] = "random"
+    dt_scale: float = 1.0
+    dt_init_floor: float = 1e-4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    use_conv: bool = True
+    use_gate: bool = True
+    selective: tuple[Literal["dt", "B", "C"], ...] = ("dt", "B", "C")
+    discretization: Literal["euler", "zoh"] = "euler"
+    a_init: Literal["s4d_real", "constant", "random"] = "s4d_real"
+    scan_implementation: ScanName | None = None
+
+    def _check(self) -> None:
+        self._require_positive("state_dim", "conv_width", "expand", "dt_rank", "dt_min", "dt_scale", "dt_init_floor")
+        require(
+            self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})"
+        )
+        require(
+            len(set(self.selective)) == len(self.selective),
+            f"Mamba1Config.selective names a projection twice: {self.selective}",
+        )

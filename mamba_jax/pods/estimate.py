@@ -1,0 +1,202 @@
+"""What is said about a training step that was compiled and not run: memory, exchanges, and a roofline of its time.
+
+    busy    = XLA's operations by the compiler's cycles + kernels by their static schedules
+    links   = bytes that arrive over the links within a slice / their speed
+    network = bytes that arrive from other slices / a device's share of the network
+    max(busy, links, network) <= step <= busy + links + network
+
+The lower end hides every exchange behind the work, the upper end none. Model FLOPs utilisation is at most
+model operations / (peak * lower end).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from mamba_jax.models.flops import PEAK_FLOPS
+
+GIB, MIB = 2**30, 2**20
+
+KERNELS = (
+    "selective_scan_pallas_tpu_forward",
+    "selective_scan_pallas_tpu_backward",
+    "causal_conv1d_pallas_tpu_forward",
+    "causal_conv1d_pallas_tpu_backward",
+    "selective_scan_pallas_tpu_edge",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Published figures of one device of a kind.
+
+    Attributes:
+        memory: bytes.
+        link_bytes_per_second: to all neighbours together, one way.
+        network_bytes_per_second: to other slices, one way; None is not published.
+    """
+
+    memory: int
+    link_bytes_per_second: float
+    network_bytes_per_second: float | None
+
+
+# Google's Cloud TPU documentation, pages of v4, v5e, v6e and TPU7x. It gives links both ways, the network of v5e for
+# 256 chips (6.4 Tb/s), and links, network and memory of TPU7x for a chip, which is two devices.
+CHIPS = {
+    "TPU v4": Chip(memory=32 * GIB, link_bytes_per_second=300e9, network_bytes_per_second=None),
+    "TPU v5 lite": Chip(memory=16 * GIB, link_bytes_per_second=200e9, network_bytes_per_second=25e9 / 8),
+    "TPU v5": Chip(memory=95 * GIB, link_bytes_per_second=600e9, network_bytes_per_second=50e9 / 8),
+    "TPU v6 lite": Chip(memory=32 * GIB, link_bytes_per_second=400e9, network_bytes_per_second=100e9 / 8),
+    "TPU7x": Chip(memory=96 * GIB, link_bytes_per_second=300e9, network_bytes_per_second=50e9 / 8),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cores:
+    """What the time of a device's work is estimated from.
+
+    Attributes:
+        clock_hz: of a core.
+        number: of cores that share the device's work.
+        kernel_cycles: of a core, by kernel, for a token and 1024 channels; from the committed static schedules.
+    """
+
+    clock_hz: float
+    number: int
+    kernel_cycles: dict[str, float]
+
+    def kernel_seconds(self, elements: Mapping[str, int]) -> float:
+        """Time of kernels that work on so many tokens times channels each."""
+        cycles = sum(self.kernel_cycles[name] * count / 1024 for name, count in elements.items())
+        return cycles / self.number / self.clock_hz
+
+
+def _cycles(*cycles: float) -> dict[str, float]:
+    return dict(zip(KERNELS, cycles, strict=True))
+
+
+# Kernels: benchmarks/results/tpu_static_2026-11-24.md, and for the state at an edge the mean of both directions in
+# tpu_static_edge_states_2026-11-24.md. The clocks of newer kinds are not published.
+CORES = {
+    "TPU v4": Cores(clock_hz=1.05e9, number=2, kernel_cycles=_cycles(152.9, 456.6, 13.5, 30.1, 80.5)),
+    "TPU v5 lite": Cores(clock_hz=1.5e9, number=1, kernel_cycles=_cycles(47.5, 140.8, 8.1, 17.3, 33.2)),
+    "TPU v5": Cores(clock_hz=1.75e9, number=2, kernel_cycles=_cycles(48.0, 143.0, 8.2, 17.8, 34.7)),
+}
+Exchanges = dict[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What the compiler says about a training step; bytes, operations and seconds are those of one device.
+
+    Attributes:
+        devices: how many.
+        num_slices: that the devices form.
+        device_kind: their kind.
+        memory: bytes by kind of use; "temporaries" are what the step needs besides its arguments and results.
+        reused: bytes of results that take the memory of arguments.
+        collectives: within a slice by kind, how often in a step, and the bytes that arrive at a device.
+        collective_lines: the instructions, for a closer look.
+        between_slices: the same as `collectives` over the data-centre network.
+        kernels: how often a step calls each Pallas kernel.
+        flops: model operations.
+        operation_seconds: XLA's operations by the compiler's estimate of cycles, at the clock.
+        kernel_seconds: kernels by their schedules.
+    """
+
+    devices: int
+    num_slices: int
+    device_kind: str
+    memory: dict[str, int]
+    reused: int
+    collectives: Exchanges
+    collective_lines: tuple[str, ...]
+    between_slices: Exchanges
+    kernels: dict[str, int]
+    flops: float
+    operation_seconds: float | None
+    kernel_seconds: float | None
+
+    @property
+    def total_memory(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def capacity(self) -> int | None:
+        """Bytes of a device; None if the kind is not known."""
+        chip = CHIPS.get(self.device_kind)
+        return None if chip is None else chip.memory
+
+    @property
+    def matmul_seconds(self) -> float:
+        """Model operations at the device's peak; 0 if that is not known."""
+        return self.flops / PEAK_FLOPS.get(self.device_kind, math.inf)
+
+    @property
+    def link_seconds(self) -> float | None:
+        """The bytes of `collectives` at the speed of the links."""
+        chip = CHIPS.get(self.device_kind)
+        return None if chip is None else _seconds(self.collectives, chip.link_bytes_per_second)
+
+    @property
+    def network_seconds(self) -> float | None:
+        """The bytes of `between_slices` at a device's share of its host's network."""
+        chip = CHIPS.get(self.device_kind)
+        return None if chip is None else _seconds(self.between_slices, chip.network_bytes_per_second)
+
+    @property
+    def expected_seconds(self) -> tuple[float, float] | None:
+        """Least and most time of a step by the roofline of this module; None where a figure of it is missing."""
+        parts = self.operation_seconds, self.kernel_seconds, self.link_seconds, self.network_seconds
+        if any(part is None for part in parts):
+            return None
+        operations, kernels, links, network = (part or 0.0 for part in parts)
+        busy = operations + kernels
+        return max(busy, links, network), busy + links + network
+
+    def lines(self) -> list[str]:
+        """The report for a terminal."""
+        slices = f" in {self.num_slices} slices" if self.num_slices > 1 else ""
+        lines = [f"{self.devices} devices of kind {self.device_kind}{slices}", "memory of a device:"]
+        lines += [f"  {kind:<16}{size / GIB:9.3f} GiB" for kind, size in self.memory.items()]
+        capacity = "" if self.capacity is None else f" of {self.capacity / GIB:.0f} GiB"
+        lines += [f"  {'total':<16}{self.total_memory / GIB:9.3f} GiB{capacity}", "exchanged in a step, by a device:"]
+        lines += _exchange_lines(self.collectives)
+        if self.num_slices > 1:
+            lines += ["between slices:", *_exchange_lines(self.between_slices)]
+        lines += ["kernels in a step:", *(f"  {name:<36}{count:6d} calls" for name, count in self.kernels.items())]
+        return lines + self._time_lines()
+
+    def _time_lines(self) -> list[str]:
+        lines = [
+            f"model operations of a step: {self.flops * self.devices:.3e}, of a device {self.flops:.3e}, "
+            f"at the peak {_milliseconds(self.matmul_seconds)}",
+            f"time of a step: XLA's operations by the compiler's estimate {_milliseconds(self.operation_seconds)}, "
+            f"kernels by their schedules {_milliseconds(self.kernel_seconds)},",
+            f"  exchange at the speed of the links {_milliseconds(self.link_seconds)}"
+            + (f", between slices {_milliseconds(self.network_seconds)}" if self.num_slices > 1 else ""),
+        ]
+        if self.expected_seconds is not None:
+            least, most = self.expected_seconds
+            lines += [
+                f"  expected between {1e3 * least:.1f} and {1e3 * most:.1f} ms,",
+                f"  model FLOPs utilisation at most {self.matmul_seconds / least:.1%}",
+            ]
+        return lines
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{1e3 * seconds:.1f} ms"
+
+
+def _seconds(exchanges: Exchanges, bytes_per_second: float | None) -> float | None:
+    arrived = sum(size for _, size in exchanges.values())
+    if not arrived:
+        return 0.0
+    return None if bytes_per_second is None else arrived / bytes_per_second
+
+
+def _exchange_lines(exchanges: Exchanges) -> list[str]:
+    lines = [f"  {kind:<20}{count:6d} times {size / MIB:10.1f} MiB" for kind, (count, size) in exchanges.items()]
+    return lines or ["  nothing"]

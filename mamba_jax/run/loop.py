@@ -1,0 +1,382 @@
+"""The training loop."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mamba_jax.checkpoint import Checkpointer
+from mamba_jax.data.batch import LMBatch
+from mamba_jax.data.pipeline import TrainBatches, evaluation_batches, open_source
+from mamba_jax.data.shards import TokenDataset
+from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
+from mamba_jax.errors import InputError
+from mamba_jax.evaluation.perplexity import Perplexity, evaluate
+from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.export.initial import initial_params as _initial_params
+from mamba_jax.generation.text import complete
+from mamba_jax.models.parameters import ModelDefinition, Params, define
+from mamba_jax.run.directory import (
+    begins_at_zero,
+    check_is_run_or_free,
+    claim_run_directory,
+    set_aside,
+    settle_run,
+    store_record,
+)
+from mamba_jax.run.distributed import from_first
+from mamba_jax.run.out_of_memory import out_of_memory_in_one_line
+from mamba_jax.run.ownership import owned
+from mamba_jax.run.record import RunRecord
+from mamba_jax.run.saves import Saves
+from mamba_jax.run.stop_requests import StopRequests
+from mamba_jax.run.watchdog import Watchdog
+from mamba_jax.sharding import make_mesh, process_rows, put_batch
+from mamba_jax.telemetry.metrics import Kind
+from mamba_jax.telemetry.run_log import Reporter
+from mamba_jax.training import train_state
+from mamba_jax.training.optimizer import make_optimizer
+from mamba_jax.training.program import check_batches
+from mamba_jax.training.step import StepMetrics, abstract_batch, make_train_step
+from mamba_jax.training.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a call of `train` did.
+
+    Attributes:
+        step: updates done in the whole run, skipped ones included.
+        is_complete: the run has reached its last step; False if a signal stopped it, after saving.
+        stop_signal: number of the signal that stopped it; None if none did.
+        loss: cross entropy of the last step, nats per token; None if this call did no step.
+        validation: the last evaluation; None without a validation source.
+    """
+
+    step: int
+    is_complete: bool
+    stop_signal: int | None
+    loss: float | None
+    validation: Perplexity | None
+
+
+def train(
+    config: ExperimentConfig,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    wait: bool = False,
+    from_scratch: bool = False,
+) -> TrainResult:
+    """Trains a model as `config` says, resuming the run in `config.train.run_dir` if there is one.
+
+    Everything that can be wrong with the config, the data and the run directory is checked before the first device
+    computation. With several processes, each calls this with the same arguments.
+
+    Args:
+        config: the run.
+        devices: to use; None is all there are.
+        wait: for another job that trains in the run directory, instead of being refused.
+        from_scratch: set aside what is in the run directory, and begin at step 0.
+
+    Raises:
+        InputError: one line about what is wrong.
+    """
+    tokenizer = make_tokenizer(config.data.tokenizer)
+    _check_model(config, tokenizer)
+    if config.train.sample_every:
+        tokenizer.check_prompt(config.train.sample_prompt)
+    check_is_run_or_free(config)
+    with owned(Path(config.train.run_dir), wait=wait):
+        begins = from_first(lambda: begins_at_zero(config, from_scratch=from_scratch)) == str(True)
+        initial = _initial_params(config) if begins else None
+        mesh = make_mesh(config.mesh, devices)
+        check_batches(config, mesh)
+        dataset = open_source(config.data.train, config.data, tokenizer)
+        validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
+        record = settle_run(config, dataset.identity, from_scratch=from_scratch)
+        given = _Given(
+            tokenizer=tokenizer,
+            dataset=dataset,
+            validation=validation,
+            record=record,
+            initial=initial,
+            from_scratch=from_scratch,
+        )
+        with StopRequests() as stop, Watchdog() as watchdog, out_of_memory_in_one_line(config, watchdog):
+            watchdog.arm(config.faults.startup_seconds, "starting")
+            return _Run(config, mesh, given, stop=stop, watchdog=watchdog).execute()
+
+
+def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} ids: "
+            f"set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    if config.model.param_dtype != "float32":
+        raise InputError(f"training needs model.param_dtype='float32', got {config.model.param_dtype!r}")
+    if config.model.compute_dtype == "float16":
+        raise InputError(
+            "training in model.compute_dtype='float16' would lose small gradients: choose 'bfloat16' or 'float32'"
+        )
+
+
+def _check_scan(config: ExperimentConfig, train_step: Any, abstract: TrainState, mesh: Mesh) -> None:
+    """Traces the step, where a kernel that was asked for by name says that it does not run here."""
+    name = config.model.mixer.scan_implementation
+    if name is None:
+        return
+    try:
+        with jax.set_mesh(mesh):
+            train_step.trace(abstract, abstract_batch(config, mesh))
+    except NotImplementedError as error:
+        raise InputError(
+            f"model.mixer.scan_implementation {name!r} cannot run this: {error}; None lets the platform decide"
+        ) from error
+
+
+def _open_checkpoints(config: ExperimentConfig, record: RunRecord, reporter: Reporter) -> Checkpointer:
+    run_dir = Path(config.train.run_dir)
+    try:
+        return Checkpointer(run_dir, config.checkpoint, identity=record.identity, on_event=reporter.event)
+    except OSError as error:
+        raise InputError(f"cannot keep checkpoints in {run_dir} ({error.strerror}): make room there") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given:
+    """What a run works with.
+
+    Attributes:
+        tokenizer: of all texts.
+        dataset: training text.
+        validation: held-out text.
+        record: which run this is.
+        initial: parameters to begin with; None draws them, or there is a checkpoint.
+        from_scratch: set aside what is in the run directory.
+    """
+
+    tokenizer: Tokenizer
+    dataset: TokenDataset
+    validation: TokenDataset | None
+    record: RunRecord
+    initial: Params | None
+    from_scratch: bool
+
+
+class _Run:
+    """One execution of the loop; holds what its parts share."""
+
+    def __init__(
+        self, config: ExperimentConfig, mesh: Mesh, given: _Given, *, stop: StopRequests, watchdog: Watchdog
+    ) -> None:
+        self.config, self.mesh, self.given, self.stop, self.watchdog = config, mesh, given, stop, watchdog
+        self.definition: ModelDefinition = define(config.model)
+        index, count = process_rows(mesh)
+        self.batches = TrainBatches(
+            given.dataset, config.data, seed=config.seed, process_index=index, process_count=count
+        )
+        optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=self.definition)
+        abstract = train_state.abstract_state(config, self.definition, optimizer, mesh)
+        train_step = make_train_step(config, self.definition, optimizer, abstract)
+        _check_scan(config, train_step, abstract, mesh)
+        self.run_dir = Path(config.train.run_dir)
+        aside = from_first(lambda: set_aside(self.run_dir)) if given.from_scratch else ""
+        self.reporter = Reporter(config, mesh, self.run_dir)
+        with self.reporter.measure("init"):
+            self.checkpointer = _open_checkpoints(config, given.record, self.reporter)
+            restored = self.checkpointer.restore_newest(abstract.items())
+            self.first_step, self.is_resumed = (0, False) if restored is None else (restored.step, True)
+            if restored is None:
+                self.state = train_state.initialize(config, self.definition, optimizer, abstract, params=given.initial)
+            else:
+                self.state = TrainState.from_items(restored.items)
+            jax.block_until_ready(self.state)
+        from_first(lambda: store_record(claim_run_directory(config), given.record))
+        self.saves = Saves(config, self.checkpointer, given.record, self.reporter)
+        self.reporter.start(self.first_step)
+        if aside:
+            self.reporter.note(f"the records of the run before are in {aside}")
+        if given.tokenizer.lossy:
+            self.reporter.note(f"warning: {given.tokenizer.lossy}")
+        with self.reporter.measure("compile"), jax.set_mesh(mesh):
+            self.train_step = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
+        self.reporter.event("compiled", seconds=self.reporter.seconds["compile"])
+        self.last_loss: float | None = None
+        self.last_validation: Perplexity | None = None
+        self.skipped_in_a_row = 0
+
+    def execute(self) -> TrainResult:
+        last, deadline = self.config.train.num_steps, self.config.faults.deadline_seconds
+        with contextlib.closing(self.checkpointer), contextlib.closing(self.reporter), self.reporter.live():
+            step = self._steps()
+            self.watchdog.arm(deadline, f"saving step {step}")
+            # Whatever comes after it may fail, and would again after every restart.
+            if step > self.first_step or not self.is_resumed:
+                self.saves.save_last(step, self.state)
+            if step == last:
+                self._evaluate(step)
+                self._sample(step)
+            is_complete = step == last and not self.stop.requested()
+            self.reporter.end(step, is_complete=is_complete)
+            self.watchdog.arm(deadline, "closing files")
+        if not is_complete:
+            self.reporter.note(f"stopped and saved at step {step}; run the same command again to go on")
+        elif (found := self.last_validation) is not None:
+            self.reporter.note(f"{found.bits_per_byte:.4f} bits per byte on held-out text; see {self.run_dir}")
+        return TrainResult(
+            step=step,
+            is_complete=is_complete,
+            stop_signal=None if is_complete else self.stop.signal,
+            loss=self.last_loss,
+            validation=self.last_validation,
+        )
+
+    def _steps(self) -> int:
+        """Runs steps until the last or until asked to stop; returns the number of updates done.
+
+        The metrics of a step are read after the next one was dispatched, so the devices never wait for the host. They
+        are read first where something is saved or evaluated, so that a run which must end does not do so later. What is
+        due at the same step is saved first, so that what ends the run there ends it once.
+        """
+        config, last = self.config, self.config.train.num_steps
+        batches = self.batches.iterate(self.first_step)
+        pending: tuple[int, StepMetrics] | None = None
+        step = self.first_step
+        while step < last and not self.stop.requested():
+            evaluate_now = _is_due(step, config.evaluation.every)
+            save_now = _is_due(step, config.checkpoint.every)
+            sample_now = _is_due(step, config.train.sample_every)
+            if evaluate_now or save_now or sample_now:
+                self._report(pending)
+                pending = None
+                if save_now and step > self.first_step:
+                    self.watchdog.arm(config.faults.deadline_seconds, f"saving step {step}")
+                    self.saves.save(step, self.state, skipped_in_a_row=self.skipped_in_a_row)
+                if evaluate_now:
+                    self._evaluate(step)
+                if sample_now:
+                    self._sample(step)
+                # What was cut short is done again by a run that resumes here, and not by one that resumes later.
+                if self.stop.requested():
+                    break
+            metrics = self._step(step, batches)
+            step += 1
+            self._report(pending)
+            pending = (step, metrics)
+        self._report(pending)
+        return step
+
+    def _step(self, step: int, batches: Iterator[LMBatch]) -> StepMetrics:
+        """Draws a batch and dispatches the step after `step`."""
+        first, last = self.config.train.profile_steps or (0, 0)
+        self.watchdog.arm(self.config.faults.deadline_seconds, f"step {step + 1}")
+        with self.reporter.measure("data"):
+            batch = put_batch(self.mesh, next(batches))
+        if step + 1 == first:
+            self._call_profiler(jax.profiler.start_trace, str(self.run_dir / "profile"))
+        with self.reporter.measure("step"), jax.set_mesh(self.mesh):
+            self.state, metrics = self.train_step(self.state, batch)
+            if step + 1 == last and first > self.first_step:
+                jax.block_until_ready(metrics)
+        if step + 1 == last and first > self.first_step and self._call_profiler(jax.profiler.stop_trace):
+            self.reporter.event("profile", first=first, last=last, folder="profile")
+        return metrics
+
+    def _call_profiler(self, call: Callable[..., None], *args: str) -> bool:
+        """Whether it worked; a failed profile never stops the run."""
+        try:
+            call(*args)
+        except Exception as error:
+            self.reporter.note(f"no profile: {' '.join(str(error).split())}")
+            return False
+        return True
+
+    def _report(self, pending: tuple[int, StepMetrics] | None) -> None:
+        if pending is None:
+            return
+        step, metrics = pending
+        with self.reporter.measure("step"):
+            values = {name: float(value) for name, value in dataclasses.asdict(jax.device_get(metrics)).items()}
+        self.last_loss, self.skipped_in_a_row = values["cross_entropy"], int(values["skipped_in_a_row"])
+        self.reporter.step(step, values)
+        self.saves.look()
+        if values["skipped_in_a_row"] >= self.config.faults.max_skipped:
+            self.reporter.goodput(step)
+            self.reporter.event("aborted", step=step, reason="too many skipped steps in a row")
+            raise InputError(
+                f"step {step}: {self.config.faults.max_skipped} steps in a row were skipped (loss {values['loss']}, "
+                f"gradient norm {values['grad_norm']}); the last checkpoint in {self.run_dir} is from before them: "
+                "lower optimizer.peak_lr or look at the data of these steps"
+            )
+
+    def _evaluate(self, step: int) -> None:
+        if self.given.validation is None:
+            return
+        with self.reporter.measure("evaluation"):
+            self.last_validation = self._evaluation("validation", step, self.state.params) or self.last_validation
+            if self.state.ema is not None and not self.stop.requested():
+                self._evaluation("validation_ema", step, self.state.ema)
+
+    def _evaluation(self, kind: Kind, step: int, params: Params) -> Perplexity | None:
+        """Held-out loss of the parameters; None if a stop request cut it short."""
+        assert self.given.validation is not None
+        is_last = step == self.config.train.num_steps
+        index, count = process_rows(self.mesh)
+        batches = evaluation_batches(
+            self.given.validation,
+            self.config.data,
+            batch_size=self.config.evaluation_batch_size,
+            max_batches=None if is_last else self.config.evaluation.max_batches,
+            process_index=index,
+            process_count=count,
+        )
+        result = evaluate(
+            self.definition,
+            params,
+            self._until_stopped(batches, f"evaluation of step {step}"),
+            mesh=self.mesh,
+            tokens_per_byte=self.given.validation.num_tokens / self.given.validation.num_bytes,
+            loss_chunk=self.config.train.loss_chunk,
+        )
+        if self.stop.requested():
+            return None
+        self.reporter.evaluation(kind, step, result)
+        return result
+
+    def _until_stopped(self, batches: Iterator[LMBatch], doing: str) -> Iterator[LMBatch]:
+        """At least one batch; no further ones once a stop is requested."""
+        for batch in batches:
+            self.watchdog.arm(self.config.faults.deadline_seconds, doing)
+            yield batch
+            if self.stop.requested():
+                return
+
+    def _sample(self, step: int) -> None:
+        if not self.config.train.sample_every or self.stop.requested():
+            return
+        self.watchdog.arm(self.config.faults.deadline_seconds, f"sample of step {step}")
+        try:
+            with self.reporter.measure("sample"), jax.set_mesh(self.mesh):
+                text = complete(
+                    self.definition,
+                    self.state.params,
+                    self.given.tokenizer,
+                    self.config.train.sample_prompt,
+                    num_tokens=self.config.train.sample_tokens,
+                    key=jax.random.fold_in(jax.random.key(self.config.seed), step),
+                )
+            self.reporter.sample(step, text)
+        except Exception as error:
+            # It is there to be looked at; whatever is wrong with it, the run is worth more.
+            self.reporter.note(
+                f"no sample of step {step}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0

@@ -1,0 +1,45 @@
+"""Running out of memory is something a config can change, so it is said in one line."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from mamba_jax.errors import InputError
+from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.run.watchdog import Watchdog
+
+_SIGNS = ("resource_exhausted", "out of memory")
+_MOST_CHARACTERS = 200
+
+
+def advice(config: ExperimentConfig) -> str:
+    """What would make a step smaller."""
+    ways = ["a larger mesh.fsdp or mesh.sequence", "a smaller data.global_batch"]
+    ways += ["a larger train.accumulation_steps or train.windows"]
+    if config.model.remat != "block":
+        ways.append("model.remat block")
+    return "try " + ", ".join(ways[:-1]) + f" or {ways[-1]}"
+
+
+@contextlib.contextmanager
+def out_of_memory_in_one_line(config: ExperimentConfig, watchdog: Watchdog) -> Iterator[None]:
+    """Turns the errors of XLA and of Python that mean it into one.
+
+    Args:
+        config: of the run.
+        watchdog: knows what is being done.
+
+    Raises:
+        InputError: a device or the host had no memory left.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(sign in text.lower() for sign in _SIGNS):
+            raise
+        raise InputError(
+            f"out of memory while {watchdog.doing} ({text[:_MOST_CHARACTERS] or type(error).__name__}): "
+            f"{advice(config)} (docs/training.md, Memory)"
+        ) from error

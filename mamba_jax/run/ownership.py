@@ -1,0 +1,239 @@
+"""The owner of a run: one job at a time trains in a folder.
+
+The owner holds a POSIX record lock on `owner.lock`, which NFS clients pass on to their server. The system takes it back
+when the process ends, in whatever way. A process loses such a lock when it closes any descriptor of the file, so
+nothing else opens it; who holds it stands beside it, in `owner.json`. Where the file system has no locks, the owner
+writes `owner.json` anew every few seconds instead, and one that has not for `_STALE_SECONDS` is taken for gone.
+"""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mamba_jax.errors import InputError, reason
+from mamba_jax.files import replacement
+from mamba_jax.run.distributed import from_first
+
+LOCK, OWNER = "owner.lock", "owner.json"
+
+_POLL_SECONDS = 1.0
+_BEAT_SECONDS = 5.0
+_STALE_SECONDS = 60.0
+_HELD = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+# A process does not meet its own record locks, and loses one when it closes another descriptor of the file.
+_own_locks: set[tuple[int, int] | None] = set()
+_changing = threading.Lock()
+
+
+@contextlib.contextmanager
+def owned(run_dir: Path, *, wait: bool) -> Iterator[None]:
+    """Makes this job the owner of the run while the block runs; of several processes the first is, for all.
+
+    The folder is created if need be. One in which the block leaves nothing is removed again.
+
+    Args:
+        run_dir: of the run.
+        wait: until its owner is done.
+
+    Raises:
+        InputError: another job is the owner, and `wait` is not set; or the folder cannot be created or written to.
+    """
+    claim = _Claim(run_dir)
+    is_first = jax.process_index() == 0
+    try:
+        has_told = False
+        while holder := from_first(claim.acquire):
+            if not wait:
+                raise InputError(
+                    f"train.run_dir {run_dir} is being trained by {holder}: wait for it with --wait, end it, or choose "
+                    "another folder"
+                )
+            if is_first and not has_told:
+                has_told = True
+                # Nobody may be there to read it, or nothing that can show it.
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"waiting for {holder}, which trains in {run_dir}", flush=True)
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        claim.release()
+
+
+class _Claim:
+    """What a process does to own a folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._created: list[Path] = []
+        self._lock: int | None = None
+        self._key: tuple[int, int] | None = None
+        self._heartbeat: _Heartbeat | None = None
+
+    def acquire(self) -> str:
+        """Tries to become the owner; returns who is instead, or an empty text.
+
+        Raises:
+            InputError: the folder cannot be created or written to.
+        """
+        try:
+            while True:
+                self._create_folder()
+                holder = self._take()
+                # A file that its last owner has removed keeps nobody else away.
+                if holder or self._heartbeat is not None or self._key == _key(self._run_dir / LOCK):
+                    return holder
+                self._drop()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot write train.run_dir {self._run_dir} ({reason(error)}): make room there or choose another "
+                "folder"
+            ) from None
+
+    def release(self) -> None:
+        """Gives the folder back, without what was created there in vain."""
+        with contextlib.suppress(OSError):
+            if self._heartbeat is not None:
+                self._heartbeat.stop()
+            if self._lock is not None:
+                (self._run_dir / OWNER).unlink(missing_ok=True)
+                if {path.name for path in self._run_dir.iterdir()} == {LOCK}:
+                    (self._run_dir / LOCK).unlink()
+            for folder in reversed(self._created):
+                folder.rmdir()
+        self._drop()
+
+    def _create_folder(self) -> None:
+        missing = [self._run_dir, *self._run_dir.parents]
+        for folder in reversed([path for path in missing if not path.exists()]):
+            folder.mkdir(exist_ok=True)
+            self._created.append(folder)
+
+    def _take(self) -> str:
+        path = self._run_dir / LOCK
+        with _changing:
+            if _key(path) in _own_locks:
+                return "this very process"
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(self._lock)
+                self._lock = None
+                if error.errno in _HELD:
+                    return _holder(self._run_dir / OWNER)
+                if error.errno not in _NO_LOCKS:
+                    raise
+                path.unlink(missing_ok=True)
+                self._heartbeat = self._heartbeat or _Heartbeat(self._run_dir / OWNER, reason(error))
+                return self._heartbeat.start()
+            status = os.fstat(self._lock)
+            self._key = (status.st_dev, status.st_ino)
+            _own_locks.add(self._key)
+        _write(self._run_dir / OWNER, _self())
+        return ""
+
+    def _drop(self) -> None:
+        if self._lock is not None:
+            with _changing:
+                os.close(self._lock)
+                _own_locks.discard(self._key)
+            self._lock = self._key = None
+
+
+class _Heartbeat:
+    """Stands in for a lock: a file that its owner writes anew every few seconds."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        self._path = path
+        self._owner: dict[str, object] = {"mark": uuid.uuid4().hex}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
+        warnings.warn(
+            f"{path.parent} is on a file system without locks ({why}); {path.name} says who trains there, and a run "
+            f"that was killed keeps its folder for {_STALE_SECONDS:g} s",
+            stacklevel=2,
+        )
+
+    def start(self) -> str:
+        """Watches the present owner; takes over if it shows no sign of life. Returns the owner, or an empty text."""
+        found, deadline = _read(self._path), time.monotonic() + _STALE_SECONDS
+        while found and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            if (now := _read(self._path)) and now != found:
+                return _holder(self._path)
+            found = now
+        self._owner |= _self()
+        _write(self._path, self._owner)
+        # Of several that take over at the same time the last one stays.
+        time.sleep(2 * _POLL_SECONDS)
+        if not self._is_mine():
+            return _holder(self._path)
+        self._thread.start()
+        return ""
+
+    def stop(self) -> None:
+        self._is_over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            if self._is_mine():
+                self._path.unlink()
+
+    def _beat(self) -> None:
+        for beats in itertools.count(1):
+            # One that was taken for gone leaves the folder to whoever took it over.
+            if self._is_over.wait(_BEAT_SECONDS) or not self._is_mine(unreadable=True):
+                return
+            with contextlib.suppress(OSError):
+                _write(self._path, self._owner | {"beats": beats})
+
+    def _is_mine(self, *, unreadable: bool = False) -> bool:
+        owner = _read(self._path)
+        return owner.get("mark") == self._owner["mark"] if owner else unreadable
+
+
+def _key(path: Path) -> tuple[int, int] | None:
+    """What tells a file from all others; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _self() -> dict[str, object]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+
+
+def _write(path: Path, owner: dict[str, object]) -> None:
+    with replacement(path) as temporary:
+        temporary.write_text(json.dumps(owner) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the owner says of itself; nothing if that is not there or cannot be read."""
+    try:
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _holder(path: Path) -> str:
+    owner = _read(path)
+    return f"process {owner.get('process', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"

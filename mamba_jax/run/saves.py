@@ -1,0 +1,108 @@
+"""When a run saves, and what it says of it."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mamba_jax.checkpoint import FOLDER, Checkpointer, SaveFailed
+from mamba_jax.errors import InputError
+from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.run.record import RunRecord, write_record
+from mamba_jax.telemetry.run_log import Reporter
+from mamba_jax.training.train_state import TrainState
+
+
+class Saves:
+    """The checkpoints that one execution of the loop makes.
+
+    While steps are skipped nothing is saved on the way: if what is in the state is the reason, checkpoints of it would
+    take the place of good ones. The weights of a skipped step are those of the last good one, so the last state is
+    saved none the less, as long as it is finite.
+    """
+
+    def __init__(
+        self, config: ExperimentConfig, checkpointer: Checkpointer, record: RunRecord, reporter: Reporter
+    ) -> None:
+        """Takes what it works with.
+
+        Args:
+            config: of the run.
+            checkpointer: of its directory.
+            record: of the run; it is stored anew when a checkpoint is complete.
+            reporter: told of everything.
+        """
+        self._config, self._checkpointer, self._record, self._reporter = config, checkpointer, record, reporter
+        self._run_dir = Path(config.train.run_dir)
+        self._pending: int | None = None
+
+    def save(self, step: int, state: TrainState, *, skipped_in_a_row: int) -> None:
+        """Starts to save; a save that fails is reported, and the run goes on from the state that it has."""
+        if skipped_in_a_row:
+            reason = f"the last {skipped_in_a_row} steps were skipped"
+            self._reporter.event("save_left_out", step=step, reason=reason)
+            self._reporter.note(f"step {step} is not saved: {reason}")
+            return
+        try:
+            self._start(step, state)
+        except SaveFailed as error:
+            self._reporter.event("save_failed", step=step, reason=str(error))
+        self._reporter.goodput(step)
+
+    def save_last(self, step: int, state: TrainState) -> None:
+        """Saves, and waits until everything is on disk.
+
+        Raises:
+            InputError: that failed, or the state is not finite.
+        """
+        try:
+            self._start(step, state)
+            with self._reporter.measure("checkpoint"):
+                self._checkpointer.wait()
+        except SaveFailed as error:
+            self._reporter.event("save_failed", step=step, reason=str(error))
+            raise InputError(
+                f"step {step} could not be saved: {error}; see to that and run the same command, which goes on from "
+                f"the last checkpoint in {self._run_dir}"
+            ) from None
+        self._reporter.goodput(step)
+        self.look()
+
+    def look(self) -> None:
+        """Records a checkpoint that has become complete: from then on the run does not begin again by itself."""
+        if self._pending is None or not (self._run_dir / FOLDER / str(self._pending)).is_dir():
+            return
+        saved = max(self._pending, self._record.saved or 0)
+        self._record, self._pending = dataclasses.replace(self._record, saved=saved), None
+        if jax.process_index() == 0:
+            # The checkpoint itself says as much; this is for when it is gone.
+            with contextlib.suppress(OSError):
+                write_record(self._run_dir, self._record)
+
+    def _start(self, step: int, state: TrainState) -> None:
+        items = state.items()
+        with self._reporter.measure("checkpoint"):
+            self.look()
+            if name := _not_finite(items):
+                raise SaveFailed(f"the array {name} holds values that are not finite")
+            self._checkpointer.save(step, items, self._config)
+        self._pending = step
+
+
+def _not_finite(tree: Any) -> str | None:
+    """Name of the first array with a value that is NaN or infinite; None if all are finite."""
+    floats = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    finite = jax.device_get(_are_finite(list(floats.values())))
+    return next((name for name, is_finite in zip(floats, finite, strict=True) if not is_finite), None)
+
+
+@jax.jit
+def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]

@@ -1,0 +1,171 @@
+"""How a model is trained."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import pydantic
+
+from mamba_jax.config_base import Config, require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CosineSchedule(Config):
+    """Linear warm-up from 0, then half a cosine down to `final_lr` at the last step (the paper's appendix E.2).
+
+    Attributes:
+        kind: discriminator.
+        warmup_fraction: share of all steps spent warming up.
+        final_lr: learning rate at the last step.
+    """
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_fraction: float = 0.1
+    final_lr: float = 1e-5
+
+    def _check(self) -> None:
+        self._require_fraction("warmup_fraction")
+        require(self.final_lr >= 0, f"CosineSchedule.final_lr must not be negative, got {self.final_lr}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupStableDecaySchedule(Config):
+    """Linear warm-up from 0, a constant plateau, then a linear decay to `final_lr` at the last step.
+
+    Attributes:
+        kind: discriminator.
+        warmup_fraction: share of all steps spent warming up.
+        decay_fraction: share of all steps spent decaying.
+        final_lr: learning rate at the last step.
+    """
+
+    kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    final_lr: float = 0.0
+
+    def _check(self) -> None:
+        self._require_fraction("warmup_fraction", "decay_fraction")
+        total = self.warmup_fraction + self.decay_fraction
+        require(
+            total <= 1, f"WarmupStableDecaySchedule: warmup_fraction + decay_fraction must not exceed 1, got {total}"
+        )
+
+
+Schedule = CosineSchedule | WarmupStableDecaySchedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Config):
+    """The update rule; by default AdamW with the paper's recipe (arXiv 2312.00752, appendix E.2.1).
+
+    Attributes:
+        algorithm: "adamw", or "muon": hidden matrices get orthogonalised momentum, scaled to the root mean square
+            of an AdamW update so that `peak_lr` and `weight_decay` serve both; all else gets AdamW.
+        peak_lr: learning rate at the top of the schedule.
+        schedule: its shape over the run.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled decay of matrices; never of A_log, D, biases and norm scales.
+        clip_norm: largest global gradient norm.
+        muon_momentum: decay of Muon's momentum.
+        ema_decay: keep an exponential moving average of the weights, average = decay * average + (1 - decay) * weights
+            after every update; None keeps none.
+    """
+
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    peak_lr: float
+    schedule: Annotated[Schedule, pydantic.Field(discriminator="kind")] = CosineSchedule()
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    muon_momentum: float = 0.95
+    ema_decay: float | None = None
+
+    def _check(self) -> None:
+        self._require_positive("peak_lr", "eps", "clip_norm")
+        self._require_fraction("b1", "b2", "muon_momentum", "ema_decay", below_one=True)
+        require(self.weight_decay >= 0, f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}")
+        require(
+            self.clip_norm <= 1e18,
+            f"OptimizerConfig.clip_norm must not exceed 1e18, whose square float32 still holds, got {self.clip_norm}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """The training loop.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run.
+        run_dir: where checkpoints, metrics, samples and plots go; a run found there is resumed.
+        accumulation_steps: microbatches whose gradients are averaged into one step.
+        windows: parts that the sequence is cut into, one worked on after the other; the recurrent state passes between
+            them, and the memory of activations is that of one part.
+        window_gradient: "full" propagates gradients through the states between windows, which gives the gradient of the
+            uncut sequence; "truncated" stops them there.
+        z_loss: weight of the squared log-partition penalty; 0 disables it.
+        loss_chunk: sequence positions whose logits exist at the same time.
+        log_every: steps between metric lines.
+        sample_every: steps between text samples; 0 disables them.
+        sample_prompt: text that samples continue.
+        sample_tokens: tokens of a sample.
+        init_from: safetensors folder to start from instead of random weights.
+        profile_steps: first and last step of a profiler trace, counted from 1; None traces nothing.
+    """
+
+    num_steps: int
+    run_dir: str
+    accumulation_steps: int = 1
+    windows: int = 1
+    window_gradient: Literal["full", "truncated"] = "full"
+    z_loss: float = 0.0
+    loss_chunk: int = 512
+    log_every: int = 10
+    sample_every: int = 0
+    sample_prompt: str = "\n"
+    sample_tokens: int = 128
+    init_from: str | None = None
+    profile_steps: tuple[int, int] | None = None
+
+    def _check(self) -> None:
+        self._require_positive("num_steps", "accumulation_steps", "windows", "loss_chunk", "log_every", "sample_tokens")
+        require(self.z_loss >= 0, f"TrainConfig.z_loss must not be negative, got {self.z_loss}")
+        require(self.sample_every >= 0, f"TrainConfig.sample_every must not be negative, got {self.sample_every}")
+        require(self.num_steps < 2**31, f"TrainConfig.num_steps must be below 2**31, got {self.num_steps}")
+        first, last = self.profile_steps or (1, 1)
+        fits = 1 <= first <= last <= self.num_steps
+        require(fits, f"TrainConfig.profile_steps must be 1 <= first <= last <= num_steps, got ({first}, {last})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultsConfig(Config):
+    """What a run puts up with.
+
+    Attributes:
+        max_skipped: the run ends after so many skipped steps in a row. A step is skipped, its weights and moments kept
+            as they were, when its loss or gradient is not finite, or the gradient is a spike.
+        spike_factor: a gradient norm above this times the mean of the last `spike_window` accepted is a spike; None
+            accepts any finite gradient.
+        spike_window: accepted steps whose gradient norms are remembered; before there are so many, nothing is a spike.
+        deadline_seconds: a process that does not get on for so long (a step, an evaluation batch, a save) prints the
+            stacks of its threads and exits, so that a launcher can restart the job.
+        startup_seconds: the same for restoring and compiling.
+    """
+
+    max_skipped: int = 10
+    spike_factor: float | None = None
+    spike_window: int = 64
+    deadline_seconds: float = 1800.0
+    startup_seconds: float = 7200.0
+
+    def _check(self) -> None:
+        self._require_positive("max_skipped", "spike_window", "deadline_seconds", "startup_seconds")
+        longest = max(self.deadline_seconds, self.startup_seconds)
+        require(longest <= 1e9, f"FaultsConfig: deadlines must not exceed 1e9 seconds, got {longest}")
+        require(
+            self.spike_factor is None or self.spike_factor > 1,
+            f"FaultsConfig.spike_factor must be above 1 or None, got {self.spike_factor}",
+        )

@@ -1,0 +1,73 @@
+"""The causal convolution in plain JAX, as K shifted multiply-adds.
+
+XLA fuses the sum over taps into one pass over memory on every platform, while its grouped convolution, and above all
+the gradient of that, is slow on CPUs. The backward pass keeps only the arguments and recomputes the sum.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.causal_conv1d.arguments import OP, Activation, ConvOutput
+from pallas_kernels.common.checks import decline_double_precision
+
+
+def causal_conv1d(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: Activation | None,
+    initial_window: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> ConvOutput:
+    """See `pallas_kernels.causal_conv1d.api.causal_conv1d`.
+
+    Raises:
+        NotImplementedError: an argument is float64.
+    """
+    decline_double_precision(OP, x, weight, bias, initial_window)
+    batch, _, channels = x.shape
+    past = weight.shape[0] - 1
+    if initial_window is None:
+        initial_window = jnp.zeros_like(x, shape=(batch, past, channels))
+    segments = None if segment_ids is None else count_segments(segment_ids, past)
+    y, final_window = _convolve(activation, x, initial_window.astype(x.dtype), weight, bias, segments)
+    return ConvOutput(y=y, final_window=final_window)
+
+
+def count_segments(segment_ids: jax.Array, past: int) -> jax.Array:
+    """Number of segment starts up to each token, (B, K - 1 + L): equal exactly within a run of one document."""
+    is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.cumsum(jnp.pad(is_start, ((0, 0), (past + 1, 0))), axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _convolve(
+    activation: Activation | None,
+    x: jax.Array,
+    initial_window: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    segments: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Output and final window."""
+    width, length = weight.shape[0], x.shape[1]
+    weight = weight.astype(jnp.float32)
+    # Widened before it is used, so that all contributions to the gradient of x add up in float32.
+    padded = jnp.concatenate([initial_window, x], axis=1).astype(jnp.float32)
+    y = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)[None, None, :]
+    for tap in range(width):
+        inputs = padded[:, tap : tap + length]
+        if segments is not None and tap < width - 1:
+            is_same = segments[:, tap : tap + length] == segments[:, width - 1 :]
+            inputs = jnp.where(is_same[:, :, None], inputs, 0)
+        y = y + weight[tap][None, None, :] * inputs
+    if activation == "silu":
+        y = jax.nn.silu(y)
+    final_window = padded[:, length:]
+    if segments is not None:
+        is_current = segments[:, length:] == segments[:, -1:]
+        final_window = jnp.where(is_current[:, :, None], final_window, 0)
+    return y.astype(x.dtype), final_window.astype(x.dtype)

@@ -1,0 +1,65 @@
+"""Registers of a TPU's vector unit in Pallas kernels.
+
+A register holds 8 rows of 128 lanes. In blocks of sequences tokens lie along rows and channels along lanes: 128
+channels are a tile, and 16 tokens, the rows of a bfloat16 register, are a group.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.common.register_math import LOG2_E
+
+LANES = 128
+SUBLANES = 8
+GROUP = 16
+# What a step over a group of tokens costs besides its tiles, in the time of a tile.
+_OVERHEAD = 0.7
+
+Refs = dict[str, Any]
+
+
+def choose_tiles(count: int, *, most: int) -> int:
+    """Tiles of a block, for `count` tiles in all: few blocks, and little padding."""
+    candidates = range(1, min(most, count) + 1)
+    return min(candidates, key=lambda tiles: (-(-count // tiles) * (tiles + _OVERHEAD), -tiles))
+
+
+def group_tokens(group) -> pl.Slice:
+    """Rows of a group of tokens in a block."""
+    return pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
+
+
+def tile_lanes(tile: int) -> slice:
+    """Lanes of a tile in a block."""
+    return slice(tile * LANES, (tile + 1) * LANES)
+
+
+def sequence(refs: Refs, name: str, group, lanes: slice) -> jax.Array:
+    """A group of tokens of a tile, in float32."""
+    return refs[name][group_tokens(group), lanes].astype(jnp.float32)
+
+
+def over(count: int, body: Callable[[Any, Any], Any], carry: Any = 0) -> Any:
+    """A loop that is none if it runs once."""
+    return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+
+
+def folded(rows: jax.Array) -> jax.Array:
+    """8 or 16 rows to 8, whose sum is the same."""
+    parts = [rows[first : first + SUBLANES] for first in range(0, rows.shape[0], SUBLANES)]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def reciprocal(value: jax.Array) -> jax.Array:
+    """1 / value for normal numbers."""
+    return pltpu.reciprocal(value, full_range=False)
+
+
+def sigmoid(value: jax.Array) -> jax.Array:
+    """1 / (1 + exp(-value)); below -69, 2^-100."""
+    return reciprocal(1.0 + jnp.exp2(jnp.minimum(value * -LOG2_E, 100.0)))

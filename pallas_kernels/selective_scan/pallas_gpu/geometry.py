@@ -1,0 +1,129 @@
+"""Sizes of the GPU kernels of the selective scan: how work is spread over threads, blocks and shared memory."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common.warpgroup import LANES, THREADS, WARPS
+
+CHUNK = 16
+SLICE = 16
+# Tokens whose sums over states are exchanged between lanes together.
+GROUP = 4
+# exp2(RESET * A) is exactly zero for every decay rate from `decay_rates`.
+RESET = 3.0e38
+# Threads that share a token at the edges of a chunk.
+EDGE_LANES = THREADS // CHUNK
+# A row of B next to C in shared memory, padded so that rows start in different banks.
+MATRIX_PITCH = 2 * SLICE + 4
+# A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
+SLOT = 4
+
+CONSTANTS = ("D", "dt_bias")
+# Keeps 16-byte accesses of neighbouring threads in different banks, and aligned.
+CONSTANT_PADDING = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a kernel's work is spread over the chip.
+
+    Attributes:
+        lanes: S, the lanes that share a channel: 2, 4 or 8.
+        rows: R, the channels of a lane: 1 or 2.
+        parts: pieces of the sequence that run at the same time.
+    """
+
+    lanes: int
+    rows: int
+    parts: int = 1
+
+    @property
+    def states_per_lane(self) -> int:
+        return SLICE // self.lanes
+
+    @property
+    def channels_per_warp(self) -> int:
+        return LANES // self.lanes * self.rows
+
+    @property
+    def channels_per_block(self) -> int:
+        return WARPS * self.channels_per_warp
+
+    @property
+    def edge_channels(self) -> int:
+        """Channels of one token that a thread reads and writes."""
+        return self.channels_per_block // EDGE_LANES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes of a scan as the kernels see it: everything is padded to whole blocks.
+
+    Sequences are (B L, G F), matrices (B L, G N), states (B G F, N), where F is the number of channels of a group.
+
+    Attributes:
+        batch, groups, channels, states: B, G, F and N.
+        length: L, a multiple of CHUNK.
+        valid_length: tokens that exist; the rest leave the state as it is.
+        tiling: of the work.
+    """
+
+    batch: int
+    groups: int
+    channels: int
+    states: int
+    length: int
+    valid_length: int
+    tiling: Tiling
+
+    @property
+    def blocks(self) -> int:
+        return self.channels // self.tiling.channels_per_block
+
+    @property
+    def chunks(self) -> int:
+        return self.length // CHUNK
+
+    @property
+    def chunks_per_part(self) -> int:
+        return -(-self.chunks // self.tiling.parts)
+
+    @property
+    def slices(self) -> int:
+        return self.states // SLICE
+
+    @property
+    def width(self) -> int:
+        """Channels of all groups."""
+        return self.groups * self.channels
+
+    def grid(self, parts: int) -> dict[str, int]:
+        """The grid of a kernel over some parts of the sequence."""
+        return {"part": parts, "batch": self.batch, "group": self.groups, "block": self.blocks}
+
+
+def common_scratch(tiling: Tiling) -> dict[str, Any]:
+    """Shared memory that every kernel has, in float32."""
+    floats = {
+        "constants": len(CONSTANTS) * EDGE_LANES * (tiling.edge_channels + CONSTANT_PADDING),
+        "pairs": CHUNK // 2 * slot_position(tiling.channels_per_block),
+        "matrices": CHUNK * MATRIX_PITCH,
+    }
+    return {name: plgpu.SMEM((count,), jnp.float32) for name, count in floats.items()}
+
+
+def value_slots(tiling: Tiling) -> int:
+    """Floats of shared memory for a value for every token of a chunk and channel of a block."""
+    return CHUNK // GROUP * slot_position(tiling.channels_per_block)
+
+
+def slot_position(channel):
+    """Position of a channel's slot in shared memory.
+
+    After every eight slots one is left free, so that both roles of threads hit different banks: the recurrence reads
+    neighbouring channels, the edges write channels that are EDGE_LANES or so apart.
+    """
+    return channel * SLOT + (channel >> 3) * SLOT

@@ -1,0 +1,380 @@
+"""What the GPU kernels of the selective scan share: geometry, the roles of threads, and staging through shared memory.
+
+A block owns some channels and walks its part of the sequence in chunks of CHUNK tokens. Its threads have two roles:
+
+- In the recurrence, a warp has CW = 32 / S * R channels. S lanes share R of them, and each lane keeps SLICE / S states
+  of every one of its channels in registers. (More than SLICE states are worked off slice by slice.)
+- At the edges of a chunk, where sequences are read and written and softplus and gates are computed, EDGE_LANES
+  neighbouring threads share a token, and each has an equal share of the block's channels, so that memory is accessed
+  in whole lines.
+
+The roles exchange values through shared memory.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common.register_math import LOG2_E, Registers, added, loop, softplus
+from pallas_kernels.common.warpgroup import LANES, WARPS, Warpgroup, widen
+from pallas_kernels.selective_scan.argument_layout import Features
+from pallas_kernels.selective_scan.pallas_gpu.geometry import (
+    CHUNK,
+    CONSTANT_PADDING,
+    CONSTANTS,
+    EDGE_LANES,
+    GROUP,
+    MATRIX_PITCH,
+    RESET,
+    SLICE,
+    SLOT,
+    Geometry,
+    Tiling,
+    slot_position,
+)
+
+
+class Lanes:
+    """Where each thread works, as int32 arrays of one value a thread.
+
+    Attributes:
+        thread, warp, lane: indices of the thread in the block, its warp, and the lane in the warp.
+        channel: first channel of the lane in the recurrence, counted in the block; the others are `channel_stride`
+            apart.
+        share: index among the lanes of that channel.
+        state: first state of the slice that the lane keeps.
+        token: in the chunk, at the edges.
+        edge_channel: first channel at the edges, counted in the block.
+        first_channel: first channel of the block among all channels.
+        group, batch, block: those of the block.
+    """
+
+    def __init__(self, w: Warpgroup, tiling: Tiling, geometry: Geometry):
+        self.thread = w.thread_index()
+        zero = self.thread & 0
+        self.zero = zero
+        self.warp = self.thread >> 5
+        self.lane = self.thread & (LANES - 1)
+        self.channel_stride = LANES // tiling.lanes
+        self.lane_channel = self.lane >> (tiling.lanes.bit_length() - 1)
+        self.share = self.lane & (tiling.lanes - 1)
+        self.state = self.share * tiling.states_per_lane
+        self.token = self.thread >> 3
+        warp_channel = self.warp * tiling.channels_per_warp
+        self.channel = warp_channel + self.lane_channel
+        self.edge_channel = (self.thread & (EDGE_LANES - 1)) * tiling.edge_channels
+        self.group = zero + jax.lax.axis_index("group")
+        self.batch = zero + jax.lax.axis_index("batch")
+        self.block = zero + jax.lax.axis_index("block")
+        self.first_channel = self.group * geometry.channels + self.block * tiling.channels_per_block
+        # The lane's first sum among the GROUP that `sums_over_shares` spreads.
+        self.first_sum = (self.share * GROUP) >> (tiling.lanes.bit_length() - 1)
+
+
+class Kernel:
+    """Access to memory that is alike in all kernels of a scan.
+
+    Attributes:
+        geometry, features, w, inputs, outputs, shared: what the kernel was called with.
+        tiling: that of the geometry.
+        lanes: roles of the threads.
+        single: all states fit into one slice.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        features: Features,
+        w: Warpgroup,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+        shared: dict[str, Any],
+    ):
+        self.w, self.geometry, self.features = w, geometry, features
+        self.inputs, self.outputs, self.shared = inputs, outputs, shared
+        self.tiling = geometry.tiling
+        self.lanes = Lanes(w, self.tiling, geometry)
+        self.single = geometry.slices == 1
+
+    def over_slices(self, body: Callable[[Any], None]) -> None:
+        """Calls body(slice_index) for every slice."""
+        if self.single:
+            body(0)
+        else:
+            loop(0, self.geometry.slices, lambda i, _: body(i), None)
+
+    def token_row(self, chunk: jax.Array) -> jax.Array:
+        """Row of the lane's token in sequences and matrices."""
+        return self.lanes.batch * self.geometry.length + (chunk * CHUNK + self.lanes.token)
+
+    def edge_columns(self) -> jax.Array:
+        """First channel of the lane at the edges, among all channels."""
+        return self.lanes.first_channel + self.lanes.edge_channel
+
+    def keep_constants(self) -> None:
+        """Copies D and dt_bias to shared memory, every thread its own channels, whichever are given."""
+        count, pitch = self.tiling.edge_channels, self.geometry.width
+        for i, name in enumerate(CONSTANTS):
+            if name in self.inputs:
+                values = self.w.load(self.inputs[name], self.edge_columns(), count, row=self.lanes.zero, pitch=pitch)
+                self.w.store(self.shared["constants"], self._constants_index(), values, offset=i * self._constants)
+
+    def edge_constant(self, name: str) -> Registers | None:
+        """A value for each channel of the thread at the edges; None if the argument is missing."""
+        if name not in self.inputs:
+            return None
+        offset = CONSTANTS.index(name) * self._constants
+        return self.w.load(self.shared["constants"], self._constants_index(), self.tiling.edge_channels, offset=offset)
+
+    @property
+    def _constants(self) -> int:
+        return EDGE_LANES * (self.tiling.edge_channels + CONSTANT_PADDING)
+
+    def _constants_index(self) -> jax.Array:
+        return (self.lanes.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + CONSTANT_PADDING)
+
+    def load_edge(self, chunk: jax.Array, names: Sequence[str]) -> dict[str, Registers]:
+        """Words of a chunk of sequences; "starts" has one value a token, the others a row of channels."""
+        row = self.token_row(chunk)
+        words: dict[str, Registers] = {}
+        for name in names:
+            if name == "starts":
+                words[name] = self.w.load(self.inputs[name], self.lanes.zero, 1, row=row, pitch=1)
+            elif name in self.inputs:
+                count, pitch = self.tiling.edge_channels, self.geometry.width
+                words[name] = self.w.load(self.inputs[name], self.edge_columns(), count, row=row, pitch=pitch)
+        return words
+
+    def store_edge(self, name: str, chunk: jax.Array, values: Registers) -> None:
+        """Writes the lane's channels of its token of an output."""
+        row = self.token_row(chunk)
+        self.w.store(self.outputs[name], self.edge_columns(), values, row=row, pitch=self.geometry.width)
+
+    def state_rows(self, leading: jax.Array) -> list[jax.Array]:
+        """Rows of the lane's channels in an array of states with an index before the channel."""
+        first = leading * self.geometry.width + (self.lanes.first_channel + self.lanes.channel)
+        return [first + r * self.lanes.channel_stride for r in range(self.tiling.rows)]
+
+    def load_states(self, name: str, leading: jax.Array, slice_index) -> list[Registers]:
+        """The lane's states of a slice from an input, for each of its channels."""
+        column = self.lanes.state + slice_index * SLICE
+        count, pitch = self.tiling.states_per_lane, self.geometry.states
+        rows = self.state_rows(leading)
+        return [self.w.load(self.inputs[name], column, count, row=row, pitch=pitch) for row in rows]
+
+    def load_rates(self, slice_index) -> list[Registers]:
+        """A of the lane's states of a slice, in units of log2, for each of its channels."""
+        rates = self.load_states("A", self.lanes.zero, slice_index)
+        return [[rate * LOG2_E for rate in values] for values in rates]
+
+    def store_states(self, name: str, leading: jax.Array, slice_index, states: Sequence[Registers]) -> None:
+        """Writes the lane's states of a slice to an output."""
+        column = self.lanes.state + slice_index * SLICE
+        for row, values in zip(self.state_rows(leading), states, strict=True):
+            self.w.store(self.outputs[name], column, values, row=row, pitch=self.geometry.states)
+
+    def zeros(self) -> list[Registers]:
+        """Zeros in the place of the lane's states."""
+        return [[self.w.full(0.0)] * self.tiling.states_per_lane for _ in range(self.tiling.rows)]
+
+    def shared_states_index(self, slice_index) -> jax.Array:
+        lanes = self.lanes
+        return slice_index * (self.tiling.channels_per_block * SLICE) + lanes.channel * SLICE + lanes.state
+
+    def load_shared_states(self, name: str, slice_index) -> list[Registers]:
+        """The lane's states of a slice from shared memory."""
+        index, count = self.shared_states_index(slice_index), self.tiling.states_per_lane
+        offsets = [r * self.lanes.channel_stride * SLICE for r in range(self.tiling.rows)]
+        return [self.w.load(self.shared[name], index, count, offset=offset) for offset in offsets]
+
+    def store_shared_states(self, name: str, slice_index, states: Sequence[Registers]) -> None:
+        """Writes the lane's states of a slice to shared memory."""
+        index = self.shared_states_index(slice_index)
+        for r, values in enumerate(states):
+            self.w.store(self.shared[name], index, values, offset=r * self.lanes.channel_stride * SLICE)
+
+    @property
+    def slots(self) -> int:
+        """Size of a slot for every channel of the block, see `slot_position`."""
+        return slot_position(self.tiling.channels_per_block)
+
+    def own_slots(self) -> list[tuple[jax.Array, int]]:
+        """Slots of the lane's channels in the recurrence, as a position and an offset known in advance."""
+        first = slot_position(self.lanes.channel)
+        return [(first, slot_position(r * self.lanes.channel_stride)) for r in range(self.tiling.rows)]
+
+    def edge_slots(self) -> list[tuple[jax.Array, int]]:
+        """The same for the thread's channels at the edges."""
+        first = slot_position(self.lanes.edge_channel)
+        return [(first, slot_position(i)) for i in range(self.tiling.edge_channels)]
+
+    def store_edge_values(self, name: str, values: Registers) -> None:
+        """Writes a value for each of the thread's channels to shared memory, for `load_values`."""
+        token = self.lanes.token
+        row = (token >> 2) * self.slots + (token & 3)
+        for (slot, offset), value in zip(self.edge_slots(), values, strict=True):
+            self.w.store(self.shared[name], row + slot, (value,), offset=offset)
+
+    def load_edge_values(self, name: str) -> list[jax.Array]:
+        """Reads what the recurrence wrote, for each of the thread's channels."""
+        token = self.lanes.token
+        row = (token >> 2) * self.slots + (token & 3)
+        return [self.w.load(self.shared[name], row + slot, 1, offset=offset)[0] for slot, offset in self.edge_slots()]
+
+    def load_values(self, name: str, group) -> list[Registers]:
+        """Values of the tokens of a group, for each of the lane's channels."""
+        row = group * self.slots
+        return [self.w.load(self.shared[name], row + slot, GROUP, offset=offset) for slot, offset in self.own_slots()]
+
+    def add_sums(self, name: str, group, sums: Registers, slot: tuple[jax.Array, int]) -> None:
+        """Writes the lane's sums over the states for one of its channels, or adds them to those of other slices."""
+        index = group * self.slots + slot[0] + self.lanes.first_sum
+        self._write_sums(name, index, sums, slot[1])
+
+    def add_sum_pairs(self, name: str, group, first: Registers, second: Registers, slot: tuple[jax.Array, int]) -> None:
+        """The same for pairs of sums."""
+        token = self.lanes.first_sum
+        index = (group * 2 + (token >> 1)) * self.slots + slot[0] + (token & 1) * 2
+        self._write_sums(name, index, [value for pair in zip(first, second, strict=True) for value in pair], slot[1])
+
+    def _write_sums(self, name: str, index: jax.Array, sums: Registers, offset: int) -> None:
+        if not self.single:
+            sums = added(sums, self.w.load(self.shared[name], index, len(sums), offset=offset))
+        self.w.store(self.shared[name], index, sums, offset=offset)
+
+    def store_edge_pairs(self, name: str, first: Registers, second: Registers) -> None:
+        """Writes a pair for each of the thread's channels to shared memory, for `load_pairs`."""
+        token = self.lanes.token
+        row = (token >> 1) * self.slots + (token & 1) * 2
+        for (slot, offset), pair in zip(self.edge_slots(), zip(first, second, strict=True), strict=True):
+            self.w.store(self.shared[name], row + slot, pair, offset=offset)
+
+    def load_edge_pairs(self, name: str) -> list[Registers]:
+        """Reads what the recurrence wrote, for each of the thread's channels."""
+        token = self.lanes.token
+        row = (token >> 1) * self.slots + (token & 1) * 2
+        return [self.w.load(self.shared[name], row + slot, 2, offset=offset) for slot, offset in self.edge_slots()]
+
+    def load_pairs(self, group) -> list[tuple[Registers, Registers]]:
+        """The pairs of the tokens of a group, as first and second values for each of the lane's channels."""
+        pairs: list[tuple[Registers, Registers]] = []
+        for slot, offset in self.own_slots():
+            index = group * (2 * self.slots) + slot
+            early, late = (
+                self.w.load(self.shared["pairs"], index, SLOT, offset=offset + i * self.slots) for i in range(2)
+            )
+            pairs.append(((*early[0::2], *late[0::2]), (*early[1::2], *late[1::2])))
+        return pairs
+
+    def load_matrix(self, name: str, chunk: jax.Array, slice_index) -> Registers:
+        """Words of the thread's two states of the row of its token in B or C."""
+        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.thread & 7) * 2
+        pitch = self.geometry.groups * self.geometry.states
+        return self.w.load(self.inputs[name], column, 2, row=self.token_row(chunk), pitch=pitch)
+
+    def stage_matrix(self, name: str, words: Registers, *, offset: int) -> None:
+        """Writes what `load_matrix` brought, in float32, to the block's copy of B (offset 0) or C (SLICE)."""
+        index = self.lanes.token * MATRIX_PITCH + (self.lanes.thread & 7) * 2
+        self.w.store(self.shared["matrices"], index, widen(words, self.inputs[name].dtype), offset=offset)
+
+    def load_rows(self, group, *, offset: int) -> list[Registers]:
+        """The lane's states of B (offset 0) or C (SLICE) for the tokens of a group."""
+        index = group * (GROUP * MATRIX_PITCH) + self.lanes.state
+        count = self.tiling.states_per_lane
+        matrices = self.shared["matrices"]
+        return [self.w.load(matrices, index, count, offset=offset + i * MATRIX_PITCH) for i in range(GROUP)]
+
+    def is_valid(self, chunk: jax.Array) -> jax.Array | None:
+        """Whether the lane's token exists; None if all do."""
+        if self.geometry.valid_length == self.geometry.length:
+            return None
+        return chunk * CHUNK + self.lanes.token < self.geometry.valid_length
+
+    def step_sizes(
+        self, chunk: jax.Array, dt: Registers, starts: jax.Array | None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Step sizes after softplus, zero for tokens that do not exist; and the same, huge where a segment starts.
+
+        Args:
+            chunk: index of the chunk.
+            dt: with its bias, a value for each of the lane's channels.
+            starts: not zero where a segment starts; None if there are none.
+        """
+        steps = [softplus(value, self.w.reciprocal) if self.features.softplus else value for value in dt]
+        valid = self.is_valid(chunk)
+        if valid is not None:
+            steps = [jnp.where(valid, step, self.w.full(0.0)) for step in steps]
+        if starts is None:
+            return steps, steps
+        return steps, [jnp.where(starts != 0, self.w.full(RESET), step) for step in steps]
+
+    def carried(self, states: list[Registers], first, last, rates: Sequence[Registers], slice_index) -> list[Registers]:
+        """States after the parts first, first + 1, .., last - 1 of the sequence (or first, first - 1, .., last + 1).
+
+        A part of length T turns h into exp2(A sum_t dt_t) h + h', where h' is what it makes of a zero state; sums and
+        h' come from the kernel in `pallas_gpu_parts`.
+        """
+        count = jnp.abs(last - first)
+        direction = jnp.where(last > first, 1, -1)
+
+        def advance(i, states):
+            part = first + i * direction
+            leading = self.lanes.zero + part * self.geometry.batch + self.lanes.batch
+            local = self.load_states("part_states", leading, slice_index)
+            result = []
+            for r, row in enumerate(self.state_rows(leading)):
+                (total,) = self.w.load(self.inputs["part_steps"], self.lanes.zero, 1, row=row, pitch=1)
+                moved = zip(rates[r], states[r], local[r], strict=True)
+                result.append([jnp.exp2(total * rate) * state + more for rate, state, more in moved])
+            return result
+
+        return loop(0, count, advance, states)
+
+    def sums_over_shares(self, values: Registers) -> list[jax.Array]:
+        """Sums GROUP values, one a token, over the lanes of a channel, and spreads the sums over those lanes.
+
+        An exchange halves the values that a lane answers for, until one is left; further ones make copies of it.
+
+        Returns:
+            The sums of the tokens `lanes.first_sum` and following.
+        """
+        return self._exchange(values, self.lanes.share, self.tiling.lanes)
+
+    def sum_over_channels(self, values: Registers) -> jax.Array:
+        """Sums 32 / S values over the lanes of a warp that keep the same states; lane_channel i has the i-th sum."""
+        (total,) = self._exchange(values, self.lanes.lane_channel, LANES // self.tiling.lanes, scale=self.tiling.lanes)
+        return total
+
+    def _exchange(self, values: Registers, position: jax.Array, lanes: int, *, scale: int = 1) -> list[jax.Array]:
+        values = list(values)
+        mask = lanes // 2
+        while mask:
+            half = len(values) // 2
+            if half:
+                upper = (position & mask) != 0
+                kept = [jnp.where(upper, values[half + i], values[i]) for i in range(half)]
+                sent = [jnp.where(upper, values[i], values[half + i]) for i in range(half)]
+            else:
+                kept, sent = values, values
+            values = [k + self.w.shuffle_xor(s, mask * scale) for k, s in zip(kept, sent, strict=True)]
+            mask //= 2
+        return values
+
+    def sums_over_tokens(self, name: str, values: Registers) -> Registers:
+        """Sums over the threads that have the same channels at the edges; `name` is shared memory for THREADS values.
+
+        All threads must have passed a barrier since the memory was used last.
+        """
+        totals = []
+        for value in values:
+            for mask in (8, 16):
+                value = value + self.w.shuffle_xor(value, mask)
+            self.w.store(self.shared[name], self.lanes.thread, (value,))
+            self.w.sync_block()
+            index = self.lanes.thread & (EDGE_LANES - 1)
+            parts = [self.w.load(self.shared[name], index, 1, offset=warp * LANES)[0] for warp in range(WARPS)]
+            totals.append((parts[0] + parts[1]) + (parts[2] + parts[3]))
+            self.w.sync_block()
+        return totals

@@ -1,0 +1,76 @@
+"""Choice of the blocks of the TPU kernels, by generation of the chip.
+
+The compiler's schedules say what is best (`python benchmarks/run_tpu_static.py`): many tiles together, because their
+recurrences fill each other's waiting times, as long as they do not need more registers than there are.
+"""
+
+import dataclasses
+
+from pallas_kernels.common.tpu_tiles import GROUP, LANES, choose_tiles
+from pallas_kernels.selective_scan.argument_layout import round_up
+from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
+
+# States of all tokens of a block; sums of 128 numbers for each of them, for B and for C, stay on the chip.
+_BLOCK_STATES = 2**12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a generation of TPUs has room for.
+
+    Attributes:
+        tokens: of a block.
+        tiles: the most of a block with 16 states.
+        strip_bytes: of the state of a strip, which stays on the chip, as do its gradient, A and the gradient of A.
+        vmem_bytes: of memory on the chip that a kernel may take.
+        cores: that share a device's work.
+    """
+
+    tokens: int
+    tiles: int
+    strip_bytes: int
+    vmem_bytes: int
+    cores: int
+
+
+_V5E = Generation(tokens=128, tiles=12, strip_bytes=2**19, vmem_bytes=48 * 2**20, cores=1)
+# By what a device's kind contains.
+GENERATIONS = {
+    "v4": Generation(tokens=64, tiles=6, strip_bytes=2**18, vmem_bytes=15 * 2**20, cores=2),
+    "v5 lite": _V5E,
+    "v5": dataclasses.replace(_V5E, cores=2),
+    "v6 lite": _V5E,
+    "TPU7": _V5E,
+}
+
+
+def generation(device_kind: str) -> Generation:
+    """The entry of a device by its kind, such as "TPU v5 lite"; of v5e if there is none."""
+    return next((entry for part, entry in GENERATIONS.items() if part in device_kind), _V5E)
+
+
+def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, channels: int, states: int) -> Geometry:
+    """How a scan is cut into blocks.
+
+    Args:
+        chip: what the chip has room for.
+        batch: B.
+        length: L.
+        groups: G.
+        channels: of a group.
+        states: N.
+    """
+    states = round_up(states, SLICE if states > SLICE // 2 else SLICE // 2)
+    tokens = min(chip.tokens, round_up(length, GROUP), max(1, _BLOCK_STATES // (states * GROUP)) * GROUP)
+    strips = max(-(-channels * states * 4 // chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
+    tiles_of_strip = -(-channels // (strips * LANES))
+    tiles = choose_tiles(tiles_of_strip, most=min(chip.tiles, max(1, chip.tiles * SLICE // states)))
+    return Geometry(
+        batch=batch,
+        length=round_up(length, tokens),
+        states=states,
+        groups=groups,
+        strips_per_group=strips,
+        channels=strips * round_up(tiles_of_strip, tiles) * LANES,
+        tiling=Tiling(tokens=tokens, tiles=tiles),
+    )

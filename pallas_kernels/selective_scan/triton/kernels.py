@@ -1,0 +1,341 @@
+"""Triton kernels of the selective scan; import only where triton is installed.
+
+A program owns one batch row and a block of channels, and walks over tiles of T tokens. Within a tile everything is an
+array (T, R, E, P): the N states of a channel are spread over P lanes with R consecutive states each. Triton gives the
+lanes of a warp to the last axes first, P and then E, and warps to what is left of E, so that T and R lie in the
+registers of one thread: the scan over T and the sum over R need no communication.
+
+Suffixes spell shapes: T tokens of a tile, E channels of a block, N = P R states, L length. Steps, states, and
+everything computed from them are float32. README.md derives the equations; names beginning with d are gradients.
+"""
+
+# Triton compiles what only looks like Python, and need not be installed.
+# pyrefly: ignore-errors
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.selective_scan.triton.tiles import (
+    LN_2,
+    LOG2_E,
+    adjoint_scan,
+    block_of_program,
+    decay,
+    gain,
+    gain_by_A,
+    load_channels,
+    load_matrix,
+    load_sequence,
+    load_starts,
+    load_state,
+    matrix_tile,
+    per_state,
+    scan,
+    sigmoid,
+    state_index,
+    state_tile,
+    step_size,
+    store_matrix,
+    store_sequence,
+    sum_states,
+)
+
+
+@triton.jit
+@no_type_check
+def forward(
+    x,
+    dt,
+    z,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    initial_state,
+    segment_ids,
+    y,
+    final_state,
+    checkpoints,
+    BATCH: tl.constexpr,
+    LENGTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    B_GROUPS: tl.constexpr,
+    C_GROUPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    ZOH: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_CHECKPOINTS: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Writes y (B, L, E), final_state (B, E, N) and, every CHUNK tiles, the state in checkpoints (B, chunks, E, N).
+
+    Pointers of absent arguments are not read. B_GROUPS and C_GROUPS are 0 for a matrix that is constant over time.
+    """
+    row, group, _block, channel_E, exists_E = block_of_program(CHANNELS, GROUPS, E)
+    state_REP, is_state_REP = state_tile(channel_E, exists_E, STATES, R, P)
+    A_REP = load_state(A + state_REP, is_state_REP) * LOG2_E
+    D_E = load_channels(D, channel_E, exists_E, HAS_D)
+    bias_E = load_channels(dt_bias, channel_E, exists_E, HAS_BIAS)
+    h_REP = tl.zeros_like(A_REP)
+    if HAS_INITIAL:
+        h_REP = load_state(initial_state + row * CHANNELS * STATES + state_REP, is_state_REP)
+    tiles: tl.constexpr = (LENGTH + T - 1) // T
+    chunks: tl.constexpr = (tiles + CHUNK - 1) // CHUNK
+    time_T = tl.arange(0, T)
+
+    # Every load is issued a tile ahead of its use.
+    first = row * 0
+    x_TE = load_sequence(x, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    dt_TE = load_sequence(dt, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    z_TE = x_TE
+    if HAS_Z:
+        z_TE = load_sequence(z, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    B_tile = load_matrix(B, row, first, group, state_REP, is_state_REP, LENGTH, STATES, B_GROUPS, T, R, P)
+    C_tile = load_matrix(C, row, first, group, state_REP, is_state_REP, LENGTH, STATES, C_GROUPS, T, R, P)
+    starts_T = load_starts(segment_ids, row, first, LENGTH, T, HAS_SEGMENTS)
+    for tile in tl.range(0, tiles):
+        first = row * 0 + tile * T
+        next_first = first + T
+        next_x_TE = load_sequence(x, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+        next_dt_TE = load_sequence(dt, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+        next_z_TE = next_x_TE
+        if HAS_Z:
+            next_z_TE = load_sequence(z, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+        next_B = load_matrix(B, row, next_first, group, state_REP, is_state_REP, LENGTH, STATES, B_GROUPS, T, R, P)
+        next_C = load_matrix(C, row, next_first, group, state_REP, is_state_REP, LENGTH, STATES, C_GROUPS, T, R, P)
+        next_starts_T = load_starts(segment_ids, row, next_first, LENGTH, T, HAS_SEGMENTS)
+        if HAS_CHECKPOINTS and tile % CHUNK == 0:
+            place = (row * chunks + tile // CHUNK) * CHANNELS * STATES
+            tl.store(checkpoints + place + state_REP, h_REP, mask=is_state_REP)
+
+        valid_T = first + time_T < LENGTH
+        x32_TE = x_TE.to(tl.float32)
+        step_TE, _slope_TE = step_size(dt_TE, bias_E, valid_T, SOFTPLUS)
+        step_T1E1 = per_state(step_TE)
+        inflow_T1E1 = per_state(x32_TE if ZOH else step_TE * x32_TE)
+        a_TREP = decay(step_T1E1, A_REP, starts_T, HAS_SEGMENTS)
+        u_TREP = inflow_T1E1 * matrix_tile(B_tile, B_GROUPS)
+        if ZOH:
+            u_TREP *= gain(step_T1E1, A_REP)
+        _before_TREP, after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
+        y_TE = sum_states(after_TREP * matrix_tile(C_tile, C_GROUPS)) + D_E[None] * x32_TE
+        if HAS_Z:
+            z32_TE = z_TE.to(tl.float32)
+            y_TE = y_TE * (z32_TE * sigmoid(z32_TE))
+        store_sequence(y, y_TE, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+        x_TE, dt_TE, z_TE, starts_T = next_x_TE, next_dt_TE, next_z_TE, next_starts_T
+        B_tile, C_tile = next_B, next_C
+    tl.store(final_state + row * CHANNELS * STATES + state_REP, h_REP, mask=is_state_REP)
+
+
+@triton.jit
+@no_type_check
+def backward(
+    x,
+    dt,
+    z,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    segment_ids,
+    checkpoints,
+    dy,
+    dfinal_state,
+    dx,
+    ddt,
+    dz,
+    dA,
+    dB,
+    dC,
+    dD,
+    ddt_bias,
+    dinitial_state,
+    scratch,
+    BATCH: tl.constexpr,
+    LENGTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    B_GROUPS: tl.constexpr,
+    C_GROUPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    ZOH: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Writes the gradients, chunk by chunk from the end.
+
+    A chunk's states at the starts of its tiles are recomputed from its checkpoint into scratch (programs, CHUNK, E, N);
+    the tiles then follow in reverse. dx, ddt, dz are (B, L, E); dA, dinitial_state, and dB and dC of constant matrices,
+    (B, E, N), dD and ddt_bias (B, E), to be summed over rows. dB and dC of other matrices are (F / E, B, L, G, N), the
+    part of every block of a group's F channels.
+    """
+    row, group, block, channel_E, exists_E = block_of_program(CHANNELS, GROUPS, E)
+    state_REP, is_state_REP = state_tile(channel_E, exists_E, STATES, R, P)
+    A_REP = load_state(A + state_REP, is_state_REP) * LOG2_E
+    D_E = load_channels(D, channel_E, exists_E, HAS_D)
+    bias_E = load_channels(dt_bias, channel_E, exists_E, HAS_BIAS)
+    of_row = row * CHANNELS * STATES
+    chunks: tl.constexpr = (LENGTH + T * CHUNK - 1) // (T * CHUNK)
+    time_T = tl.arange(0, T)
+    kept_REP = tl.arange(0, E)[None, :, None] * (R * P) + state_index(R, P)
+    kept_REP += tl.program_id(0).to(tl.int64) * (CHUNK * E * R * P)
+
+    # The cotangent that reaches the state before a tile from the tile.
+    carry_REP = load_state(dfinal_state + of_row + state_REP, is_state_REP)
+    dA_REP = tl.zeros_like(A_REP)
+    dB_REP = tl.zeros_like(A_REP)
+    dC_REP = tl.zeros_like(A_REP)
+    dD_TE = tl.zeros((T, E), tl.float32)
+    ddt_bias_TE = tl.zeros((T, E), tl.float32)
+
+    first = row * 0 + (chunks * CHUNK - 1) * T
+    x_TE = load_sequence(x, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    dt_TE = load_sequence(dt, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    dy_TE = load_sequence(dy, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    z_TE = x_TE
+    if HAS_Z:
+        z_TE = load_sequence(z, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    B_tile = load_matrix(B, row, first, group, state_REP, is_state_REP, LENGTH, STATES, B_GROUPS, T, R, P)
+    C_tile = load_matrix(C, row, first, group, state_REP, is_state_REP, LENGTH, STATES, C_GROUPS, T, R, P)
+    starts_T = load_starts(segment_ids, row, first, LENGTH, T, HAS_SEGMENTS)
+    for chunk_from_end in tl.range(0, chunks):
+        chunk = chunks - 1 - chunk_from_end
+        first_tile = chunk * CHUNK
+        h_REP = load_state(checkpoints + (row * chunks + chunk) * CHANNELS * STATES + state_REP, is_state_REP)
+        tl.store(scratch + kept_REP, h_REP)
+        # Here the loads are issued a tile ahead too.
+        first = row * 0 + first_tile * T
+        early_x_TE = load_sequence(x, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+        early_dt_TE = load_sequence(dt, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+        early_B = load_matrix(B, row, first, group, state_REP, is_state_REP, LENGTH, STATES, B_GROUPS, T, R, P)
+        early_starts_T = load_starts(segment_ids, row, first, LENGTH, T, HAS_SEGMENTS)
+        for index in tl.range(1, CHUNK):
+            first = row * 0 + (first_tile + index - 1) * T
+            next_first = first + T
+            next_early_x_TE = load_sequence(x, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            next_early_dt_TE = load_sequence(dt, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            next_early_B = load_matrix(
+                B, row, next_first, group, state_REP, is_state_REP, LENGTH, STATES, B_GROUPS, T, R, P
+            )
+            next_early_starts_T = load_starts(segment_ids, row, next_first, LENGTH, T, HAS_SEGMENTS)
+            step_TE, _slope_TE = step_size(early_dt_TE, bias_E, first + time_T < LENGTH, SOFTPLUS)
+            x32_TE = early_x_TE.to(tl.float32)
+            step_T1E1 = per_state(step_TE)
+            inflow_T1E1 = per_state(x32_TE if ZOH else step_TE * x32_TE)
+            a_TREP = decay(step_T1E1, A_REP, early_starts_T, HAS_SEGMENTS)
+            u_TREP = inflow_T1E1 * matrix_tile(early_B, B_GROUPS)
+            if ZOH:
+                u_TREP *= gain(step_T1E1, A_REP)
+            _before_TREP, _after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
+            tl.store(scratch + kept_REP + index * (E * R * P), h_REP)
+            early_x_TE, early_dt_TE, early_starts_T = next_early_x_TE, next_early_dt_TE, next_early_starts_T
+            early_B = next_early_B
+        tl.debug_barrier()
+
+        for index_from_end in tl.range(0, CHUNK):
+            index = CHUNK - 1 - index_from_end
+            first = row * 0 + (first_tile + index) * T
+            next_first = tl.maximum(first - T, 0)
+            h_REP = load_state(scratch + kept_REP + index * (E * R * P), is_state_REP)
+            next_x_TE = load_sequence(x, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            next_dt_TE = load_sequence(dt, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            next_dy_TE = load_sequence(dy, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            next_z_TE = next_x_TE
+            if HAS_Z:
+                next_z_TE = load_sequence(z, row, next_first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            next_B = load_matrix(B, row, next_first, group, state_REP, is_state_REP, LENGTH, STATES, B_GROUPS, T, R, P)
+            next_C = load_matrix(C, row, next_first, group, state_REP, is_state_REP, LENGTH, STATES, C_GROUPS, T, R, P)
+            next_starts_T = load_starts(segment_ids, row, next_first, LENGTH, T, HAS_SEGMENTS)
+
+            x32_TE = x_TE.to(tl.float32)
+            step_TE, slope_TE = step_size(dt_TE, bias_E, first + time_T < LENGTH, SOFTPLUS)
+            B_TREP = matrix_tile(B_tile, B_GROUPS)
+            C_TREP = matrix_tile(C_tile, C_GROUPS)
+            step_T1E1 = per_state(step_TE)
+            inflow_T1E1 = per_state(x32_TE if ZOH else step_TE * x32_TE)
+            a_TREP = decay(step_T1E1, A_REP, starts_T, HAS_SEGMENTS)
+            u_TREP = inflow_T1E1 * B_TREP
+            if ZOH:
+                gain_TREP = gain(step_T1E1, A_REP)
+                u_TREP *= gain_TREP
+            before_TREP, after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
+
+            # Through the gate and the output.
+            dout_TE = dy_TE.to(tl.float32)
+            if HAS_Z:
+                z32_TE = z_TE.to(tl.float32)
+                open_TE = sigmoid(z32_TE)
+                out_TE = sum_states(after_TREP * C_TREP) + D_E[None] * x32_TE
+                dz_TE = dout_TE * out_TE * (open_TE * (1 + z32_TE * (1 - open_TE)))
+                store_sequence(dz, dz_TE, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+                dout_TE = dout_TE * (z32_TE * open_TE)
+            dD_TE += dout_TE * x32_TE
+            dout_T1E1 = per_state(dout_TE)
+
+            # Through the recurrence: du is the cotangent of u and of the state after, flow of the state before a token.
+            du_TREP, flow_TREP, carry_REP = adjoint_scan(a_TREP, dout_T1E1 * C_TREP, carry_REP, T)
+            dlog_a_TREP = flow_TREP * before_TREP
+            dA_TREP = dlog_a_TREP * step_T1E1
+            dB_TREP = du_TREP * inflow_T1E1
+            dC_TREP = dout_T1E1 * after_TREP
+            dstep_TE = sum_states(dlog_a_TREP * A_REP[None]) * LN_2
+            if ZOH:
+                dgain_TREP = du_TREP * B_TREP
+                dx_TE = sum_states(dgain_TREP * gain_TREP)
+                dstep_TE += x32_TE * sum_states(dgain_TREP * tl.exp2(step_T1E1 * A_REP[None]))
+                dA_TREP += dgain_TREP * inflow_T1E1 * gain_by_A(step_T1E1, A_REP)
+                dB_TREP *= gain_TREP
+            else:
+                dinflow_TE = sum_states(du_TREP * B_TREP)
+                dx_TE = dinflow_TE * step_TE
+                dstep_TE += dinflow_TE * x32_TE
+            dx_TE += D_E[None] * dout_TE
+            ddt_TE = dstep_TE * slope_TE
+            ddt_bias_TE += ddt_TE
+            dA_REP += tl.sum(dA_TREP, axis=0)
+            store_sequence(dx, dx_TE, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            store_sequence(ddt, ddt_TE, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+            if B_GROUPS == 0:
+                dB_REP += tl.sum(dB_TREP, axis=0)
+            else:
+                store_matrix(dB, dB_TREP, row, first, group, block, BATCH, LENGTH, STATES, GROUPS, T, R, P)
+            if C_GROUPS == 0:
+                dC_REP += tl.sum(dC_TREP, axis=0)
+            else:
+                store_matrix(dC, dC_TREP, row, first, group, block, BATCH, LENGTH, STATES, GROUPS, T, R, P)
+            x_TE, dt_TE, dy_TE, z_TE, starts_T = next_x_TE, next_dt_TE, next_dy_TE, next_z_TE, next_starts_T
+            B_tile, C_tile = next_B, next_C
+        tl.debug_barrier()
+
+    tl.store(dinitial_state + of_row + state_REP, carry_REP, mask=is_state_REP)
+    tl.store(dA + of_row + state_REP, dA_REP, mask=is_state_REP)
+    if B_GROUPS == 0:
+        tl.store(dB + of_row + state_REP, dB_REP, mask=is_state_REP)
+    if C_GROUPS == 0:
+        tl.store(dC + of_row + state_REP, dC_REP, mask=is_state_REP)
+    if HAS_D:
+        tl.store(dD + row * CHANNELS + channel_E, tl.sum(dD_TE, axis=0), mask=exists_E)
+    if HAS_BIAS:
+        tl.store(ddt_bias + row * CHANNELS + channel_E, tl.sum(ddt_bias_TE, axis=0), mask=exists_E)

@@ -1,0 +1,309 @@
+"""The selective scan in plain JAX, in chunks of time, with a hand-written backward pass.
+
+Only the arguments and the state at the start of every chunk are kept for the backward pass, which recomputes a chunk's
+states from there. Chunks are sliced from the arguments as they lie in memory, never from a rearranged copy of them, and
+states are (B, G, N, F) inside, so that operations run along channels. README.md derives the equations.
+
+Within a chunk the recurrence runs token by token ("sequential": least work, best where an operation is cheap to start)
+or as a parallel prefix ("associative": more work in log T steps, best on wide machines). Which one is decided when the
+computation is lowered for its platform.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common.array_types import Size
+from pallas_kernels.common.checks import decline_double_precision
+from pallas_kernels.common.derivatives import differentiable
+from pallas_kernels.common.devices import target_platform
+from pallas_kernels.selective_scan.argument_layout import group_count, round_up, segment_starts
+from pallas_kernels.selective_scan.arguments import OP, Discretization, ScanOutput
+from pallas_kernels.selective_scan.xla.pointwise import Tree, emit, inject
+from pallas_kernels.selective_scan.xla.recurrence import (
+    ASSOCIATIVE,
+    ASSOCIATIVE_TIME_FIRST,
+    SEQUENTIAL,
+    Recurrence,
+    over_chunk,
+)
+
+# "by_platform" is sequential on the CPU and associative elsewhere.
+RecurrenceName = Literal["by_platform", "sequential", "associative"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What is static about a scan."""
+
+    dt_softplus: bool
+    discretization: Discretization
+    recurrence: RecurrenceName
+    chunk_length: int
+
+
+def selective_scan(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    dt_softplus: bool,
+    discretization: Discretization,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    recurrence: RecurrenceName,
+) -> ScanOutput:
+    """See `pallas_kernels.selective_scan.api.selective_scan`; `recurrence` chooses how a chunk is scanned.
+
+    Raises:
+        NotImplementedError: an argument is float64 or complex128.
+    """
+    decline_double_precision(OP, x, dt, A, B, C, D, z, dt_bias, initial_state)
+    batch, length, channels = x.shape
+    if initial_state is None:
+        initial_state = jnp.zeros_like(x, jnp.result_type(jnp.float32, A.dtype), (batch, channels, A.shape[1]))
+    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": initial_state}
+    options = _Options(
+        dt_softplus=dt_softplus,
+        discretization=discretization,
+        recurrence=recurrence,
+        chunk_length=min(length, _chunk_length(recurrence)) if isinstance(length, int) else _chunk_length(recurrence),
+    )
+    y, final_state = _scan(options, {k: v for k, v in arrays.items() if v is not None}, segment_ids)
+    return ScanOutput(y=y, final_state=final_state)
+
+
+def _chunk_length(recurrence: RecurrenceName) -> int:
+    """Chunk length of the recurrence; "by_platform" takes the platform of the trace, and another one costs only speed.
+
+    Unlike the recurrence it cannot wait until lowering, because it is part of the shapes.
+    """
+    if recurrence == "by_platform":
+        recurrence = "sequential" if target_platform() == "cpu" else "associative"
+    return {r.name: r.chunk_length for r in (SEQUENTIAL, ASSOCIATIVE)}[recurrence]
+
+
+def _scan_outputs(options: _Options, arrays: Tree, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    return _scan_forward(options, arrays, segment_ids)[0]
+
+
+def _scan_forward(options: _Options, arrays: Tree, segment_ids: jax.Array | None):
+    sequences, constants, state_BGNF = _split(options, arrays)
+    masks = _masks(options, arrays["x"].shape, segment_ids)
+    run = functools.partial(_run_forward, options)
+    final_state_BGNF, starts_CBGNF, y_BLE = _on_platform(options, run, sequences, masks, constants, state_BGNF)
+    y_BLE = y_BLE[:, : arrays["x"].shape[1]]
+    return (y_BLE, _unpacked_state(final_state_BGNF)), (arrays, segment_ids, starts_CBGNF)
+
+
+def _scan_backward(options: _Options, residuals, cotangents):
+    arrays, segment_ids, starts_CBGNF = residuals
+    dy_BLE, dstate_BEN = cotangents
+    (sequences, constants, state_BGNF), split_vjp = jax.vjp(functools.partial(_split, options), arrays)
+    masks = _masks(options, arrays["x"].shape, segment_ids)
+    dy_BLE = _padded(dy_BLE, options.chunk_length)
+    dstate_BGNF = _packed_state(dstate_BEN, groups=state_BGNF.shape[1])
+    run = functools.partial(_run_backward, options)
+    cotangents = _on_platform(options, run, sequences, masks, constants, starts_CBGNF, dy_BLE, dstate_BGNF)
+    (darrays,) = split_vjp(cotangents)
+    return darrays
+
+
+def _scan_tangent(options: _Options, residuals, tangents: Tree):
+    arrays, segment_ids, _ = residuals
+    tangents = {name: tangent for name, tangent in tangents.items() if tangent is not None}
+    moving = {name: arrays[name] for name in tangents}
+    return jax.jvp(lambda moved: _scan_outputs(options, arrays | moved, segment_ids), (moving,), (tangents,))[1]
+
+
+_scan = differentiable(_scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=_scan_tangent)
+
+
+def _on_platform(options: _Options, run, *args):
+    """Calls `run` with the recurrence that is asked for, or with that of the platform it is lowered for."""
+    sequential = functools.partial(run, SEQUENTIAL)
+    associative = functools.partial(run, ASSOCIATIVE)
+    time_first = functools.partial(run, ASSOCIATIVE_TIME_FIRST)
+    match options.recurrence:
+        case "sequential":
+            return sequential(*args)
+        case "associative":
+            return jax.lax.platform_dependent(*args, tpu=time_first, default=associative)
+        case "by_platform":
+            return jax.lax.platform_dependent(*args, cpu=sequential, tpu=time_first, default=associative)
+
+
+def _run_forward(
+    options: _Options, recurrence: Recurrence, sequences: Tree, masks: Tree, constants: Tree, state_BGNF: jax.Array
+):
+    """Final state, state at the start of every chunk, and output."""
+    inject_token = functools.partial(
+        inject, constants=constants, dt_softplus=options.dt_softplus, discretization=options.discretization
+    )
+    emit_token = functools.partial(emit, constants=constants)
+    arrange = functools.partial(_arranged, groups=state_BGNF.shape[1], time_axis=recurrence.time_axis)
+
+    def chunk(carry, index):
+        state_BGNF, y_BLE = carry
+        tokens = arrange(_slices(options, sequences, index))
+        token_masks = arrange(_slices(options, masks, index))
+        with jax.named_scope(recurrence.name):
+            next_state_BGNF, y = recurrence.forward(state_BGNF, tokens, token_masks, inject_token, emit_token)
+        y_BTGF = jnp.moveaxis(y, recurrence.time_axis, 1)
+        y_BTE = y_BTGF.reshape(*y_BTGF.shape[:2], -1)
+        return (next_state_BGNF, _update(options, y_BLE, y_BTE, index)), state_BGNF
+
+    num_chunks = sequences["x"].shape[1] // options.chunk_length
+    carry = state_BGNF, jnp.zeros_like(sequences["x"])
+    (final_state_BGNF, y_BLE), starts_CBGNF = jax.lax.scan(chunk, carry, jnp.arange(num_chunks))
+    return final_state_BGNF, starts_CBGNF, y_BLE
+
+
+def _run_backward(
+    options: _Options,
+    recurrence: Recurrence,
+    sequences: Tree,
+    masks: Tree,
+    constants: Tree,
+    starts_CBGNF: jax.Array,
+    dy_BLE: jax.Array,
+    dstate_BGNF: jax.Array,
+):
+    """Cotangents of the sequences, of the constants and of the initial state."""
+    arrange = functools.partial(_arranged, groups=dstate_BGNF.shape[1], time_axis=recurrence.time_axis)
+
+    def inject_chunk(slices: Tree, constants: Tree, masks: Tree):
+        static = {"dt_softplus": options.dt_softplus, "discretization": options.discretization}
+        inject_token = functools.partial(inject, constants=constants, **static)
+        return over_chunk(inject_token, arrange(slices), arrange(masks))
+
+    def emit_chunk(states: jax.Array, slices: Tree, constants: Tree):
+        return over_chunk(functools.partial(emit, constants=constants), states, arrange(slices))
+
+    def chunk(carry, inputs):
+        dstate_BGNF, dconstants, dsequences = carry
+        index, start_BGNF = inputs
+        # Contributions to one gradient add up in float32 before they are rounded to the argument's dtype.
+        slices = jax.tree.map(_widened, _slices(options, sequences, index))
+        token_masks = _slices(options, masks, index)
+        dy = arrange(_slices(options, {"y": dy_BLE}, index))["y"].astype(jnp.float32)
+        (a, u), inject_vjp = jax.vjp(functools.partial(inject_chunk, masks=token_masks), slices, constants)
+        with jax.named_scope(recurrence.name):
+            before, after = recurrence.states(a, u, start_BGNF)
+        _, emit_vjp = jax.vjp(emit_chunk, after, slices, constants)
+        dafter, dslices_out, dconstants_out = emit_vjp(dy)
+        with jax.named_scope(recurrence.name):
+            du, dstate_BGNF = recurrence.adjoint(a, dafter, dstate_BGNF)
+        dslices_in, dconstants_in = inject_vjp((du * before, du))
+        dconstants = jax.tree.map(lambda *terms: sum(terms), dconstants, dconstants_in, dconstants_out)
+        dslices = jax.tree.map(jnp.add, dslices_in, dslices_out)
+        dsequences = {k: _update(options, dsequences[k], dslices[k], index) for k in dsequences}
+        return (dstate_BGNF, dconstants, dsequences), None
+
+    carry = dstate_BGNF, jax.tree.map(jnp.zeros_like, constants), jax.tree.map(jnp.zeros_like, sequences)
+    chunks = jnp.arange(starts_CBGNF.shape[0]), starts_CBGNF
+    (dstate_BGNF, dconstants, dsequences), _ = jax.lax.scan(chunk, carry, chunks, reverse=True)
+    return dsequences, dconstants, dstate_BGNF
+
+
+def _split(options: _Options, arrays: Tree) -> tuple[Tree, Tree, jax.Array]:
+    """The arguments as sequences of whole chunks, constants in float32, and the state.
+
+    Returns:
+        sequences: "x", "dt", "z" (B, L, E) and, unless constant, "B" and "C" (B, L, G, N).
+        constants: "A" and, if constant, "B" and "C" (1, G, N, F), "D" and "dt_bias" (1, G, F).
+        state: (B, G, N, F).
+    """
+    groups = group_count(arrays["B"], arrays["C"])
+    constants = {"A": _grouped_matrix(arrays["A"], groups)}
+    sequences = {}
+    for name in ("x", "dt", "z"):
+        if name in arrays:
+            sequences[name] = _padded(arrays[name], options.chunk_length)
+    for name in ("D", "dt_bias"):
+        if name in arrays:
+            constants[name] = arrays[name].astype(jnp.float32).reshape(1, groups, -1)
+    for name in ("B", "C"):
+        matrix = arrays[name]
+        if matrix.ndim == 2:
+            constants[name] = _grouped_matrix(matrix, groups)
+        else:
+            matrix_BLGN = matrix[:, :, None] if matrix.ndim == 3 else matrix
+            sequences[name] = _padded(matrix_BLGN, options.chunk_length)
+    return sequences, constants, _packed_state(arrays["state"].astype(constants["A"].dtype), groups)
+
+
+def _masks(options: _Options, shape: tuple[Size, ...], segment_ids: jax.Array | None) -> Tree:
+    """(B, L): `is_valid`, only if the length is padded, and `is_start` of a new segment, if there are any."""
+    masks = {}
+    if shape[1] % options.chunk_length:
+        masks["is_valid"] = _padded(jnp.ones(shape[:2], bool), options.chunk_length)
+    if segment_ids is not None:
+        is_start_BL = segment_starts(segment_ids)
+        masks["is_start"] = _padded(is_start_BL, options.chunk_length)
+    return masks
+
+
+def _padded(array: jax.Array, chunk: int) -> jax.Array:
+    """Zeros after the last token, up to a whole number of chunks."""
+    padding = round_up(array.shape[1], chunk) - array.shape[1]
+    return jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
+
+
+def _slices(options: _Options, sequences: Tree, index: jax.Array) -> Tree:
+    """The chunk `index` of every sequence, (B, T, ...)."""
+    size = options.chunk_length
+    return {k: jax.lax.dynamic_slice_in_dim(v, index * size, size, axis=1) for k, v in sequences.items()}
+
+
+def _update(options: _Options, sequence: jax.Array, update: jax.Array, index: jax.Array) -> jax.Array:
+    """Writes the chunk `index` of a sequence."""
+    update = update.astype(sequence.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(sequence, update, index * options.chunk_length, axis=1)
+
+
+def _arranged(slices: Tree, *, groups: int, time_axis: int) -> Tree:
+    """A chunk as a recurrence wants it, here for time axis 0.
+
+    Channels (B, T, E) become (T, B, G, F); matrices (B, T, G, N) or (B, T, 1, N) become (T, B, G, N); masks (B, T)
+    become (T, B).
+    """
+    arranged = {}
+    for name, array in slices.items():
+        array = jnp.moveaxis(array, 1, time_axis)
+        if array.ndim == 3:
+            array = array.reshape(*array.shape[:2], groups, -1)
+        elif array.ndim == 4:
+            array = jnp.broadcast_to(array, (*array.shape[:2], groups, array.shape[3]))
+        arranged[name] = array
+    return arranged
+
+
+def _widened(array: jax.Array) -> jax.Array:
+    """In float32 or complex64."""
+    return array.astype(jnp.result_type(jnp.float32, array.dtype))
+
+
+def _grouped_matrix(matrix_EN: jax.Array, groups: int) -> jax.Array:
+    """(E, N) to (1, G, N, F) in float32 or complex64."""
+    return _packed_state(_widened(matrix_EN)[None], groups)
+
+
+def _packed_state(state_BEN: jax.Array, groups: int) -> jax.Array:
+    """(B, E, N) to (B, G, N, F)."""
+    batch, _, states = state_BEN.shape
+    return jnp.swapaxes(state_BEN.reshape(batch, groups, -1, states), 2, 3)
+
+
+def _unpacked_state(state_BGNF: jax.Array) -> jax.Array:
+    """The inverse of `_packed_state`."""
+    batch, _, states, _ = state_BGNF.shape
+    return jnp.swapaxes(state_BGNF, 2, 3).reshape(batch, -1, states)

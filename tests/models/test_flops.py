@@ -1,0 +1,30 @@
+"""Operation counts by hand."""
+
+import dataclasses
+
+import pytest
+
+from mamba_jax.config import ModelConfig
+from mamba_jax.models.flops import PEAK_FLOPS, flops_per_token, model_flops_utilization
+
+PUBLISHED_130M = ModelConfig(vocab_size=50277, d_model=768, num_layers=24)
+
+
+def test_published_size() -> None:
+    assert flops_per_token(PUBLISHED_130M) == 6 * 129_135_360 + 27 * 24 * 1536 * 16
+
+
+def test_untied_table_is_only_read() -> None:
+    tied = flops_per_token(PUBLISHED_130M)
+    assert flops_per_token(dataclasses.replace(PUBLISHED_130M, tie_embeddings=False)) == tied
+
+
+def test_utilization() -> None:
+    kind = "NVIDIA H100 80GB HBM3"
+    tokens_per_second = 4 * 0.5 * PEAK_FLOPS[kind] / flops_per_token(PUBLISHED_130M)
+    result = model_flops_utilization(PUBLISHED_130M, tokens_per_second, device_kind=kind, num_devices=4)
+    assert result == pytest.approx(0.5)
+
+
+def test_unknown_device_has_no_utilization() -> None:
+    assert model_flops_utilization(PUBLISHED_130M, 1e3, device_kind="cpu", num_devices=1) is None
