@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 import functools
 import typing
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pydantic
+from pydantic_core import CoreSchema, core_schema
 
 from mamba_jax.errors import InputError
 
@@ -71,6 +73,60 @@ class Config:
             require(fits, f"{type(self).__name__}.{name} must lie in [0, 1{end}, got {value}")
 
 
+class Kinds:
+    """The config classes that a field may hold, told apart by their `kind`: `Annotated[Base, KINDS]`.
+
+    A class that is registered later is known to every field of this kind from then on.
+
+    Example:
+        SOURCES = Kinds(ShardSource, TextFolderSource)
+
+        class DataConfig(Config):
+            train: Annotated[Source, SOURCES]
+
+    Args:
+        *choices: config classes with a default `kind`, and other `Kinds`, all of whose classes may stand there too.
+    """
+
+    def __init__(self, *choices: "type[Config] | Kinds") -> None:
+        self._choices = list(choices)
+
+    def register[T: Config](self, cls: type[T]) -> type[T]:
+        """Adds a class, and returns it, so that this may stand above the class as a decorator.
+
+        Raises:
+            InputError: there is another class of this kind.
+        """
+        if self.get(kind := _kind(cls), cls) is not cls:
+            raise InputError(f"there is a config of kind {kind!r} already, {self.get(kind)}: give {cls} another kind")
+        if cls not in self:
+            self._choices.append(cls)
+            _field_types.cache_clear()
+        return cls
+
+    def remove(self, cls: type[Config]) -> None:
+        """Forgets a class that `register` has added."""
+        self._choices.remove(cls)
+        _field_types.cache_clear()
+
+    def get(self, kind: str, default: Any = None) -> Any:
+        """The class of a kind."""
+        return next((cls for cls in self if _kind(cls) == kind), default)
+
+    def __iter__(self) -> Iterator[type[Config]]:
+        for choice in self._choices:
+            yield from choice if isinstance(choice, Kinds) else (choice,)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
+        choices = {_kind(cls): handler.generate_schema(cls) for cls in self}
+        schema: CoreSchema = core_schema.tagged_union_schema(choices, discriminator="kind")
+        return core_schema.nullable_schema(schema) if type(None) in typing.get_args(source) else schema
+
+
+def _kind(cls: type[Config]) -> str:
+    return next(field.default for field in dataclasses.fields(cls) if field.name == "kind")
+
+
 def to_json(config: Config, *, indent: int | None = 2) -> str:
     """The config as JSON text that `from_json` reads back to an equal value."""
     return pydantic.TypeAdapter(type(config)).dump_json(config, indent=indent).decode()
@@ -114,4 +170,10 @@ def _describe(detail: Any) -> str:
 
 def _field_names() -> list[str]:
     """Names of all fields of all config classes; a suggestion need not know where in the tree a key belongs."""
-    return sorted({field.name for config in Config.__subclasses__() for field in dataclasses.fields(config)})
+    return sorted({field.name for config in _subclasses(Config) for field in dataclasses.fields(config)})
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
