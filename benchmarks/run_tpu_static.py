@@ -36,6 +36,7 @@ from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
 from pallas_kernels.common.tpu_tiles import GROUP, LANES
+from pallas_kernels.selective_scan.arguments import ScanArguments
 from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
 from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, choose_geometry, generation
 
@@ -204,9 +205,10 @@ def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Gener
         arrays |= {"D": wide(channels), "dt_bias": wide(channels), "A": wide(channels, last)}
         run = functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
         if implementation == "pallas_tpu":
-            absent = dict.fromkeys(("initial_state", "segment_ids"))
-            options = {"dt_softplus": True, "discretization": "euler", "chip": chip}
-            run = functools.partial(pallas_tpu.selective_scan, **absent, **options)
+
+            def run(**arrays):
+                return pallas_tpu.selective_scan(ScanArguments.of(**arrays, dt_softplus=True), chip=chip)
+
     if op in EDGE_STATES:
         arrays["dy"] = arrays["x"]
         taken = {name: arrays[name] for name in EDGE_STATES[op]}

@@ -183,8 +183,9 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
 def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
     """The pieces of a step: name to a function of arrays, its arguments, and how often a step does it."""
     config = options.experiment("none").model
-    dtype, layers, rank = jnp.dtype(config.compute_dtype), config.num_layers, config.dt_rank
-    inner, states, width = config.d_inner, config.mixer.state_dim, config.d_model
+    mixer: Any = config.mixer
+    dtype, layers, width = jnp.dtype(config.compute_dtype), config.num_layers, config.d_model
+    inner, rank, states = mixer.channels(width), mixer.rank(width), mixer.state_dim
     rng = np.random.default_rng(0)
 
     def draw(*sizes: int, dtype: Any = dtype) -> jax.Array:
@@ -220,7 +221,7 @@ def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
     return {
         "matrix products of the blocks": (with_gradient(multiply), (projections,), layers),
         "selective scan": (with_gradient(scan), (x, x, a, keys, keys, vector(), x, vector()), layers),
-        "convolution": (with_gradient(convolve), (x, draw(config.mixer.conv_width, inner), vector()), layers),
+        "convolution": (with_gradient(convolve), (x, draw(mixer.conv_width, inner), vector()), layers),
         "head and loss": (with_gradient(loss), (draw(*sequence, width), draw(config.padded_vocab_size, width)), 1),
     }
 
@@ -270,7 +271,7 @@ def step_table(options: Options, costs: dict[Remat, StepCost]) -> list[str]:
     ]
     for remat, cost in costs.items():
         speed = tokens / cost.timing.wall
-        mfu = model_flops_utilization(config, speed, device_kind=cost.device_kind, num_devices=1)
+        mfu = model_flops_utilization(config, speed, length=options.length, device_kind=cost.device_kind, num_devices=1)
         cells = [
             f"{speed:,.0f}",
             f"{cost.timing.wall * 1e3:.1f}",
@@ -302,7 +303,7 @@ def header(options: Options, day: str, device_kind: str) -> list[str]:
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     cpu = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-    flops = flops_per_token(config) * options.batch * options.length
+    flops = flops_per_token(config, length=options.length) * options.batch * options.length
     return [
         f"# Cost of a training step, {day}",
         "",

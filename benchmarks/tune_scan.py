@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.selective_scan.arguments import ScanArguments
 from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
 from pallas_kernels.selective_scan.pallas_gpu.geometry import Tiling
 from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
@@ -72,8 +73,7 @@ def tilings_for(shape: tuple[int, int, int]) -> list[Tiling]:
 
 def forward(tilings: tuple[Tiling, Tiling], arrays: dict[str, Any]) -> jax.Array:
     """The scan with given tilings."""
-    scan = functools.partial(pallas_gpu.selective_scan, dt_softplus=True, discretization="euler", tilings=tilings)
-    return scan(**arrays, initial_state=None, segment_ids=None).y
+    return pallas_gpu.selective_scan(ScanArguments.of(**arrays, dt_softplus=True), tilings=tilings).y
 
 
 def forward_and_backward(tilings: tuple[Tiling, Tiling], arrays: dict[str, jax.Array]):

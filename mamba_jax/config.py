@@ -8,7 +8,6 @@ fields. Units: lengths and batch sizes are in tokens and sequences; learning rat
 in [0, 1].
 """
 
-from mamba_jax.checkpoint.config import CheckpointConfig as CheckpointConfig
 from mamba_jax.config_base import from_json as from_json
 from mamba_jax.config_base import to_json as to_json
 from mamba_jax.data.config import DataConfig as DataConfig
@@ -21,9 +20,9 @@ from mamba_jax.evaluation.config import EvaluationConfig as EvaluationConfig
 from mamba_jax.experiment import ExperimentConfig as ExperimentConfig
 from mamba_jax.models.config import DType as DType
 from mamba_jax.models.config import ModelConfig as ModelConfig
-from mamba_jax.models.mixers.mamba1.config import Mamba1Config as Mamba1Config
-from mamba_jax.models.mixers.mamba1.config import ScanName as ScanName
+from mamba_jax.models.mixers import *  # noqa: F403  the config of every mixer
 from mamba_jax.sharding.config import MeshConfig as MeshConfig
+from mamba_jax.training.config import CheckpointConfig as CheckpointConfig
 from mamba_jax.training.config import CosineSchedule as CosineSchedule
 from mamba_jax.training.config import FaultsConfig as FaultsConfig
 from mamba_jax.training.config import OptimizerConfig as OptimizerConfig

@@ -113,7 +113,7 @@ class Kinds:
         """The class of a kind."""
         return next((cls for cls in self if _kind(cls) == kind), default)
 
-    def __iter__(self) -> Iterator[type[Config]]:
+    def __iter__(self) -> Iterator[Any]:
         for choice in self._choices:
             yield from choice if isinstance(choice, Kinds) else (choice,)
 
@@ -124,7 +124,7 @@ class Kinds:
 
 
 def _kind(cls: type[Config]) -> str:
-    return next(field.default for field in dataclasses.fields(cls) if field.name == "kind")
+    return str(cls.__dataclass_fields__["kind"].default)
 
 
 def to_json(config: Config, *, indent: int | None = 2) -> str:

@@ -1,6 +1,9 @@
 """The one exception type that command-line programs turn into a single line, and what its messages are made of."""
 
+import reprlib
+
 _LONGEST = 2000
+_SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=6, maxstring=80, maxlong=40, maxother=80)
 
 
 def clean_line(text: str) -> str:
@@ -17,6 +20,11 @@ def clean_line(text: str) -> str:
 def reason(error: OSError | ValueError) -> str:
     """What a call of the system says, without the path; a name that no file can have is a ValueError."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def short(value: object) -> str:
+    """A value out of a file for a message, whatever its size and depth."""
+    return _SHORT.repr(value)
 
 
 class InputError(ValueError):

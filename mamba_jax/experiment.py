@@ -2,13 +2,12 @@
 
 import dataclasses
 
-from mamba_jax.checkpoint.config import CheckpointConfig
 from mamba_jax.config_base import Config, require
 from mamba_jax.data.config import DataConfig
 from mamba_jax.evaluation.config import EvaluationConfig
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.sharding.config import MeshConfig
-from mamba_jax.training.config import FaultsConfig, OptimizerConfig, TrainConfig
+from mamba_jax.training.config import CheckpointConfig, FaultsConfig, OptimizerConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ ROOMS = (
     "mamba_jax.models",
     "mamba_jax.data.config",
     "mamba_jax.training.config",
-    "mamba_jax.checkpoint.config",
     "mamba_jax.evaluation.config",
     "mamba_jax.experiment",
     "mamba_jax.config",
@@ -82,9 +81,7 @@ def test_imports_go_upwards_in_the_list_of_rooms(path: Path) -> None:
         room = _room(name)
         assert room is None or ROOMS.index(room) <= ROOMS.index(own), f"{_module_name(path)} ({own}) imports {name}"
         if own.startswith(("mamba_jax", "pallas_kernels")):
-            assert not name.startswith("configs"), (
-                f"{_module_name(path)} imports the config file {name}"
-            )
+            assert not name.startswith("configs"), f"{_module_name(path)} imports the config file {name}"
 
 
 def test_packages_are_acyclic() -> None:

@@ -13,6 +13,7 @@ import pytest
 from mamba_jax import config as c
 from mamba_jax.cli import load_config, one_line_errors
 from mamba_jax.errors import InputError
+from mamba_jax.models.mixers.mamba1.config import ScanName
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,13 +181,14 @@ def test_wrong_types_are_refused() -> None:
 
 
 def test_every_scan_can_be_chosen() -> None:
-    assert set(get_args(c.ScanName)) == set(IMPLEMENTATIONS)
+    assert set(get_args(ScanName)) == set(IMPLEMENTATIONS)
 
 
 def test_derived_sizes() -> None:
     model = c.ModelConfig(vocab_size=50277, d_model=768, num_layers=24)
-    assert (model.padded_vocab_size, model.d_inner, model.dt_rank) == (50280, 1536, 48)
-    assert dataclasses.replace(model, mixer=c.Mamba1Config(dt_rank=7)).dt_rank == 7
+    mixer = c.Mamba1Config()
+    assert (model.padded_vocab_size, mixer.channels(model.d_model), mixer.rank(model.d_model)) == (50280, 1536, 48)
+    assert c.Mamba1Config(dt_rank=7).rank(model.d_model) == 7
 
 
 @pytest.fixture

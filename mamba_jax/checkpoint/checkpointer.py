@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 from mamba_jax.checkpoint import record as records
 from mamba_jax.checkpoint.agreement import Outcome, from_first, highest_of_all, same_for_all
 from mamba_jax.checkpoint.arrays import check_written, read_arrays
-from mamba_jax.checkpoint.config import CheckpointConfig
 from mamba_jax.checkpoint.damage import CheckpointGone, DamagedCheckpoint, one_line
 from mamba_jax.checkpoint.quiet import quiet
 from mamba_jax.checkpoint.steps import (
@@ -28,6 +27,7 @@ from mamba_jax.checkpoint.steps import (
 )
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.training.config import CheckpointConfig
 
 # How long a process waits for the others to write their parts.
 _DEADLINE_SECONDS = 1200

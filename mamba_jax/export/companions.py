@@ -11,8 +11,8 @@ import tokenizers
 
 from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
-from mamba_jax.errors import InputError
-from mamba_jax.export.files import read_file, read_json, require_file, short
+from mamba_jax.errors import InputError, short
+from mamba_jax.export.files import read_file, read_json, require_file
 from mamba_jax.export.published_config import Layout
 from mamba_jax.models.config import ModelConfig
 

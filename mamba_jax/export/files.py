@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import reprlib
 import shutil
 import stat
 import uuid
@@ -16,12 +15,6 @@ from mamba_jax.errors import InputError, reason
 # The largest index of a published model takes a few MiB; parsed JSON takes up to fifty times its text.
 _JSON_BYTES = 16 * 2**20
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-_SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=6, maxstring=80, maxlong=40, maxother=80)
-
-
-def short(value: object) -> str:
-    """A value out of a file for a message, whatever its size and depth."""
-    return _SHORT.repr(value)
 
 
 def require_file(path: Path) -> None:

@@ -1,13 +1,9 @@
-"""Mamba-1 checkpoints as safetensors, in the original layout and in that of Hugging Face `MambaForCausalLM`.
-
-The layouts differ in the name of the embedding, in `config.json`, and in whether a tied head is written. Tensors keep
-PyTorch's orientation there: linear weights (out, in), convolution weights (channels, 1, taps).
-"""
+"""Published checkpoints: a folder with `config.json` and safetensors, in any of the formats that mixers declare."""
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -16,13 +12,14 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from mamba_jax.errors import InputError
+from mamba_jax.errors import InputError, short
 from mamba_jax.export import files
 from mamba_jax.export import published_config as configs
-from mamba_jax.export.published_config import Layout
+from mamba_jax.export.published_config import format_of
 from mamba_jax.export.weights import StoredTensor, first_few, open_weights
 from mamba_jax.models.config import DType, ModelConfig
 from mamba_jax.models.parameters import Params
+from mamba_jax.models.published import Table, Tensor
 
 _HEAD = "lm_head.weight"
 
@@ -33,77 +30,15 @@ class LoadedModel:
 
     Attributes:
         config: of the model; it computes in the dtype of the weights.
-        layout: of the folder.
+        layout: of the folder, such as "hf".
         params: numpy arrays, layers stacked.
         extra: keys of a Hugging Face `config.json` that do not describe the network, such as the ids of special tokens.
     """
 
     config: ModelConfig
-    layout: Layout
+    layout: str
     params: Params
     extra: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """How one parameter is stored: its name (with `{}` for the layer), its shape, and the way there and back."""
-
-    name: str
-    shape: tuple[int, ...]
-    to_file: Callable[[np.ndarray], np.ndarray] = np.asarray
-    from_file: Callable[[np.ndarray], np.ndarray] = np.asarray
-
-
-Table = dict[tuple[str, ...], _Tensor]
-
-
-def _layer(name: str, *shape: int, **ways: Callable[[np.ndarray], np.ndarray]) -> _Tensor:
-    return _Tensor(name="backbone.layers.{}." + name, shape=shape, **ways)
-
-
-def _table(config: ModelConfig, layout: Layout) -> Table:
-    """Storage of every parameter, by its path in our tree; of a size that does not depend on the model's."""
-    vocab, model, inner, rank = config.padded_vocab_size, config.d_model, config.d_inner, config.dt_rank
-    mixer, state, width = config.mixer, config.mixer.state_dim, config.mixer.conv_width
-    transpose = {"to_file": np.transpose, "from_file": np.transpose}
-    embedding = "backbone.embeddings.weight" if layout == "hf" else "backbone.embedding.weight"
-    in_proj = _layer(
-        "mixer.in_proj.weight",
-        2 * inner,
-        model,
-        to_file=lambda w: w.reshape(w.shape[0], 2 * inner).T,
-        from_file=lambda w: w.T.reshape(w.shape[1], 2, inner),
-    )
-    conv1d = _layer(
-        "mixer.conv1d.weight",
-        inner,
-        1,
-        width,
-        to_file=lambda w: w.T[:, None],
-        from_file=lambda w: w.reshape(inner, width).T,
-    )
-    in_proj_bias = _layer("mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner))
-    tensors = {
-        "embedding/table": _Tensor(name=embedding, shape=(vocab, model)),
-        "norm_f/scale": _Tensor(name="backbone.norm_f.weight", shape=(model,)),
-        "layers/norm/scale": _layer("norm.weight", model),
-        "layers/mixer/in_proj/kernel": in_proj,
-        "layers/mixer/conv1d/weight": conv1d,
-        "layers/mixer/x_proj/kernel": _layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
-        "layers/mixer/dt_proj/kernel": _layer("mixer.dt_proj.weight", inner, rank, **transpose),
-        "layers/mixer/dt_proj/bias": _layer("mixer.dt_proj.bias", inner),
-        "layers/mixer/A_log": _layer("mixer.A_log", inner, state),
-        "layers/mixer/D": _layer("mixer.D", inner),
-        "layers/mixer/out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
-    }
-    if not config.tie_embeddings:
-        tensors["lm_head/table"] = _Tensor(name=_HEAD, shape=(vocab, model))
-    if mixer.use_conv_bias:
-        tensors["layers/mixer/conv1d/bias"] = _layer("mixer.conv1d.bias", inner)
-    if mixer.use_bias:
-        tensors["layers/mixer/in_proj/bias"] = in_proj_bias
-        tensors["layers/mixer/out_proj/bias"] = _layer("mixer.out_proj.bias", model)
-    return {tuple(path.split("/")): tensor for path, tensor in tensors.items()}
 
 
 def save(
@@ -111,7 +46,7 @@ def save(
     config: ModelConfig,
     params: Params,
     *,
-    layout: Layout,
+    layout: str,
     extra: Mapping[str, Any] | None = None,
     companions: Mapping[str, bytes] | None = None,
 ) -> None:
@@ -122,7 +57,7 @@ def save(
         config: of the model.
         params: its parameters, with layers stacked.
         layout: "hf" for `transformers`, "original" for the authors' code.
-        extra: further keys of a Hugging Face `config.json`; the original layout has no place for them.
+        extra: further keys of `config.json`; the original layout has no place for them.
         companions: further files by name, such as those of the tokenizer.
 
     Raises:
@@ -131,17 +66,19 @@ def save(
     path = Path(path)
     files.require_new_folder(path)
     config_json = _config_text(config, layout, extra or {})
+    published = format_of(config, layout)
+    table = published.tensors(config)
     flat = traverse_util.flatten_dict(params)
     tensors: dict[str, np.ndarray] = {}
-    for key, tensor in _table(config, layout).items():
+    for key, tensor in table.items():
         value = np.asarray(flat.pop(key))
         if key[0] == "layers":
             tensors |= {tensor.name.format(i): tensor.to_file(layer) for i, layer in enumerate(value)}
         else:
             tensors[tensor.name] = tensor.to_file(value)
     assert not flat, f"no name for {list(flat)}"
-    if layout == "original" and config.tie_embeddings:
-        tensors[_HEAD] = tensors["backbone.embedding.weight"]
+    if published.tied_head is not None and config.tie_embeddings:
+        tensors[published.tied_head] = tensors[table["embedding", "table"].name]
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with files.new_folder(path) as folder:
         try:
@@ -154,12 +91,12 @@ def save(
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
-def _config_text(config: ModelConfig, layout: Layout, extra: Mapping[str, Any]) -> bytes:
+def _config_text(config: ModelConfig, layout: str, extra: Mapping[str, Any]) -> bytes:
     content = configs.to_json(config, layout=layout, extra=extra)
     try:
         return (json.dumps(content, indent=2) + "\n").encode()
     except RecursionError:
-        raise InputError(f"config.json: a value is nested too deeply among {files.short(sorted(extra))}") from None
+        raise InputError(f"config.json: a value is nested too deeply among {short(sorted(extra))}") from None
 
 
 def load(path: str | Path) -> LoadedModel:
@@ -176,14 +113,15 @@ def load(path: str | Path) -> LoadedModel:
         The config, and the parameters as numpy arrays of the stored dtype.
 
     Raises:
-        InputError: a file is missing or damaged, the config is not one of a Mamba-1 model, or a tensor is missing,
+        InputError: a file is missing or damaged, no format knows the config, or a tensor is missing,
             unexpected, of another shape or not finite; the message names the first of them.
     """
     path = Path(path)
     published = configs.read(path / "config.json")
-    config, layout = published.config, published.layout
+    config, layout = published.config, published.format.layout
     stored = open_weights(path)
-    table = _table(config, layout)
+    table = published.format.tensors(config)
+    # A folder may hold a tied head whatever its layout: programs write what they have in memory.
     head = stored.pop(_HEAD, None) if config.tie_embeddings else None
     if problems := list(_problems(stored, table, config.num_layers)):
         raise InputError(f"{path} does not hold the model of its config.json: {first_few(problems)}")
@@ -202,7 +140,7 @@ def load(path: str | Path) -> LoadedModel:
 def _problems(stored: Mapping[str, StoredTensor], table: Table, num_layers: int) -> Iterator[str]:
     """What is wrong with the tensors, by their names, shapes and dtypes."""
     if num_layers > len(stored):
-        yield f"{files.short(num_layers)} layers, but only {len(stored)} tensors"
+        yield f"{short(num_layers)} layers, but only {len(stored)} tensors"
         return
     used: set[str] = set()
     for key, tensor in table.items():
@@ -211,18 +149,18 @@ def _problems(stored: Mapping[str, StoredTensor], table: Table, num_layers: int)
             if name not in stored:
                 yield f"missing {name}"
             elif stored[name].shape != tensor.shape:
-                yield f"{name} has shape {files.short(stored[name].shape)}, expected {files.short(tensor.shape)}"
+                yield f"{name} has shape {short(stored[name].shape)}, expected {short(tensor.shape)}"
             elif stored[name].dtype not in get_args(DType):
                 yield f"{name} has dtype {stored[name].dtype}, expected {' or '.join(get_args(DType))}"
     for name in stored.keys() - used:
-        yield f"unexpected {name if len(name) < 100 else files.short(name)}"
+        yield f"unexpected {name if len(name) < 100 else short(name)}"
 
 
 def _read(
     path: Path,
     stored: Mapping[str, StoredTensor],
     key: tuple[str, ...],
-    tensor: _Tensor,
+    tensor: Tensor,
     num_layers: int,
     dtype: DType,
 ) -> np.ndarray:

@@ -10,11 +10,10 @@ from flax.traverse_util import flatten_dict
 
 from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
-from mamba_jax.errors import InputError
+from mamba_jax.errors import InputError, short
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.export import huggingface
 from mamba_jax.export.companions import tokenizer_beside
-from mamba_jax.export.files import short
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.parameters import Params
 
@@ -73,7 +72,8 @@ def initial_params(config: ExperimentConfig) -> Params | None:
 def _decisive(config: ModelConfig) -> dict[str, Any]:
     """What the weights depend on, by name."""
     fields = flatten_dict(dataclasses.asdict(config), sep=".")
-    fields |= {"mixer.dt_rank": config.dt_rank, "padded_vocab_size": config.padded_vocab_size}
+    mixer: Any = config.mixer
+    fields |= {"mixer.dt_rank": mixer.rank(config.d_model), "padded_vocab_size": config.padded_vocab_size}
     return {str(name): value for name, value in fields.items() if name not in _FREE}
 
 

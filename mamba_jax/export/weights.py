@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from mamba_jax.errors import InputError, reason
-from mamba_jax.export.files import read_json, require_file, short
+from mamba_jax.errors import InputError, reason, short
+from mamba_jax.export.files import read_json, require_file
 
 _INDEX, _SINGLE, _TORCH = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
 # A header takes about 150 bytes a tensor: enough for 50,000 tensors a file.

@@ -1,30 +1,32 @@
 """The residual block."""
 
+import dataclasses
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Float, Int
 
-from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.layers import RMSNorm
-from mamba_jax.models.mixers.mamba1.mixer import Mamba1
-from mamba_jax.models.state import Mamba1State
+from mamba_jax.models.mixers.declaration import MixerConfig, Setting
 from mamba_jax.sharding import Axis, constrain
 
 
 class Block(nnx.Module):
     """Pre-norm residual block: r + mixer(norm(r)), with the residual stream r in float32."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps, param_dtype=config.param_dtype, rngs=rngs)
-        self.mixer = Mamba1(config, rngs=rngs)
-        self.compute_dtype = config.compute_dtype
+    def __init__(self, mixer: MixerConfig, setting: Setting, *, norm_eps: float, rngs: nnx.Rngs) -> None:
+        self.norm = RMSNorm(setting.d_model, eps=norm_eps, param_dtype=setting.param_dtype, rngs=rngs)
+        build: Any = mixer.mixer()
+        self.mixer = build(mixer, **dataclasses.asdict(setting), rngs=rngs)
+        self.compute_dtype = setting.compute_dtype
 
     def __call__(
         self,
         residual_BLD: Float[jax.Array, "B L D"],
-        state: Mamba1State | None = None,
+        state: Any = None,
         segment_ids_BL: Int[jax.Array, "B L"] | None = None,
-    ) -> tuple[Float[jax.Array, "B L D"], Mamba1State]:
+    ) -> tuple[Float[jax.Array, "B L D"], Any]:
         """Returns the residual stream after the block, and the mixer's state after the last token."""
         normed_BLD = self.norm(residual_BLD, dtype=self.compute_dtype)
         update = self.mixer.advance(normed_BLD, state, segment_ids_BL)

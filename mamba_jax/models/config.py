@@ -1,12 +1,67 @@
 """What a language model is made of."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from mamba_jax.config_base import Config, require
-from mamba_jax.models.mixers.mamba1.config import Mamba1Config
+from mamba_jax.config_base import Config, Kinds, require
+from mamba_jax.models.mixers import DEFAULT_MIXER, MIXERS
+from mamba_jax.models.mixers.declaration import DType as DType
+from mamba_jax.models.mixers.declaration import MixerConfig, Setting
 
-DType = Literal["float32", "bfloat16", "float16"]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit(Config):
+    """Blocks that repeat together.
+
+    Attributes:
+        mixers: the mixer of each block, in order.
+        repeats: how often the blocks come, one round after the other; None is as often as `num_layers` leaves room for.
+    """
+
+    mixers: tuple[Annotated[MixerConfig, MIXERS], ...]
+    repeats: int | None = None
+
+    def _check(self) -> None:
+        self._require_positive("repeats")
+        require(len(self.mixers) > 0, "Unit.mixers is empty: give at least one mixer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hybrid(Config):
+    """Blocks of several mixers: units that repeat, one after the other.
+
+    Three Mamba blocks and one of attention, six times over, are `Hybrid(units=(Unit(mixers=(m, m, m, attention),
+    repeats=6),))`.
+
+    Attributes:
+        kind: discriminator between this and a single mixer.
+        units: in order; at most one leaves its repeats to `num_layers`.
+    """
+
+    kind: Literal["hybrid"] = "hybrid"
+    units: tuple[Unit, ...]
+
+    def _check(self) -> None:
+        require(len(self.units) > 0, "Hybrid.units is empty: give at least one Unit")
+        require(
+            sum(unit.repeats is None for unit in self.units) <= 1,
+            "Hybrid.units: several leave their repeats to num_layers: give all but one of them",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Blocks of one mixer whose parameters and states are stacked on a leading axis.
+
+    Attributes:
+        name: of their parameters and states.
+        mixer: of each block.
+        repeats: how many.
+    """
+
+    name: str
+    mixer: MixerConfig
+    repeats: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +72,7 @@ class ModelConfig(Config):
         vocab_size: V, token ids are 0 .. V - 1.
         d_model: D, width of the residual stream.
         num_layers: number of blocks.
-        mixer: the sequence mixer of every block.
+        mixer: the sequence mixer of every block, or a `Hybrid` of several.
         vocab_multiple: embedding rows are padded up to a multiple of this; padded ids are never sampled.
         tie_embeddings: the head shares the embedding's weights.
         norm_eps: epsilon of every RMSNorm.
@@ -33,7 +88,7 @@ class ModelConfig(Config):
     vocab_size: int
     d_model: int
     num_layers: int
-    mixer: Mamba1Config = Mamba1Config()
+    mixer: Annotated[MixerConfig | Hybrid, Kinds(MIXERS, Hybrid)] = DEFAULT_MIXER
     vocab_multiple: int = 8
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
@@ -48,6 +103,12 @@ class ModelConfig(Config):
         require(
             self.padded_vocab_size < 2**31, f"ModelConfig.vocab_size must stay below 2**31 ids, got {self.vocab_size}"
         )
+        blocks = [stack.repeats for stack in self.stacks]
+        require(
+            min(blocks) > 0 and sum(blocks) == self.num_layers,
+            f"ModelConfig.num_layers is {self.num_layers}, but the units of its mixer make {sum(blocks)} blocks: "
+            "change one of them",
+        )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -55,11 +116,38 @@ class ModelConfig(Config):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def d_inner(self) -> int:
-        """E, channels inside the mixer."""
-        return self.mixer.expand * self.d_model
+    def setting(self) -> Setting:
+        """What each mixer is given."""
+        return Setting(
+            d_model=self.d_model,
+            param_dtype=self.param_dtype,
+            compute_dtype=self.compute_dtype,
+            output_scale=self.num_layers**-0.5 if self.rescale_residual else 1.0,
+        )
 
     @property
-    def dt_rank(self) -> int:
-        """R, rank of the dt projection."""
-        return self.mixer.dt_rank if self.mixer.dt_rank is not None else -(-self.d_model // 16)
+    def units(self) -> tuple[tuple[Stack, ...], ...]:
+        """The blocks: units in order, each a stack for every one of its blocks, all repeated equally often."""
+        if isinstance(self.mixer, MixerConfig):
+            return ((Stack(name="layers", mixer=self.mixer, repeats=self.num_layers),),)
+        given = sum(len(unit.mixers) * unit.repeats for unit in self.mixer.units if unit.repeats is not None)
+        names = (f"layers_{index}" for index in range(sum(len(unit.mixers) for unit in self.mixer.units)))
+        return tuple(
+            tuple(
+                Stack(
+                    name=next(names), mixer=mixer, repeats=unit.repeats or (self.num_layers - given) // len(unit.mixers)
+                )
+                for mixer in unit.mixers
+            )
+            for unit in self.mixer.units
+        )
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All stacks of `units`."""
+        return tuple(stack for unit in self.units for stack in unit)
+
+    @property
+    def least_part(self) -> int:
+        """Fewest tokens that a device may hold of a sequence whose length is split over devices."""
+        return max(stack.mixer.mixer().least_part(stack.mixer) for stack in self.stacks)

@@ -27,24 +27,32 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig) -> int:
+def flops_per_token(config: ModelConfig, *, length: int) -> float:
     """Operations of forward and backward pass for one token, without recomputation.
 
-    6 for every parameter that is multiplied (the table of an untied embedding is only read) and 27 for every element of
-    the recurrent state, the count that the authors of Mamba used.
+    6 for every element of a parameter that is multiplied (the table of an untied embedding is only read), and what the
+    mixers count besides.
 
-    Source: arXiv 2312.00752, openreview discussion of the training cost.
+    Args:
+        config: of the model.
+        length: L, tokens of a training sequence.
+
+    Source: arXiv 2001.08361, section 2.1, for the 6.
     """
     params = dict(define(config).params)
     if not config.tie_embeddings:
         params.pop("embedding")
     multiplied = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    return 6 * multiplied + 27 * config.num_layers * config.d_inner * config.mixer.state_dim
+    mixed = sum(
+        stack.repeats * stack.mixer.mixer().flops_per_token(stack.mixer, config.setting, length=length)
+        for stack in config.stacks
+    )
+    return 6 * multiplied + mixed
 
 
 def model_flops_utilization(
-    config: ModelConfig, tokens_per_second: float, *, device_kind: str, num_devices: int
+    config: ModelConfig, tokens_per_second: float, *, length: int, device_kind: str, num_devices: int
 ) -> float | None:
-    """Share of the devices' peak that a training speed amounts to; None where the peak is not known."""
+    """Share of the devices' peak that a training speed on sequences of a length amounts to; None if it is not known."""
     peak = PEAK_FLOPS.get(device_kind)
-    return None if peak is None else tokens_per_second * flops_per_token(config) / (peak * num_devices)
+    return None if peak is None else tokens_per_second * flops_per_token(config, length=length) / (peak * num_devices)

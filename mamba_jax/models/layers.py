@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
+from mamba_jax.models import initializers
 from mamba_jax.models.initializers import Initializer, ones
 from mamba_jax.models.lookup import look_up
+from mamba_jax.models.mixers.declaration import Setting
 from mamba_jax.sharding import Axis, constrain, in_context, product
 
 
@@ -64,6 +66,36 @@ class Linear(nnx.Module):
             bias = read(self.bias).astype(self.compute_dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y
+
+
+def projection(
+    setting: Setting,
+    shape: tuple[int, ...],
+    axes: tuple[Axis | None, ...],
+    *,
+    use_bias: bool = False,
+    scale: float = 1.0,
+    rngs: nnx.Rngs,
+) -> Linear:
+    """A `Linear` as mixers begin with it: weights uniform within +-scale / sqrt(shape[0]), and a bias of zeros if any.
+
+    Args:
+        setting: dtypes of the mixer.
+        shape: of the weights, the contracted dimension first.
+        axes: logical axis of every dimension.
+        use_bias: whether it has a bias.
+        scale: factor on the initial weights.
+        rngs: source of the key.
+    """
+    return Linear(
+        shape,
+        axes,
+        kernel_init=initializers.fan_in(shape[0], scale=scale),
+        bias_init=initializers.zeros if use_bias else None,
+        param_dtype=setting.param_dtype,
+        compute_dtype=setting.compute_dtype,
+        rngs=rngs,
+    )
 
 
 class RMSNorm(nnx.Module):

@@ -49,8 +49,10 @@ def define(config: ModelConfig) -> ModelDefinition:
     def tree(value) -> Params:
         return nnx.traversals.unflatten_mapping({path: value(path, variable) for path, variable in variables.items()})
 
+    stacked = {stack.name for stack in config.stacks}
+
     def axes(path: tuple[str, ...], variable: nnx.Variable) -> tuple[Axis | None, ...]:
-        return (Axis.LAYERS, *variable.axes) if path[0] == "layers" else variable.axes
+        return (Axis.LAYERS, *variable.axes) if path[0] in stacked else variable.axes
 
     return ModelDefinition(
         config=config,

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from mamba_jax.sharding import Axis, from_last, from_shard, parts, shard_count, shard_number
-from pallas_kernels import causal_conv1d, selective_scan, selective_scan_final_state, selective_scan_initial_cotangent
+from pallas_kernels import (
+    ConvOutput,
+    ScanOutput,
+    causal_conv1d,
+    selective_scan,
+    selective_scan_final_state,
+    selective_scan_initial_cotangent,
+)
 from pallas_kernels.common import derivatives
 
 Decay = Callable[[jax.Array], jax.Array]
@@ -50,7 +57,7 @@ def convolve(
     initial_window: Float[jax.Array, "B W E"] | None,
     segment_ids: Int[jax.Array, "B L"] | None,
     **options: Any,
-) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B W E"]]:
+) -> ConvOutput:
     """`causal_conv1d` of this shard's tokens, with the inputs before them from the shard before.
 
     Args:
@@ -66,7 +73,7 @@ def convolve(
     """
     window = halo(x, initial_window, segment_ids, past=weight.shape[0] - 1)
     output = causal_conv1d(x, weight, bias, initial_window=window, segment_ids=segment_ids, **options)
-    return output.y, from_last(output.final_window, Axis.LENGTH)
+    return ConvOutput(y=output.y, final_window=from_last(output.final_window, Axis.LENGTH))
 
 
 def scan(
@@ -81,8 +88,9 @@ def scan(
     segment_ids: Int[jax.Array, "B L"] | None,
     D: Float[jax.Array, " E"],
     z: Float[jax.Array, "B L E"] | None,
+    dt_softplus: bool,
     **options: Any,
-) -> tuple[Float[jax.Array, "B L E"], Float[jax.Array, "B E N"]]:
+) -> ScanOutput:
     """`selective_scan` of this shard's tokens, from the state that the shards before leave.
 
     Args:
@@ -96,16 +104,18 @@ def scan(
         segment_ids: document of each token of the shard, (B, L), or None.
         D: (E,) skip connection.
         z: (B, L, E) gate, or None.
-        **options: of `selective_scan`; the step size goes through the softplus.
+        dt_softplus: True; the step size goes through the softplus.
+        **options: of `selective_scan`.
 
     Returns:
         Output of the shard, and the state after the last shard, on every device.
     """
+    assert dt_softplus
     arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "dt_bias": dt_bias, "D": D, "z": z}
     arrays["initial_state"] = initial_state
     arrays = {name: array for name, array in arrays.items() if array is not None}
     y, final_state = _scan(tuple(options.items()), arrays, segment_ids)
-    return y, from_last(final_state, Axis.LENGTH)
+    return ScanOutput(y=y, final_state=from_last(final_state, Axis.LENGTH))
 
 
 def _scan_outputs(options: _Options, arrays: _Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:

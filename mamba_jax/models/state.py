@@ -1,84 +1,98 @@
-"""What a model carries from one call to the next; its size does not depend on how many tokens came before."""
+"""What a model carries from one call to the next: for each of its stacks of blocks, what their mixers declare."""
 
-import dataclasses
-import typing
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
-from mamba_jax.models.config import ModelConfig
-from mamba_jax.sharding import Axis
+from mamba_jax.models.config import ModelConfig, Stack
+from mamba_jax.models.mixers.declaration import StateArray
+from mamba_jax.sharding import Axis, constrain
 
-
-# JAX also builds these classes around shapes, shardings and logical axes, which a check of every construction would
-# refuse.
-@typing.no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mamba1State:
-    """State of one Mamba-1 mixer, or of a stack of them with a leading layer axis.
-
-    Attributes:
-        conv_window: last K - 1 inputs of the convolution in the compute dtype, (B, K - 1, E); K - 1 is 0 without one.
-        ssm: recurrent state in float32, (B, E, N).
-    """
-
-    conv_window: Float[jax.Array, "*layers B W E"]
-    ssm: Float[jax.Array, "*layers B E N"]
+# By the name of the stack, as parameters are; a leading axis of every array counts the blocks of the stack.
+LMState = dict[str, Any]
 
 
-@typing.no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixerOutput:
-    """Result of a mixer that carries a state.
+def declare(config: ModelConfig, *, batch_size: int) -> LMState:
+    """The state of a model as a tree of `StateArray`."""
 
-    Attributes:
-        y: (B, L, D), in the compute dtype.
-        state: after the last token.
-    """
+    def stacked(stack: Stack, array: StateArray) -> StateArray:
+        return StateArray(
+            shape=(stack.repeats, *array.shape),
+            dtype=array.dtype,
+            axes=(Axis.LAYERS, *array.axes),
+            initial=array.initial,
+        )
 
-    y: Float[jax.Array, "B L D"]
-    state: Mamba1State
-
-
-@typing.no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LMState:
-    """State of a language model.
-
-    Attributes:
-        layers: states of all layers, stacked on a leading axis.
-    """
-
-    layers: Mamba1State
-
-
-_CONV_WINDOW: Any = (Axis.LAYERS, Axis.BATCH, None, Axis.INNER)
-_SSM: Any = (Axis.LAYERS, Axis.BATCH, Axis.INNER, Axis.STATE)
-# Logical axes of every array of an `LMState`.
-STATE_AXES = LMState(layers=Mamba1State(conv_window=_CONV_WINDOW, ssm=_SSM))
+    return {
+        stack.name: jax.tree.map(
+            functools.partial(stacked, stack),
+            stack.mixer.mixer().declare_state(stack.mixer, config.setting, batch_size=batch_size),
+        )
+        for stack in config.stacks
+    }
 
 
 def init_state(config: ModelConfig, batch_size: int) -> LMState:
-    """The state before any token: all zeros."""
-    width = config.mixer.conv_width - 1 if config.mixer.use_conv else 0
-    layers, inner = config.num_layers, config.d_inner
-    return LMState(
-        layers=Mamba1State(
-            conv_window=jnp.zeros((layers, batch_size, width, inner), config.compute_dtype),
-            ssm=jnp.zeros((layers, batch_size, inner, config.mixer.state_dim), jnp.float32),
-        )
-    )
+    """The state before any token."""
+    declared = declare(config, batch_size=batch_size)
+    return jax.tree.map(lambda array: jnp.full(array.shape, array.initial, array.dtype), declared)
 
 
-def reset_rows(state: LMState, rows: Bool[jax.Array, " B"]) -> LMState:
-    """The state with zeros in the rows where `rows` is True: what comes next there starts a document."""
+def state_axes(config: ModelConfig) -> LMState:
+    """Logical axes of every array of the state, as a tuple in its place."""
+    return jax.tree.map(lambda array: array.axes, declare(config, batch_size=1))
 
-    def reset(leaf: jax.Array) -> jax.Array:
-        return jnp.where(rows.reshape(1, -1, *(1,) * (leaf.ndim - 2)), jnp.zeros((), leaf.dtype), leaf)
 
-    return jax.tree.map(reset, state)
+def reset_rows(config: ModelConfig, state: LMState, rows: Bool[jax.Array, " B"]) -> LMState:
+    """The state as before any token in the rows where `rows` is True: what comes next there starts a document."""
+
+    def reset(leaf: jax.Array, declared: StateArray) -> jax.Array:
+        shape = [-1 if axis == Axis.BATCH else 1 for axis in declared.axes]
+        return jnp.where(rows.reshape(shape), jnp.asarray(declared.initial, leaf.dtype), leaf)
+
+    return jax.tree.map(reset, state, declare(config, batch_size=1))
+
+
+def finite_rows(config: ModelConfig, state: LMState) -> LMState:
+    """Rows of the state that are not finite start anew."""
+
+    def finite(leaf: jax.Array, declared: StateArray) -> jax.Array:
+        is_right = jnp.isfinite(leaf)
+        if not math.isfinite(declared.initial):
+            is_right |= leaf == declared.initial
+        return jnp.all(is_right, axis=[dim for dim, axis in enumerate(declared.axes) if axis != Axis.BATCH])
+
+    rows = jax.tree.leaves(jax.tree.map(finite, state, declare(config, batch_size=1)))
+    return reset_rows(config, state, ~functools.reduce(jnp.logical_and, rows)) if rows else state
+
+
+def split_rows(config: ModelConfig, state: LMState, parts: int) -> LMState:
+    """States of `parts` microbatches on a new leading axis, every `parts`-th row in one, so that none moves."""
+
+    def split(leaf: jax.Array, axes: tuple[Axis | None, ...]) -> jax.Array:
+        batch = axes.index(Axis.BATCH)
+        shape = (*leaf.shape[:batch], leaf.shape[batch] // parts, parts, *leaf.shape[batch + 1 :])
+        return constrain(jnp.moveaxis(leaf.reshape(shape), batch + 1, 0), None, *axes)
+
+    return jax.tree.map(split, state, state_axes(config))
+
+
+def join_rows(config: ModelConfig, state: LMState) -> LMState:
+    """Reverses `split_rows`."""
+
+    def join(leaf: jax.Array, axes: tuple[Axis | None, ...]) -> jax.Array:
+        batch = axes.index(Axis.BATCH)
+        joined = jnp.moveaxis(leaf, 0, batch + 1)
+        shape = (*joined.shape[:batch], joined.shape[batch] * joined.shape[batch + 1], *joined.shape[batch + 2 :])
+        return constrain(joined.reshape(shape), *axes)
+
+    return jax.tree.map(join, state, state_axes(config))
+
+
+def constrain_state(config: ModelConfig, state: LMState) -> LMState:
+    """The state, pinned to the sharding rules."""
+    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), state, state_axes(config))

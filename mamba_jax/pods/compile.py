@@ -129,7 +129,7 @@ def _report(
         collective_lines=tuple(counts.collective_lines),
         between_slices={kind: (counts.transfers[kind], counts.received[kind]) for kind in sorted(counts.received)},
         kernels={name: counts.calls[name] for name in counts.kernel_elements},
-        flops=tokens * flops_per_token(config.model),
+        flops=tokens * flops_per_token(config.model, length=config.data.seq_len),
         operation_seconds=None if cores is None else counts.cycles / cores.clock_hz,
         kernel_seconds=None if cores is None else cores.kernel_seconds(counts.kernel_elements),
     )

@@ -127,7 +127,7 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
 
 def _check_scan(config: ExperimentConfig, train_step: Any, abstract: TrainState, mesh: Mesh) -> None:
     """Traces the step, where a kernel that was asked for by name says that it does not run here."""
-    name = config.model.mixer.scan_implementation
+    name = getattr(config.model.mixer, "scan_implementation", None)
     if name is None:
         return
     try:

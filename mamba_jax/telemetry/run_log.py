@@ -170,6 +170,7 @@ class Reporter:
         return model_flops_utilization(
             self.config.model,
             tokens_per_second,
+            length=self.config.data.seq_len,
             device_kind=self.mesh.devices.flat[0].device_kind,
             num_devices=self.mesh.size,
         )

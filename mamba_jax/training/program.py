@@ -11,8 +11,8 @@ def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
     """Checks that the batches of training and evaluation can be split over the mesh.
 
     Raises:
-        InputError: a batch is not a multiple of the parts, a sequence is not, or its parts are shorter than the reach
-            of the convolution.
+        InputError: a batch is not a multiple of the parts, a sequence is not, or its parts are shorter than a mixer
+            can do with.
     """
     shards = batch_shards(mesh)
     for name, size in (
@@ -26,8 +26,7 @@ def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
             )
     # Evaluation takes the sequence whole, which divides where its windows do.
     columns, length = RULES.parts(mesh, Axis.LENGTH), config.data.seq_len // config.train.windows
-    mixer = config.model.mixer
-    least = mixer.conv_width - 1 if mixer.use_conv else 1
+    least = config.model.least_part
     if columns > 1 and (length % columns or length // columns < least):
         raise InputError(
             f"data.seq_len / train.windows = {length} tokens cannot be split over {columns} devices (mesh sequence) "

@@ -15,7 +15,15 @@ from mamba_jax.data.batch import LMBatch
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.models.state import STATE_AXES, LMState, init_state, reset_rows
+from mamba_jax.models.state import (
+    LMState,
+    constrain_state,
+    finite_rows,
+    init_state,
+    join_rows,
+    reset_rows,
+    split_rows,
+)
 from mamba_jax.sharding import Axis, batch_sharding, constrain, repeatable
 from mamba_jax.training.config import FaultsConfig
 from mamba_jax.training.optimizer import learning_rate
@@ -125,7 +133,7 @@ def make_train_step(
             opt_state=keep(opt_state, state.opt_state),
             skips=skips,
             ema=keep(ema, state.ema),
-            recurrent=None if recurrent is None else _finite_rows(recurrent),
+            recurrent=None if recurrent is None else finite_rows(config.model, recurrent),
         )
         return state, metrics
 
@@ -149,15 +157,6 @@ def _judge(
     )
 
 
-def _finite_rows(state: LMState) -> LMState:
-    """Rows of the state that are not finite start anew."""
-    finite_B = functools.reduce(
-        jnp.logical_and,
-        (jnp.all(jnp.isfinite(leaf), axis=(0, *range(2, leaf.ndim))) for leaf in jax.tree.leaves(state)),
-    )
-    return reset_rows(state, ~finite_B)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Parts:
@@ -176,7 +175,7 @@ def _whole_batch(
     normalizer = jnp.sum(batch.loss_mask, dtype=jnp.float32)
     recurrent = state.recurrent
     if recurrent is not None:
-        recurrent = reset_rows(recurrent, ~jnp.asarray(batch.continues))
+        recurrent = reset_rows(config.model, recurrent, ~jnp.asarray(batch.continues))
     parts = config.train.accumulation_steps
     if parts == 1:
         return loss_and_gradient(batch, recurrent, normalizer)
@@ -187,9 +186,9 @@ def _whole_batch(
 
     zero = jnp.zeros((), jnp.float32)
     start = (_Parts(loss=zero, cross_entropy=zero, z_loss=zero), jax.tree.map(jnp.zeros_like, state.params))
-    split = _microbatches(batch, parts), recurrent and _split_state(recurrent, parts)
+    split = _microbatches(batch, parts), None if recurrent is None else split_rows(config.model, recurrent, parts)
     (losses, gradient), recurrent = jax.lax.scan(accumulate, start, split)
-    return losses, gradient, recurrent and _join_state(recurrent)
+    return losses, gradient, None if recurrent is None else join_rows(config.model, recurrent)
 
 
 def _loss_and_gradient(
@@ -242,12 +241,12 @@ def _over_windows(
         if config.train.window_gradient == "truncated":
             state = jax.lax.stop_gradient(state)
         parts, state = loss_of(
-            dataclasses.replace(window, continues=None), reset_rows(state, ~jnp.asarray(window.continues))
+            dataclasses.replace(window, continues=None), reset_rows(config.model, state, ~jnp.asarray(window.continues))
         )
-        return (_constrain_state(state), jax.tree.map(jnp.add, total, parts)), None
+        return (constrain_state(config.model, state), jax.tree.map(jnp.add, total, parts)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (_constrain_state(recurrent), _Parts(loss=zero, cross_entropy=zero, z_loss=zero))
+    start = (constrain_state(config.model, recurrent), _Parts(loss=zero, cross_entropy=zero, z_loss=zero))
     (state, parts), _ = jax.lax.scan(step, start, windows)
     return parts, state
 
@@ -276,28 +275,3 @@ def _microbatches(batch: LMBatch, parts: int) -> LMBatch:
         return constrain(split_MB, None, Axis.BATCH, *(Axis.LENGTH,) * (rows.ndim - 1))
 
     return jax.tree.map(split, batch)
-
-
-def _split_state(state: LMState, parts: int) -> LMState:
-    """The rows of `_microbatches`, of a recurrent state."""
-
-    def split(leaf: jax.Array, axes: tuple[Axis | None, ...]) -> jax.Array:
-        layers, batch_size, *rest = leaf.shape
-        split_M = jnp.moveaxis(leaf.reshape(layers, batch_size // parts, parts, *rest), 2, 0)
-        return constrain(split_M, None, *axes)
-
-    return jax.tree.map(split, state, STATE_AXES)
-
-
-def _join_state(state: LMState) -> LMState:
-    """Reverses `_split_state`."""
-
-    def join(leaf: jax.Array, axes: tuple[Axis | None, ...]) -> jax.Array:
-        parts, layers, batch_size, *rest = leaf.shape
-        return constrain(jnp.moveaxis(leaf, 0, 2).reshape(layers, batch_size * parts, *rest), *axes)
-
-    return jax.tree.map(join, state, STATE_AXES)
-
-
-def _constrain_state(state: LMState) -> LMState:
-    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), state, STATE_AXES)

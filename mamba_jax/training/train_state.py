@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.models.state import STATE_AXES, init_state
+from mamba_jax.models.state import init_state, state_axes
 from mamba_jax.sharding import parameter_sharding, replicated
 
 
@@ -114,7 +114,9 @@ def abstract_state(
         ),
         skips=jax.tree.map(lambda _: replicated(mesh), state.skips),
         ema=None if state.ema is None else shardings,
-        recurrent=state.recurrent and jax.tree.map_with_path(sharding, state.recurrent, STATE_AXES),
+        recurrent=None
+        if state.recurrent is None
+        else jax.tree.map_with_path(sharding, state.recurrent, state_axes(config.model)),
     )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, state_shardings

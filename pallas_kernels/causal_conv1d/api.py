@@ -1,26 +1,18 @@
 """Short causal convolution of every channel with its own filter."""
 
-from typing import Any
-
-from jax import Array
-
-from pallas_kernels.causal_conv1d import reference
-from pallas_kernels.causal_conv1d.arguments import DIMENSIONS, OP, Activation, ConvOutput, check_arguments
-from pallas_kernels.causal_conv1d.pallas_gpu import op as pallas_gpu
-from pallas_kernels.causal_conv1d.pallas_tpu import op as pallas_tpu
-from pallas_kernels.causal_conv1d.xla import op as xla
+from pallas_kernels.causal_conv1d.arguments import Activation, ConvArguments, ConvOutput
 from pallas_kernels.common.array_types import ChannelE, SegmentsBL, SequenceBLE, WeightKE, WindowBKE
-from pallas_kernels.common.checks import as_arrays
-from pallas_kernels.common.dispatch import Dispatcher
+from pallas_kernels.common.dispatch import Backend, Dispatcher
 from pallas_kernels.common.partitioning import on_own_part
 
+_HERE, _NAME = "pallas_kernels.causal_conv1d", "causal_conv1d"
 _dispatch = Dispatcher[ConvOutput](
-    op=OP,
+    op=_NAME,
     implementations={
-        "reference": reference.causal_conv1d,
-        "xla": xla.causal_conv1d,
-        "pallas_gpu": pallas_gpu.causal_conv1d,
-        "pallas_tpu": pallas_tpu.causal_conv1d,
+        "reference": Backend(f"{_HERE}.reference", _NAME),
+        "xla": Backend(f"{_HERE}.xla.op", _NAME),
+        "pallas_gpu": Backend(f"{_HERE}.pallas_gpu.op", _NAME),
+        "pallas_tpu": Backend(f"{_HERE}.pallas_tpu.op", _NAME),
     },
     platform_order={"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
 )
@@ -65,13 +57,12 @@ def causal_conv1d(
 
     Source: arXiv 2312.00752, figure 3.
     """
-    required = {"x": x, "weight": weight}
-    arrays = as_arrays(OP, required, {"bias": bias, "initial_window": initial_window, "segment_ids": segment_ids})
-    check_arguments(arrays, activation=activation)
-
-    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
-        output = _dispatch(**arrays, activation=activation, implementation=implementation)
-        return output.y, output.final_window
-
-    y, final_window = on_own_part(run, arrays, DIMENSIONS, ("BLE", "BWE"))
-    return ConvOutput(y=y, final_window=final_window)
+    arguments = ConvArguments.of(
+        x=x,
+        weight=weight,
+        bias=bias,
+        initial_window=initial_window,
+        segment_ids=segment_ids,
+        activation=activation,
+    )
+    return on_own_part(_dispatch.using(implementation), arguments, ConvOutput)

@@ -1,20 +1,28 @@
 """What every implementation of the causal convolution takes and returns."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-
+from pallas_kernels.common.arguments import Arguments, OpTable, arguments, array, option, result
 from pallas_kernels.common.array_types import Leaf
-from pallas_kernels.common.checks import require, require_float, require_integer, require_shape
 
-OP = "causal_conv1d"
 Activation = Literal["silu"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@arguments("causal_conv1d")
+class ConvArguments(Arguments):
+    """See `pallas_kernels.causal_conv1d.api.causal_conv1d`; W is K - 1."""
+
+    derived = {"W": ("K", -1)}  # noqa: RUF012
+
+    x: Leaf = array("BLE")
+    weight: Leaf = array("KE")
+    bias: Leaf | None = array("E", optional=True)
+    initial_window: Leaf | None = array("BWE", optional=True)
+    segment_ids: Leaf | None = array("BL", optional=True, dtype="integer")
+    activation: Activation | None = option(None, choices=(None, "silu"))
+
+
+@result
 class ConvOutput:
     """Result of a causal convolution.
 
@@ -24,27 +32,8 @@ class ConvOutput:
             than the last token.
     """
 
-    y: Leaf
-    final_window: Leaf
+    y: Leaf = array("BLE")
+    final_window: Leaf = array("BWE")
 
 
-# Letters of the dimensions of the arguments, for `pallas_kernels.common.partitioning`; W is K - 1.
-DIMENSIONS = {"x": "BLE", "weight": "KE", "bias": "E", "initial_window": "BWE", "segment_ids": "BL"}
-
-
-def check_arguments(arrays: Mapping[str, Any], *, activation: str | None) -> None:
-    """Raises ValueError, in one line, for arguments outside the signature."""
-    x, weight = arrays["x"], arrays["weight"]
-    require(x.ndim == 3 and 0 not in x.shape, f"{OP}: x has shape {x.shape}, expected non-empty (B, L, E)")
-    batch, length, channels = x.shape
-    require(
-        weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == channels,
-        f"{OP}: weight has shape {weight.shape}, expected (K, E) with E = {channels} as in x",
-    )
-    require_shape(OP, "bias", arrays["bias"], (channels,), meaning="(E,)")
-    window_shape = (batch, weight.shape[0] - 1, channels)
-    require_shape(OP, "initial_window", arrays["initial_window"], window_shape, meaning="(B, K - 1, E)")
-    require_shape(OP, "segment_ids", arrays["segment_ids"], (batch, length), meaning="(B, L)")
-    require_float(OP, **{name: arrays[name] for name in ("x", "weight", "bias", "initial_window")})
-    require_integer(OP, segment_ids=arrays["segment_ids"])
-    require(activation in (None, "silu"), f"{OP}: unknown activation {activation!r}; choose None or 'silu'")
+CONVOLUTION = OpTable(ConvArguments, ConvOutput)

@@ -6,23 +6,17 @@ It computes in float64 if an argument has that precision and in float32 otherwis
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.arguments import Activation, ConvOutput
+from pallas_kernels.causal_conv1d.arguments import ConvArguments, ConvOutput
 
 
-def causal_conv1d(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    *,
-    activation: Activation | None,
-    initial_window: jax.Array | None,
-    segment_ids: jax.Array | None,
-) -> ConvOutput:
+def causal_conv1d(arguments: ConvArguments) -> ConvOutput:
     """See `pallas_kernels.causal_conv1d.api.causal_conv1d`."""
+    x, weight, segment_ids = arguments.x, arguments.weight, arguments.segment_ids
     batch, length, channels = x.shape
     width = weight.shape[0]
-    is_double = any(a is not None and a.dtype == jnp.float64 for a in (x, weight, bias, initial_window))
+    is_double = any(array.dtype == jnp.float64 for array in arguments.arrays().values())
     real = jnp.float64 if is_double else jnp.float32
+    initial_window = arguments.initial_window
     if initial_window is None:
         initial_window = jnp.zeros_like(x, shape=(batch, width - 1, channels))
     window_BKE = initial_window.astype(x.dtype).astype(real)
@@ -38,8 +32,8 @@ def causal_conv1d(
         return window_BKE[:, 1:], y_BE
 
     window_BKE, y_LBE = jax.lax.scan(step, window_BKE, (jnp.moveaxis(x, 1, 0).astype(real), is_start_LB))
-    if bias is not None:
+    if (bias := arguments.bias) is not None:
         y_LBE = y_LBE + bias.astype(real)[None, None, :]
-    if activation == "silu":
+    if arguments.activation == "silu":
         y_LBE = jax.nn.silu(y_LBE)
     return ConvOutput(y=jnp.moveaxis(y_LBE, 0, 1).astype(x.dtype), final_window=window_BKE.astype(x.dtype))

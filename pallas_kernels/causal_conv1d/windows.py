@@ -1,36 +1,35 @@
-"""What the Pallas kernels of the convolution leave to XLA: above all the windows before and after the sequence."""
+"""What the Pallas kernels of the convolution leave to XLA: the windows before and after the sequence."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.arguments import OP
-from pallas_kernels.causal_conv1d.xla.op import count_segments
+from pallas_kernels.causal_conv1d.arguments import ConvArguments
 from pallas_kernels.common.checks import decline_symbolic_sizes
+from pallas_kernels.common.segments import count_segments
 
 MAX_WIDTH = 8
 
 
-def decline_unusual(
-    implementation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None, initial_window: jax.Array | None
-) -> None:
+def decline_unusual(implementation: str, arguments: ConvArguments) -> None:
     """Raises NotImplementedError, with the reason, for what the Pallas kernels do not do."""
-    decline_symbolic_sizes(OP, implementation, x, weight)
+    op, weight = arguments.op, arguments.weight
+    decline_symbolic_sizes(op, implementation, arguments.x, weight)
     if weight.shape[0] > MAX_WIDTH:
-        raise NotImplementedError(f"{OP}: {implementation!r} takes at most {MAX_WIDTH} taps, got {weight.shape[0]}")
-    for name, array in {"x": x, "weight": weight, "bias": bias, "initial_window": initial_window}.items():
-        if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(f"{OP}: {implementation!r} takes float32 and bfloat16, {name} has {array.dtype}")
+        raise NotImplementedError(f"{op}: {implementation!r} takes at most {MAX_WIDTH} taps, got {weight.shape[0]}")
+    for name, array in arguments.operands()[0].arrays().items():
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(f"{op}: {implementation!r} takes float32 and bfloat16, {name} has {array.dtype}")
 
 
-def with_defaults(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, initial_window: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The initial window in the dtype of x, and the bias."""
-    batch, _, channels = x.shape
-    if initial_window is None:
-        initial_window = jnp.zeros_like(x, shape=(batch, weight.shape[0] - 1, channels))
-    bias = jnp.zeros((channels,), jnp.float32) if bias is None else bias
-    return initial_window.astype(x.dtype), bias
+def with_defaults(arguments: ConvArguments) -> ConvArguments:
+    """The arguments with an initial window, in the dtype of x, and a bias."""
+    x, bias, window = arguments.x, arguments.bias, arguments.initial_window
+    if window is None:
+        window = jnp.zeros_like(x, shape=(x.shape[0], arguments.weight.shape[0] - 1, x.shape[2]))
+    bias = jnp.zeros((x.shape[2],), jnp.float32) if bias is None else bias
+    return dataclasses.replace(arguments, initial_window=window.astype(x.dtype), bias=bias)
 
 
 def final_window(x: jax.Array, window: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

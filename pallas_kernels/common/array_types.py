@@ -32,4 +32,4 @@ WindowBKE = Float[_Given, "B W E"] | list[Any]
 
 # The input and output matrices of the recurrence: shared by all channels, shared by each group, or constant over time.
 SequenceMatrix = Inexact[_Given, "B L N"] | Inexact[_Given, "B L #G N"] | Inexact[_Given, "E N"] | list[Any]
-TokenMatrix = Inexact[_Given, "B N"] | Inexact[_Given, "B #G N"] | Inexact[_Given, "E N"] | list[Any]
+TokenMatrix = Inexact[_Given, "B #G N"] | Inexact[_Given, "E N"] | list[Any]

@@ -17,6 +17,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
+from pallas_kernels.common.arguments import Arguments
+
 _Flat = Sequence[jax.Array]
 
 
@@ -70,6 +72,49 @@ def differentiable(
     return derived
 
 
+def differentiable_op[Output](
+    outputs: Callable[[Any, Any], Output],
+    *,
+    forward: Callable[[Any, Any], tuple[Output, Any]],
+    backward: Callable[[Any, Any, Any, Output], dict[str, jax.Array]],
+    tangent: Callable[..., Any] | None = None,
+) -> Callable[[Any, Any], Output]:
+    """An op as a function (static, arguments), with derivatives by the floating arrays of its arguments.
+
+    Args:
+        outputs: (static, arguments) to the op's result.
+        forward: (static, arguments) to the same result, and what the backward pass starts from besides the arguments.
+        backward: (static, arguments, what `forward` kept, cotangents of the result) to the gradients by name; they are
+            rounded to the dtypes of the arguments here.
+        tangent: `no_forward_mode`, where JAX cannot differentiate `outputs` itself.
+    """
+
+    def joined(operands: Arguments, fixed: dict[str, jax.Array]) -> Arguments:
+        return dataclasses.replace(operands, **fixed)
+
+    def plain(static: Any, operands: Arguments, fixed: dict[str, jax.Array]) -> Output:
+        return outputs(static, joined(operands, fixed))
+
+    def with_residuals(static: Any, operands: Arguments, fixed: dict[str, jax.Array]) -> tuple[Output, Any]:
+        result, kept = forward(static, joined(operands, fixed))
+        return result, (operands, fixed, kept)
+
+    def gradients(static: Any, residuals: Any, cotangents: Output) -> Arguments:
+        operands, fixed, kept = residuals
+        found = backward(static, joined(operands, fixed), kept, cotangents)
+        given = operands.arrays()
+        return dataclasses.replace(operands, **{name: found[name].astype(given[name].dtype) for name in given})
+
+    def moved(static: Any, residuals: Any, tangents: Arguments) -> Any:
+        operands, fixed, _ = residuals
+        moving = tangents.arrays()
+        primals = {name: getattr(operands, name) for name in moving}
+        return jax.jvp(lambda m: plain(static, dataclasses.replace(operands, **m), fixed), (primals,), (moving,))[1]
+
+    derived = differentiable(plain, forward=with_residuals, backward=gradients, tangent=tangent or moved)
+    return lambda static, arguments: derived(static, *arguments.operands())
+
+
 def no_forward_mode(op: str, implementation: str) -> Callable[..., Any]:
     """The `tangent` of a kernel that has none.
 
@@ -88,7 +133,7 @@ def no_forward_mode(op: str, implementation: str) -> Callable[..., Any]:
 
 
 def not_differentiable(op: str, implementation: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays that raises NotImplementedError, with what to use, where it is differentiated."""
+    """A function of trees of arrays that raises NotImplementedError, with what to use, where it is differentiated."""
     derived = jax.custom_jvp(function)
 
     @derived.defjvp

@@ -2,14 +2,43 @@
 
 import dataclasses
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
 from pallas_kernels.common.devices import target_platform
 
 logger = logging.getLogger("pallas_kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """An implementation that is imported when it is first called, so that one which cannot be leaves the others alone.
+
+    Attributes:
+        module: full name of the module.
+        function: name of the function in it.
+        options: keyword arguments that it is called with besides.
+    """
+
+    module: str
+    function: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function.
+
+        Raises:
+            NotImplementedError: the module cannot be imported; backends use private parts of JAX, which change.
+        """
+        try:
+            function = getattr(importlib.import_module(self.module), self.function)
+        except (ImportError, AttributeError) as error:
+            raise NotImplementedError(f"{self.module} cannot be imported here: {error}") from error
+        return function(*args, **self.options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +59,10 @@ class Dispatcher[Output]:
     implementations: Mapping[str, Callable[..., Output]]
     platform_order: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     default_order: tuple[str, ...] = ("xla",)
+
+    def using(self, implementation: str | None) -> Callable[..., Output]:
+        """The op as a function of its arguments, by the named implementation."""
+        return functools.partial(self, implementation=implementation)
 
     def __call__(self, *args, implementation: str | None, **kwargs) -> Output:
         """Runs the named implementation, or the first of the platform's order that can take the arguments.

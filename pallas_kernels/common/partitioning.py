@@ -4,42 +4,44 @@ An operation names the dimensions of its arrays by letters. It treats batch rows
 can work on its own rows and channels alone; groups of channels (G) lie with their channels, all else is needed whole.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-Arrays = dict[str, jax.Array | None]
+from pallas_kernels.common.arguments import Arguments, fields_of
 
 
-def on_own_part[*Outputs](
-    function: Callable[[Arrays], tuple[*Outputs]], arrays: Arrays, letters: Mapping[str, str], outputs: Sequence[str]
-) -> tuple[*Outputs]:
+def on_own_part[Output](function: Callable[[Any], Output], arguments: Arguments, returns: type[Output]) -> Output:
     """Calls `function` on what a device holds of the batch and of the channels.
 
-    Under explicit mesh axes rows and channels stay split as those of "x" are, and the other arrays are brought to them.
+    Under explicit mesh axes rows and channels stay split as those of the first array are, and the others are brought
+    to them.
 
     Args:
-        function: of the arrays by name, to a tuple of arrays.
-        arrays: by name; "x" is one of them.
-        letters: of the dimensions of every array that is not None.
-        outputs: letters of the dimensions of what `function` returns.
+        function: of arguments, to the op's result.
+        arguments: of the op.
+        returns: class of the result.
     """
-    present = {name: array for name, array in arrays.items() if array is not None}
-    mesh = next((m for m in (jax.typeof(array).sharding.mesh for array in present.values()) if m.explicit_axes), None)
+    arrays, letters = arguments.arrays(), arguments.letters()
+    mesh = next((m for m in (jax.typeof(array).sharding.mesh for array in arrays.values()) if m.explicit_axes), None)
 
-    def run(parts: dict[str, jax.Array]) -> tuple[*Outputs]:
-        return function(arrays | alike_over_devices(parts))
+    def run(parts: dict[str, jax.Array]) -> Output:
+        return function(dataclasses.replace(arguments, **alike_over_devices(parts)))
 
     if mesh is None:
-        return run(present)
-    axes = dict(zip(letters["x"], jax.typeof(present["x"]).sharding.spec, strict=True))
-    axes = _of_groups({letter: axes[letter] for letter in "BE"}, mesh, present, letters)
-    specs = {name: _spec(letters[name], axes) for name in present}
-    there = {name: jax.reshard(array, NamedSharding(mesh, specs[name])) for name, array in present.items()}
-    out_specs = tuple(_spec(output, axes) for output in outputs)
+        return run(arrays)
+    leading = next(iter(arrays))
+    axes = dict(zip(letters[leading], jax.typeof(arrays[leading]).sharding.spec, strict=True))
+    axes = _of_groups({letter: axes[letter] for letter in "BE"}, mesh, arrays, letters)
+    specs = {name: _spec(letters[name], axes) for name in arrays}
+    there = {name: jax.reshard(array, NamedSharding(mesh, specs[name])) for name, array in arrays.items()}
+    out_specs = returns(
+        **{name: _spec(field.metadata["letters"][0], axes) for name, field in fields_of(returns).items()}
+    )
     mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=out_specs, axis_names=set(mesh.explicit_axes))
     # Outside of jit JAX maps over all axes of a mesh only.
     return (jax.jit(mapped) if mesh.auto_axes else mapped)(there)

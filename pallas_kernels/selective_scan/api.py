@@ -1,31 +1,21 @@
 """The selective scan: the recurrence at the heart of Mamba."""
 
-import functools
-from typing import Any
-
-from jax import Array
-
 from pallas_kernels.common.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix, StateBEN
-from pallas_kernels.common.checks import as_arrays
-from pallas_kernels.common.dispatch import Dispatcher
+from pallas_kernels.common.dispatch import Backend, Dispatcher
 from pallas_kernels.common.partitioning import on_own_part
-from pallas_kernels.selective_scan import reference
-from pallas_kernels.selective_scan.arguments import OP, Discretization, ScanOutput, check_arguments, dimensions
-from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
-from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
-from pallas_kernels.selective_scan.triton import op as triton
-from pallas_kernels.selective_scan.xla import op as xla
+from pallas_kernels.selective_scan.arguments import Discretization, ScanArguments, ScanOutput
 
+_HERE, _NAME = "pallas_kernels.selective_scan", "selective_scan"
 _dispatch = Dispatcher[ScanOutput](
-    op=OP,
+    op=_NAME,
     implementations={
-        "reference": reference.selective_scan,
-        "pallas_gpu": pallas_gpu.selective_scan,
-        "pallas_tpu": pallas_tpu.selective_scan,
-        "triton": triton.selective_scan,
-        "xla": functools.partial(xla.selective_scan, recurrence="by_platform"),
-        "xla_sequential": functools.partial(xla.selective_scan, recurrence="sequential"),
-        "xla_associative": functools.partial(xla.selective_scan, recurrence="associative"),
+        "reference": Backend(f"{_HERE}.reference", _NAME),
+        "pallas_gpu": Backend(f"{_HERE}.pallas_gpu.op", _NAME),
+        "pallas_tpu": Backend(f"{_HERE}.pallas_tpu.op", _NAME),
+        "triton": Backend(f"{_HERE}.triton.op", _NAME),
+        "xla": Backend(f"{_HERE}.xla.op", _NAME, {"recurrence": "by_platform"}),
+        "xla_sequential": Backend(f"{_HERE}.xla.op", _NAME, {"recurrence": "sequential"}),
+        "xla_associative": Backend(f"{_HERE}.xla.op", _NAME, {"recurrence": "associative"}),
     },
     platform_order={"gpu": ("pallas_gpu", "triton", "xla"), "tpu": ("pallas_tpu", "xla")},
 )
@@ -89,17 +79,18 @@ def selective_scan(
 
     Source: arXiv 2312.00752, algorithm 2 and equations 1-4; the gate is part of the block in its figure 3.
     """
-    required = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
-    carried = {"initial_state": initial_state, "segment_ids": segment_ids}
-    optional = {"D": D, "z": z, "dt_bias": dt_bias, **carried}
-    arrays = as_arrays(OP, required, optional)
-    check_arguments(arrays, discretization=discretization)
-    options = {"dt_softplus": dt_softplus, "discretization": discretization, "implementation": implementation}
-
-    def run(arrays: dict[str, Any]) -> tuple[Array, Array]:
-        given = [arrays[name] for name in required]
-        output = _dispatch(*given, **{name: arrays[name] for name in optional}, **options)
-        return output.y, output.final_state
-
-    y, final_state = on_own_part(run, arrays, dimensions(arrays), ("BLE", "BEN"))
-    return ScanOutput(y=y, final_state=final_state)
+    arguments = ScanArguments.of(
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        dt_softplus=dt_softplus,
+        discretization=discretization,
+    )
+    return on_own_part(_dispatch.using(implementation), arguments, ScanOutput)

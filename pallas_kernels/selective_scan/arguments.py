@@ -1,21 +1,34 @@
-"""What every implementation of the selective scan takes and returns."""
+"""What every implementation of the selective scan, and of its states at an edge, takes and returns."""
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
+from pallas_kernels.common.arguments import Arguments, OpTable, arguments, array, option, result
+from pallas_kernels.common.array_types import Leaf
 
-from pallas_kernels.common.array_types import Leaf, Size
-from pallas_kernels.common.checks import require, require_float, require_inexact, require_integer, require_shape
-
-OP = "selective_scan"
 Discretization = Literal["euler", "zoh"]
+# Input and output matrices: shared by all channels, shared by each group of channels, or constant over time.
+_MATRIX = ("BLN", "BLGN", "EN")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@arguments("selective_scan")
+class ScanArguments(Arguments):
+    """See `pallas_kernels.selective_scan.api.selective_scan`."""
+
+    x: Leaf = array("BLE")
+    dt: Leaf = array("BLE")
+    A: Leaf = array("EN", dtype="complex")
+    B: Leaf = array(*_MATRIX, complex_with="A")
+    C: Leaf = array(*_MATRIX, complex_with="A")
+    D: Leaf | None = array("E", optional=True)
+    z: Leaf | None = array("BLE", optional=True)
+    dt_bias: Leaf | None = array("E", optional=True)
+    initial_state: Leaf | None = array("BEN", optional=True, complex_with="A")
+    segment_ids: Leaf | None = array("BL", optional=True, dtype="integer")
+    dt_softplus: bool = option(False, choices=(False, True))
+    discretization: Discretization = option("euler", choices=("euler", "zoh"))
+
+
+@result
 class ScanOutput:
     """Result of a selective scan.
 
@@ -24,73 +37,52 @@ class ScanOutput:
         final_state: (B, E, N) state after the last token, float32 (complex64 for a complex A).
     """
 
-    y: Leaf
-    final_state: Leaf
+    y: Leaf = array("BLE")
+    final_state: Leaf = array("BEN")
 
 
-def check_arguments(
-    arrays: Mapping[str, jax.Array | None], *, discretization: str, op: str = OP, sequence: str = "x"
-) -> None:
-    """Raises ValueError, in one line, for arguments outside the signature.
+@arguments("selective_scan_final_state")
+class FinalStateArguments(Arguments):
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_final_state`."""
 
-    Args:
-        arrays: by name; B or C may be missing.
-        discretization: of B.
-        op: name of the op, for messages.
-        sequence: the argument whose shape the others follow.
+    x: Leaf = array("BLE")
+    dt: Leaf = array("BLE")
+    A: Leaf = array("EN", dtype="complex")
+    B: Leaf = array(*_MATRIX, complex_with="A")
+    dt_bias: Leaf | None = array("E", optional=True)
+    segment_ids: Leaf | None = array("BL", optional=True, dtype="integer")
+    dt_softplus: bool = option(False, choices=(False, True))
+    discretization: Discretization = option("euler", choices=("euler", "zoh"))
+
+
+@arguments("selective_scan_initial_cotangent")
+class InitialCotangentArguments(Arguments):
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_initial_cotangent`."""
+
+    dy: Leaf = array("BLE")
+    dt: Leaf = array("BLE")
+    A: Leaf = array("EN", dtype="complex")
+    C: Leaf = array(*_MATRIX, complex_with="A")
+    z: Leaf | None = array("BLE", optional=True)
+    dt_bias: Leaf | None = array("E", optional=True)
+    segment_ids: Leaf | None = array("BL", optional=True, dtype="integer")
+    dt_softplus: bool = option(False, choices=(False, True))
+
+
+AnyScanArguments = ScanArguments | FinalStateArguments | InitialCotangentArguments
+
+
+@result
+class EdgeState:
+    """A state, or its cotangent, at an edge of a run of tokens.
+
+    Attributes:
+        state: (B, E, N), float32 (complex64 for a complex A).
     """
-    x, A = arrays[sequence], arrays["A"]
-    assert x is not None
-    assert A is not None
-    require(x.ndim == 3 and 0 not in x.shape, f"{op}: {sequence} has shape {x.shape}, expected non-empty (B, L, E)")
-    batch, length, channels = x.shape
-    require(
-        A.ndim == 2 and A.shape[0] == channels and A.shape[1] > 0,
-        f"{op}: A has shape {A.shape}, expected (E, N) with E = {channels} as in {sequence}",
-    )
-    states = A.shape[1]
-    for name in ("dt", "z"):
-        require_shape(op, name, arrays.get(name), x.shape, meaning=f"the shape of {sequence}")
-    for name in ("D", "dt_bias"):
-        require_shape(op, name, arrays.get(name), (channels,), meaning="(E,)")
-    require_shape(op, "initial_state", arrays.get("initial_state"), (batch, channels, states), meaning="(B, E, N)")
-    require_shape(op, "segment_ids", arrays.get("segment_ids"), (batch, length), meaning="(B, L)")
-    matrices = {name: matrix for name in ("B", "C") if (matrix := arrays.get(name)) is not None}
-    _check_matrices(op, matrices, batch=batch, length=length, channels=channels, states=states)
-    require_float(op, **{name: arrays.get(name) for name in (sequence, "dt", "D", "z", "dt_bias")})
-    require_inexact(op, complex_allowed=True, A=A)
-    is_complex = jnp.issubdtype(A.dtype, jnp.complexfloating)
-    require_inexact(op, complex_allowed=is_complex, **matrices, initial_state=arrays.get("initial_state"))
-    require_integer(op, segment_ids=arrays.get("segment_ids"))
-    require(
-        discretization in ("euler", "zoh"), f"{op}: unknown discretization {discretization!r}; choose 'euler' or 'zoh'"
-    )
+
+    state: Leaf = array("BEN")
 
 
-def _check_matrices(
-    op: str, matrices: dict[str, jax.Array], *, batch: Size, length: Size, channels: int, states: int
-) -> None:
-    counts = {name: matrix.shape[2] for name, matrix in matrices.items() if matrix.ndim == 4}
-    for name, matrix in matrices.items():
-        groups = counts.get(name, 1)
-        require(
-            groups > 0 and channels % groups == 0, f"{op}: {name} has {groups} groups, which do not divide E={channels}"
-        )
-        allowed = ((batch, length, states), (batch, length, groups, states), (channels, states))
-        require_shape(op, name, matrix, *allowed, meaning="(B, L, N), (B, L, G, N) or (E, N)")
-    require(
-        len(set(counts.values()) - {1}) < 2,
-        f"{op}: B has {counts.get('B')} groups and C has {counts.get('C')}, expected equal numbers",
-    )
-
-
-def dimensions(arrays: Mapping[str, jax.Array | None]) -> dict[str, str]:
-    """Letters of the dimensions of every argument that is not None, for `pallas_kernels.common.partitioning`."""
-    letters = {"A": "EN", "D": "E", "dt_bias": "E", "initial_state": "BEN", "segment_ids": "BL"}
-
-    def of(name: str, array: jax.Array) -> str:
-        if name not in ("B", "C"):
-            return letters.get(name, "BLE")
-        return {2: "EN", 3: "BLN", 4: "BL1N" if array.shape[-2] == 1 else "BLGN"}[array.ndim]
-
-    return {name: of(name, array) for name, array in arrays.items() if array is not None}
+SCAN = OpTable(ScanArguments, ScanOutput)
+FINAL_STATE = OpTable(FinalStateArguments, EdgeState)
+INITIAL_COTANGENT = OpTable(InitialCotangentArguments, EdgeState)

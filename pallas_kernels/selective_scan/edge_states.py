@@ -17,26 +17,35 @@ import jax
 from jaxtyping import Inexact
 
 from pallas_kernels.common.array_types import ChannelE, MatrixEN, SegmentsBL, SequenceBLE, SequenceMatrix
-from pallas_kernels.common.checks import as_arrays
-from pallas_kernels.common.dispatch import Dispatcher
+from pallas_kernels.common.dispatch import Backend, Dispatcher
 from pallas_kernels.common.partitioning import on_own_part
 from pallas_kernels.selective_scan import api
-from pallas_kernels.selective_scan.arguments import Discretization, check_arguments, dimensions
-from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
-from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
-from pallas_kernels.selective_scan.xla import edge as edge_states_xla
-
-_dispatch = Dispatcher[jax.Array](
-    op="selective_scan_edge",
-    implementations={
-        "pallas_gpu": pallas_gpu.edge_state,
-        "pallas_tpu": pallas_tpu.edge_state,
-        "xla": edge_states_xla.edge_state,
-    },
-    platform_order={"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
+from pallas_kernels.selective_scan.arguments import (
+    Discretization,
+    EdgeState,
+    FinalStateArguments,
+    InitialCotangentArguments,
 )
-# So that one name chooses the scan and this: those of the scan that have no kernel for it.
-_WITHOUT_KERNEL = frozenset(api.IMPLEMENTATIONS) - _dispatch.implementations.keys()
+
+_HERE = "pallas_kernels.selective_scan"
+# So that one name chooses the scan and these: those of the scan that have no kernel for them.
+_WITHOUT_KERNEL = frozenset(api.IMPLEMENTATIONS) - {"pallas_gpu", "pallas_tpu", "xla"}
+
+
+def _dispatcher(op: str, function: str) -> Dispatcher[EdgeState]:
+    return Dispatcher(
+        op=op,
+        implementations={
+            "pallas_gpu": Backend(f"{_HERE}.pallas_gpu.op", function),
+            "pallas_tpu": Backend(f"{_HERE}.pallas_tpu.op", function),
+            "xla": Backend(f"{_HERE}.xla.edge", function),
+        },
+        platform_order={"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
+    )
+
+
+_dispatch_final_state = _dispatcher("selective_scan_final_state", "final_state")
+_dispatch_initial_cotangent = _dispatcher("selective_scan_initial_cotangent", "initial_cotangent")
 
 
 def selective_scan_final_state(
@@ -74,17 +83,18 @@ def selective_scan_final_state(
 
     Source: arXiv 2312.00752, equation 2a unrolled.
     """
-    required = {"x": x, "dt": dt, "A": A, "B": B}
-    op = "selective_scan_final_state"
-    arrays = as_arrays(op, required, {"dt_bias": dt_bias, "segment_ids": segment_ids})
-    check_arguments(arrays, op=op, discretization=discretization)
-    return _edge_state(
-        arrays | {"C": arrays["B"]},
-        implementation,
+    arguments = FinalStateArguments.of(
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        dt_bias=dt_bias,
+        segment_ids=segment_ids,
         dt_softplus=dt_softplus,
         discretization=discretization,
-        backwards=False,
     )
+    run = _dispatch_final_state.using("xla" if implementation in _WITHOUT_KERNEL else implementation)
+    return on_own_part(run, arguments, EdgeState).state
 
 
 def selective_scan_initial_cotangent(
@@ -122,41 +132,8 @@ def selective_scan_initial_cotangent(
 
     Source: the adjoint of arXiv 2312.00752, equations 2a and 2b, unrolled.
     """
-    required = {"dy": dy, "dt": dt, "A": A, "C": C}
-    op = "selective_scan_initial_cotangent"
-    arrays = as_arrays(op, required, {"z": z, "dt_bias": dt_bias, "segment_ids": segment_ids})
-    # The discretization has no part in the decay.
-    check_arguments(arrays, op=op, sequence="dy", discretization="euler")
-    arrays["x"] = arrays.pop("dy")
-    return _edge_state(
-        arrays | {"B": arrays["C"]},
-        implementation,
-        dt_softplus=dt_softplus,
-        discretization="euler",
-        backwards=True,
+    arguments = InitialCotangentArguments.of(
+        dy=dy, dt=dt, A=A, C=C, z=z, dt_bias=dt_bias, segment_ids=segment_ids, dt_softplus=dt_softplus
     )
-
-
-def _edge_state(
-    arrays: dict[str, jax.Array | None],
-    implementation: str | None,
-    *,
-    dt_softplus: bool,
-    discretization: Discretization,
-    backwards: bool,
-) -> jax.Array:
-    """Either of the two; backwards "x" is dy. The one matrix stands for both that a scan has."""
-
-    def run(arrays: dict[str, jax.Array | None]) -> tuple[jax.Array]:
-        state = _dispatch(
-            {name: array for name, array in arrays.items() if array is not None and name != "segment_ids"},
-            arrays["segment_ids"],
-            dt_softplus=dt_softplus,
-            discretization=discretization,
-            backwards=backwards,
-            implementation="xla" if implementation in _WITHOUT_KERNEL else implementation,
-        )
-        return (state,)
-
-    (state,) = on_own_part(run, arrays, dimensions(arrays), ("BEN",))
-    return state
+    run = _dispatch_initial_cotangent.using("xla" if implementation in _WITHOUT_KERNEL else implementation)
+    return on_own_part(run, arguments, EdgeState).state

@@ -7,28 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Size
-from pallas_kernels.selective_scan.arguments import Discretization, ScanOutput
+from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
 
 
-def selective_scan(
-    x_BLE: jax.Array,
-    dt_BLE: jax.Array,
-    A_EN: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    *,
-    D: jax.Array | None,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
-    dt_softplus: bool,
-    discretization: Discretization,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-) -> ScanOutput:
+def selective_scan(arguments: ScanArguments) -> ScanOutput:
     """See `pallas_kernels.selective_scan.api.selective_scan`."""
+    x_BLE, dt_BLE, A_EN, D, z, dt_bias = (getattr(arguments, name) for name in ("x", "dt", "A", "D", "z", "dt_bias"))
     batch, length, channels = x_BLE.shape
-    arguments = (x_BLE, dt_BLE, A_EN, B, C, D, z, dt_bias, initial_state)
-    is_double = any(a is not None and a.dtype in (jnp.float64, jnp.complex128) for a in arguments)
+    is_double = any(array.dtype in (jnp.float64, jnp.complex128) for array in arguments.arrays().values())
     real = jnp.float64 if is_double else jnp.float32
     is_complex = jnp.issubdtype(A_EN.dtype, jnp.complexfloating)
     state_dtype = jnp.result_type(real, jnp.complex64) if is_complex else real
@@ -38,13 +24,14 @@ def selective_scan(
     dt_LBE = jnp.moveaxis(dt_BLE, 1, 0).astype(real)
     if dt_bias is not None:
         dt_LBE = dt_LBE + dt_bias.astype(real)[None, None, :]
-    if dt_softplus:
+    if arguments.dt_softplus:
         dt_LBE = jnp.logaddexp(dt_LBE, jnp.zeros_like(dt_LBE))
-    B_LBEN = _per_channel(B.astype(state_dtype), x_BLE.shape)
-    C_LBEN = _per_channel(C.astype(state_dtype), x_BLE.shape)
+    B_LBEN = _per_channel(arguments.B.astype(state_dtype), x_BLE.shape)
+    C_LBEN = _per_channel(arguments.C.astype(state_dtype), x_BLE.shape)
     reset_LB = jnp.zeros((length, batch), bool)
-    if segment_ids is not None:
-        reset_LB = reset_LB.at[1:].set(segment_ids.T[1:] != segment_ids.T[:-1])
+    if (ids := arguments.segment_ids) is not None:
+        reset_LB = reset_LB.at[1:].set(ids.T[1:] != ids.T[:-1])
+    initial_state = arguments.initial_state
     if initial_state is None:
         initial_state = jnp.zeros_like(x_BLE, shape=(batch, channels, A_EN.shape[1]))
     state_BEN = initial_state.astype(state_dtype)
@@ -52,7 +39,7 @@ def selective_scan(
     def step(state_BEN, inputs):
         x_BE, dt_BE, B_BEN, C_BEN, reset_B = inputs
         exponent_BEN = dt_BE[:, :, None] * A_EN[None]
-        if discretization == "euler":
+        if arguments.discretization == "euler":
             gain_BEN = dt_BE[:, :, None] * B_BEN
         else:
             gain_BEN = jnp.expm1(exponent_BEN) / A_EN[None] * B_BEN

@@ -31,7 +31,8 @@ class StateUpdateSpec:
         drawn = self.scan.arguments(seed)
 
         def without_time(arrays):
-            sequences = {"x", "dt", "z"} | {n for n in ("B", "C") if getattr(self.scan, n) != "constant"}
+            sequences = {"x", "dt", "z"} | {n for n in ("B", "C") if getattr(self.scan, n) == "grouped"}
+            # One group for all channels is (B, 1, N), which a matrix of the only token is already.
             return {name: array[:, 0] if name in sequences else array for name, array in arrays.items()}
 
         wide = without_time(drawn.wide)

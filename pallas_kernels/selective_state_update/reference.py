@@ -3,41 +3,33 @@
 import jax
 
 from pallas_kernels.selective_scan import reference
-from pallas_kernels.selective_scan.arguments import Discretization
-from pallas_kernels.selective_state_update.arguments import StateUpdateOutput
+from pallas_kernels.selective_scan.arguments import ScanArguments
+from pallas_kernels.selective_state_update.arguments import StateUpdateArguments, StateUpdateOutput
 
 
-def selective_state_update(
-    state: jax.Array,
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    *,
-    D: jax.Array | None,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
-    dt_softplus: bool,
-    discretization: Discretization,
-) -> StateUpdateOutput:
-    """See `pallas_kernels.selective_state_update.api.selective_state_update`; B and C are (B, G, N) or (E, N)."""
+def selective_state_update(arguments: StateUpdateArguments) -> StateUpdateOutput:
+    """See `pallas_kernels.selective_state_update.api.selective_state_update`."""
 
-    def with_time(matrix: jax.Array) -> jax.Array:
-        return matrix if matrix.ndim == 2 else matrix[:, None]
+    def with_time(array: jax.Array) -> jax.Array:
+        return array[:, None]
+
+    def matrix(array: jax.Array) -> jax.Array:
+        return array if array.ndim == 2 else with_time(array)
 
     output = reference.selective_scan(
-        x[:, None],
-        dt[:, None],
-        A,
-        with_time(B),
-        with_time(C),
-        D=D,
-        z=None if z is None else z[:, None],
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        discretization=discretization,
-        initial_state=state,
-        segment_ids=None,
+        ScanArguments(
+            x=with_time(arguments.x),
+            dt=with_time(arguments.dt),
+            A=arguments.A,
+            B=matrix(arguments.B),
+            C=matrix(arguments.C),
+            D=arguments.D,
+            z=None if arguments.z is None else with_time(arguments.z),
+            dt_bias=arguments.dt_bias,
+            initial_state=arguments.state,
+            segment_ids=None,
+            dt_softplus=arguments.dt_softplus,
+            discretization=arguments.discretization,
+        )
     )
     return StateUpdateOutput(y=output.y[:, 0], state=output.final_state)

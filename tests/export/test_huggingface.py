@@ -97,7 +97,7 @@ def test_round_trip_is_exact(tmp_path, layout: str, changes) -> None:
     loaded = huggingface.load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     assert loaded.config.mixer == dataclasses.replace(config.mixer, dt_rank=loaded.config.mixer.dt_rank)
-    assert loaded.config.dt_rank == config.dt_rank
+    assert loaded.config.mixer.rank(config.d_model) == config.mixer.rank(config.d_model)
     assert loaded.config.padded_vocab_size == config.padded_vocab_size
     if layout == "original":
         assert loaded.config.vocab_size == config.vocab_size

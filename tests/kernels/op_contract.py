@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import TABLES
 from pallas_kernels.common.arg_spec import Arguments
 
 # Every sum of the ops runs in float32, whose rounding is half an epsilon relative to the partial sum at hand. Roundings
@@ -30,16 +31,23 @@ class Op:
     """What the contract needs to know about an op.
 
     Attributes:
-        name: as in lowered modules.
+        name: as in lowered modules, and in `pallas_kernels.TABLES`, which says what it takes and returns.
         function: the public function.
-        carry: names of the argument that carries a past and of the output that hands it on, or None.
-        sequences: arguments with a time axis, if they have at least three axes (two for integers).
     """
 
     name: str
     function: Callable[..., Any]
-    carry: tuple[str, str] | None = None
-    sequences: tuple[str, ...] = ()
+
+    @property
+    def carry(self) -> tuple[str, str]:
+        """Names of the argument that carries a past, and of the output that hands it on."""
+        table = TABLES[self.name]
+        names = [name.removeprefix("initial_") for name in table.arguments if name.startswith("initial_")]
+        return next((f"initial_{name}", f"final_{name}") for name in names if f"final_{name}" in table.outputs)
+
+    def is_sequence(self, name: str, array: Any) -> bool:
+        """Whether an argument has a time axis, which is then its second."""
+        return "L" in TABLES[self.name].letters(name, array)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,19 +180,18 @@ def check_backend_is_visible(op: Op, implementation: str, call: Call) -> None:
 def _part(op: Op, call: Call, start: int, stop: int) -> Call:
     """Tokens start .. stop - 1 of a call."""
 
-    def cut(name, array, time_rank):
-        return array[:, start:stop] if name in op.sequences and array.ndim >= time_rank else array
+    def cut(name, array):
+        return array[:, start:stop] if op.is_sequence(name, array) else array
 
     return Call(
-        {name: cut(name, array, 3) for name, array in call.arrays.items()},
-        {name: cut(name, array, 2) for name, array in call.integers.items()},
+        {name: cut(name, array) for name, array in call.arrays.items()},
+        {name: cut(name, array) for name, array in call.integers.items()},
         call.static,
     )
 
 
 def check_split(op: Op, implementation: str, call: Call, at: int) -> None:
     """Two calls that hand the carry on equal the reference's one call, in outputs and gradients."""
-    assert op.carry is not None
     carry_in, carry_out = op.carry
     length = call.arrays["x"].shape[1]
 
@@ -216,7 +223,7 @@ def check_causality(op: Op, implementation: str, call: Call, at: int) -> None:
     """Outputs before `at` have exactly zero gradient by tokens from `at` on, and a non-zero one by those before."""
     _, gradients = compiled(op, call, implementation)(call.arrays, _only_y(op, call, 0, at))
     for name, gradient in gradients.items():
-        if name in op.sequences and gradient.ndim >= 3:
+        if op.is_sequence(name, gradient):
             gradient = np.asarray(gradient)
             assert not gradient[:, at:].any(), f"{op.name}.{implementation}: {name} sees the future"
             assert gradient[:, :at].any(), f"{op.name}.{implementation}: {name} has no gradient"
@@ -227,7 +234,6 @@ def check_segments(op: Op, implementation: str, call: Call, starts: tuple[int, .
 
     The call has no segments; the check packs documents that start at 0 and at `starts`.
     """
-    assert op.carry is not None
     carry_in, carry_out = op.carry
     batch, length = call.arrays["x"].shape[:2]
     document_L = np.searchsorted(starts, np.arange(length), side="right").astype(np.int32)
@@ -239,7 +245,7 @@ def check_segments(op: Op, implementation: str, call: Call, starts: tuple[int, .
     for first, stop in zip((0, *starts), (*starts, length), strict=True):
         outputs, gradients = run(packed.arrays, _only_y(op, packed, first, stop))
         for name, gradient in gradients.items():
-            if name in op.sequences and gradient.ndim >= 3:
+            if op.is_sequence(name, gradient):
                 outside = np.delete(np.asarray(gradient), np.s_[first:stop], axis=1)
                 assert not outside.any(), f"{context}: gradient of {name} leaks out of document {first}:{stop}"
         assert np.asarray(gradients[carry_in]).any() == (first == 0), f"{context}: {carry_in} leaks"

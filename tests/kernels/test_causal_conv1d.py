@@ -12,12 +12,7 @@ from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Op, make_call
 
-OP = Op(
-    name="causal_conv1d",
-    function=causal_conv1d,
-    carry=("initial_window", "final_window"),
-    sequences=("x", "segment_ids"),
-)
+OP = Op(name="causal_conv1d", function=causal_conv1d)
 IMPLEMENTATIONS = ("xla",)
 UNSEGMENTED = dataclasses.replace(FULL, has_segments=False)
 

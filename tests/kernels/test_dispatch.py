@@ -123,8 +123,8 @@ UPDATE = {
     "x": X[:, 0],
     "dt": X[:, 0],
     "A": A,
-    "B": MATRIX[:, 0],
-    "C": MATRIX[:, 0],
+    "B": MATRIX[:, :1],
+    "C": MATRIX[:, :1],
 }
 
 
@@ -134,14 +134,14 @@ UPDATE = {
     [
         (selective_scan, SCAN | {"x": X[0]}, r"x has shape \(5, 4\), expected non-empty \(B, L, E\)"),
         (selective_scan, SCAN | {"x": X[:, :0], "dt": X[:, :0]}, r"x has shape \(2, 0, 4\), expected non-empty"),
-        (selective_scan, SCAN | {"dt": X[:, :4]}, r"dt has shape \(2, 4, 4\), expected the shape of x = \(2, 5, 4\)"),
-        (selective_scan, SCAN | {"A": A.T}, r"A has shape \(3, 4\), expected \(E, N\) with E = 4"),
+        (selective_scan, SCAN | {"dt": X[:, :4]}, r"dt has shape \(2, 4, 4\), expected \(B, L, E\) = \(2, 5, 4\)"),
+        (selective_scan, SCAN | {"A": A.T}, r"A has shape \(3, 4\), expected \(E, N\) = \(4, N\)"),
         (selective_scan, SCAN | {"B": MATRIX[:, 1:]}, r"B has shape \(2, 4, 3\), expected \(B, L, N\)"),
         (selective_scan, SCAN | {"B": jnp.zeros((2, 5, 3, 3))}, "B has 3 groups, which do not divide E=4"),
         (
             selective_scan,
             SCAN | {"B": jnp.zeros((2, 5, 2, 3)), "C": jnp.zeros((2, 5, 4, 3))},
-            "B has 2 groups and C has 4, expected equal numbers",
+            "C has 4 groups, another array has 2: make them equal",
         ),
         (selective_scan, SCAN | {"C": MATRIX.astype(jnp.complex64)}, "C has dtype complex64 but A is real"),
         (selective_scan, SCAN | {"x": X.astype(jnp.int32)}, "x has dtype int32, expected a real floating dtype"),
@@ -154,24 +154,28 @@ UPDATE = {
         (causal_conv1d, CONV | {"activation": "gelu"}, "unknown activation 'gelu'; choose None or 'silu'"),
         (selective_state_update, UPDATE | {"x": X}, r"x has shape \(2, 5, 4\), expected non-empty \(B, E\)"),
         (selective_state_update, UPDATE | {"state": X}, r"state has shape \(2, 5, 4\), expected \(B, E, N\)"),
-        (selective_state_update, UPDATE | {"B": jnp.zeros((5, 3))}, r"B has shape \(5, 3\), expected \(B, N\)"),
+        (selective_state_update, UPDATE | {"B": jnp.zeros((5, 3))}, r"B has shape \(5, 3\), expected \(B, G, N\)"),
         (selective_state_update, UPDATE | {"state": UPDATE["state"].astype(int)}, "state has dtype int32, expected a"),
-        (selective_scan_final_state, ENTERING | {"dt": X[:, :4]}, r"dt has shape \(2, 4, 4\), expected the shape of x"),
+        (selective_scan_final_state, ENTERING | {"dt": X[:, :4]}, r"dt has shape \(2, 4, 4\), expected \(B, L, E\)"),
         (selective_scan_final_state, ENTERING | {"B": MATRIX[:1]}, r"B has shape \(1, 5, 3\), expected \(B, L, N\)"),
         (selective_scan_final_state, ENTERING | {"x": X[:0]}, r"x has shape \(0, 5, 4\), expected non-empty"),
         (
             selective_scan_initial_cotangent,
             LEAVING | {"dt": X[:, :4]},
-            r"dt has .*, expected the shape of dy = \(2, 5, 4\)",
+            r"dt has .*, expected \(B, L, E\) = \(2, 5, 4\)",
         ),
         (
             selective_scan_initial_cotangent,
             LEAVING | {"C": MATRIX.astype(int)},
             "C has dtype int32, expected a floating",
         ),
-        (selective_scan, SCAN | {"x": None}, r"x is no array but NoneType"),
-        (selective_scan, SCAN | {"z": "gate"}, r"z is no array but str"),
-        (selective_scan, SCAN | {"x": [[[1.0, 2.0]], [[1.0]]]}, r"x is no array but list \(setting an array element"),
+        (selective_scan, SCAN | {"x": None}, r"x is not an array but NoneType"),
+        (selective_scan, SCAN | {"z": "gate"}, r"z is not an array but str"),
+        (
+            selective_scan,
+            SCAN | {"x": [[[1.0, 2.0]], [[1.0]]]},
+            r"x is not an array but list \(setting an array",
+        ),
         (selective_scan, SCAN | {"x": X.astype(int).tolist()}, "x has dtype int32, expected a real floating dtype"),
         (
             selective_scan,

@@ -156,10 +156,9 @@ def test_compiled_for_tpus_each_is_one_kernel_without_outputs() -> None:
     assert all("f32[1,1,16,1536]" in line.split(" custom-call(")[0] for line in kernels), kernels
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_lowers_for_hopper(backwards: bool) -> None:
+@pytest.mark.parametrize("index", [0, 1], ids=["final state", "initial cotangent"])
+def test_lowers_for_hopper(index: int) -> None:
     call = make_call(dataclasses.replace(SMALL, name="hopper", length=700, channels=128, states=16))
-    index = int(backwards)
     with tracing_for_kind("gpu", "NVIDIA H100 80GB HBM3"):
         text = (
             jax.jit(lambda arrays, dy: edge_states(dataclasses.replace(call, arrays=arrays), dy, None)[index])

@@ -14,12 +14,7 @@ from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Call, Op, make_call, with_arrays
 
-OP = Op(
-    name="selective_scan",
-    function=selective_scan,
-    carry=("initial_state", "final_state"),
-    sequences=("x", "dt", "B", "C", "z", "segment_ids"),
-)
+OP = Op(name="selective_scan", function=selective_scan)
 # On the CPU "xla" is lowered to the operations of "xla_sequential", which a test below proves.
 IMPLEMENTATIONS = ("xla_sequential", "xla_associative")
 # The Triton backend needs a GPU; test_selective_scan_triton.py interprets and compiles its kernels where there is none,

@@ -16,7 +16,7 @@ from pallas_kernels import selective_scan
 from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from pallas_kernels.selective_scan.pallas_gpu import backward as pallas_gpu_backward
-from pallas_kernels.selective_scan.pallas_gpu import edge as pallas_gpu_parts
+from pallas_kernels.selective_scan.pallas_gpu import edge as pallas_gpu_edge
 from pallas_kernels.selective_scan.pallas_gpu import forward as pallas_gpu_forward
 from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, Geometry, Tiling
@@ -189,8 +189,8 @@ def _lowered(spec: ScanSpec, device_kind: str, implementation: str | None = None
 def test_lowers_for_hopper(dtype: str) -> None:
     spec = dataclasses.replace(SMALL, dtype=dtype, length=2048, channels=64, states=16)
     text = _lowered(spec, "NVIDIA H100 80GB HBM3")
-    kernels = [name for name in ("forward", "backward", "parts") if f"pallas_gpu_{name}" in text]
-    assert kernels == ["forward", "backward", "parts"], "one batch row of 64 channels needs parts of the sequence"
+    kernels = [name for name in ("forward", "backward", "edge") if f"pallas_gpu_{name}" in text]
+    assert kernels == ["forward", "backward", "edge"], "one batch row of 64 channels needs parts of the sequence"
     elements = spec.length * spec.channels * spec.states
     shapes = {line.split("tensor<")[-1].split(">")[0] for line in text.split("\n") if "tensor<" in line}
     for shape in shapes:
@@ -228,7 +228,7 @@ def test_tilings_fit(shape: tuple[int, int, int], states: int) -> None:
             tiling=tiling,
         )
         assert (tiling.parts - 1) * geometry.chunks_per_part < geometry.chunks
-        for module in (pallas_gpu_forward, pallas_gpu_backward, pallas_gpu_parts):
+        for module in (pallas_gpu_forward, pallas_gpu_backward, pallas_gpu_edge):
             scratch = module.scratch_types(geometry).values()
             assert sum(4 * math.prod(memory.shape) for memory in scratch) <= SHARED_MEMORY_BYTES
 

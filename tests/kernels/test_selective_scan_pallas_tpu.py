@@ -119,7 +119,7 @@ def compiled_pass(spec: ScanSpec, topology: str, implementation: str | None) -> 
     call = make_call(dataclasses.replace(spec, batch=1, length=1))
     shapes = {
         name: jax.ShapeDtypeStruct(
-            (spec.batch, spec.length, *array.shape[2:]) if name in OP.sequences else array.shape, array.dtype
+            (spec.batch, spec.length, *array.shape[2:]) if OP.is_sequence(name, array) else array.shape, array.dtype
         )
         for name, array in call.arrays.items()
         if name != "initial_state"

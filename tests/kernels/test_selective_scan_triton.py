@@ -21,7 +21,7 @@ from pallas_kernels import selective_scan
 from pallas_kernels.common import triton_call
 from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
-from pallas_kernels.selective_scan.arguments import ScanOutput
+from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.triton import op as triton_backend
 from pallas_kernels.selective_scan.triton.op import Tile, Tiling
 from tests.kernels import op_contract
@@ -54,18 +54,11 @@ def run(*, implementation: str, tiling: Tiling | None = None, **arguments) -> Sc
     """The reference, or the Triton backend whatever the platform."""
     if implementation == "reference":
         return selective_scan(**arguments, implementation="reference")
-    absent = dict.fromkeys(("D", "z", "dt_bias", "initial_state", "segment_ids"))
-    static = {"dt_softplus": False, "discretization": "euler"}
-    return triton_backend.selective_scan(**absent | static | arguments, tiling=tiling)
+    return triton_backend.selective_scan(ScanArguments.of(**arguments), tiling=tiling)
 
 
 def op(tiling: Tiling | None = None) -> Op:
-    return Op(
-        name="selective_scan",
-        function=functools.partial(run, tiling=tiling),
-        carry=("initial_state", "final_state"),
-        sequences=("x", "dt", "B", "C", "z", "segment_ids"),
-    )
+    return Op(name="selective_scan", function=functools.partial(run, tiling=tiling))
 
 
 class HostArray:

@@ -34,6 +34,7 @@ def test_steps_equal_the_scan(implementation: str) -> None:
     constants = {name: call.arrays[name] for name in ("A", "D", "dt_bias")}
 
     def step(state, tokens):
+        tokens |= {"C": tokens["C"][:, None]}
         outputs = selective_state_update(state, **tokens, **constants, **call.static, implementation=implementation)
         return outputs.state, outputs.y
 
@@ -44,7 +45,14 @@ def test_steps_equal_the_scan(implementation: str) -> None:
     np.testing.assert_allclose(state, scan.final_state, rtol=0, atol=1e-6)
 
 
-def test_ambiguous_matrices_are_refused() -> None:
-    x = jnp.ones((4, 4))
-    with pytest.raises(ValueError, match=r"could be \(B, N\) or \(E, N\)"):
-        selective_state_update(jnp.ones((4, 4, 2)), x, x, -jnp.ones((4, 2)), jnp.ones((4, 2)), jnp.ones((4, 2)))
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_two_dimensions_are_constant_where_the_batch_has_as_many_rows(implementation: str) -> None:
+    """(E, N) with B = E is what it is with any other batch."""
+    rng = np.random.default_rng(0)
+    x, state, matrix = rng.normal(size=(4, 4)), rng.normal(size=(4, 4, 2)), rng.normal(size=(4, 2))
+    whole = selective_state_update(state, x, x**2, -(matrix**2), matrix, matrix, implementation=implementation)
+    first = selective_state_update(
+        state[:1], x[:1], x[:1] ** 2, -(matrix**2), matrix, matrix, implementation=implementation
+    )
+    np.testing.assert_array_equal(whole.y[:1], first.y)
+    np.testing.assert_array_equal(whole.state[:1], first.state)

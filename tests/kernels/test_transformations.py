@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels import (
+    TABLES,
     causal_conv1d,
     selective_scan,
     selective_scan_final_state,
@@ -57,8 +58,17 @@ class Case:
     arrays: dict[str, jax.Array]
     fixed: dict[str, jax.Array]
     static: dict[str, Any]
-    letters: dict[str, str]
-    outputs: tuple[str, ...]
+
+    @property
+    def letters(self) -> dict[str, str]:
+        """Letters of the dimensions of every array."""
+        table = TABLES[self.function.__name__]
+        return {name: table.letters(name, array) for name, array in (self.arrays | self.fixed).items()}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Letters of the dimensions of every output."""
+        return tuple(TABLES[self.function.__name__].outputs.values())
 
     def run(self, arrays: dict[str, Any], fixed: dict[str, Any], implementation: str | None = None) -> tuple[Any, ...]:
         """The outputs."""
@@ -72,32 +82,26 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     scan, conv = make_call(SCAN), make_call(CONV)
-    letters = {"x": "BLE", "dt": "BLE", "z": "BLE", "A": "EN", "D": "E", "dt_bias": "E", "initial_state": "BEN"}
-    letters |= {"B": "BLGN", "C": "BLN", "segment_ids": "BL", "dy": "BLE"}
     softplus = {"dt_softplus": True}
 
     def some(*names: str, **others: jax.Array) -> dict[str, jax.Array]:
         return {name: scan.arrays[name] for name in names} | others
 
-    token = {name: array[:, 0] for name, array in some("x", "dt", "z", "B", "C").items()}
-    update = some("A", "D", "dt_bias", state=scan.arrays["initial_state"]) | token
-    token_letters = {name: letters[name].replace("L", "") for name in update if name != "state"} | {"state": "BEN"}
+    token = {name: array[:, 0] for name, array in some("x", "dt", "z", "B").items()}
+    update = some("A", "D", "dt_bias", state=scan.arrays["initial_state"], C=scan.arrays["C"][:, :1]) | token
     ids = {"segment_ids": scan.integers["segment_ids"]}
-    conv_letters = {"x": "BLE", "weight": "KE", "bias": "E", "initial_window": "BWE", "segment_ids": "BL"}
     entering = some("x", "dt", "A", "B", "dt_bias")
     leaving = some("dt", "A", "C", "z", "dt_bias", dy=scan.arrays["x"])
-
-    def case(function: Callable[..., Any], arrays, fixed, static, letters, *outputs: str) -> Case:
-        return Case(function=function, arrays=arrays, fixed=fixed, static=static, letters=letters, outputs=outputs)
-
     return {
-        "scan": case(selective_scan, scan.arrays, ids, softplus, letters, "BLE", "BEN"),
-        "convolution": case(
-            causal_conv1d, conv.arrays, conv.integers, {"activation": "silu"}, conv_letters, "BLE", "BWE"
+        "scan": Case(function=selective_scan, arrays=scan.arrays, fixed=ids, static=softplus),
+        "convolution": Case(
+            function=causal_conv1d, arrays=conv.arrays, fixed=conv.integers, static={"activation": "silu"}
         ),
-        "update": case(selective_state_update, update, {}, softplus, token_letters, "BE", "BEN"),
-        "final state": case(selective_scan_final_state, entering, ids, softplus, letters, "BEN"),
-        "initial cotangent": case(selective_scan_initial_cotangent, leaving, ids, softplus, letters, "BEN"),
+        "update": Case(function=selective_state_update, arrays=update, fixed={}, static=softplus),
+        "final state": Case(function=selective_scan_final_state, arrays=entering, fixed=ids, static=softplus),
+        "initial cotangent": Case(
+            function=selective_scan_initial_cotangent, arrays=leaving, fixed=ids, static=softplus
+        ),
     }
 
 
@@ -339,11 +343,11 @@ def test_types_hold_inside_shard_map(name: str, implementation: str) -> None:
 def test_compiled_for_tpus_every_device_runs_kernels_on_its_part(kind: AxisType) -> None:
     mesh = Mesh(np.array(tpu_devices("v5e:2x2")).reshape(2, 2), ("rows", "lanes"), axis_types=(kind,) * 2)
     spec = ScanSpec(name="v5e", batch=4, length=256, channels=512, states=16, dtype="bfloat16")
-    letters = CASES["scan"].letters | {"B": "BLN"}
-    specs = {name: _spec(letters[name]) for name in make_call(spec).arrays}
+    arrays, table = make_call(spec).arrays, TABLES["selective_scan"]
+    specs = {name: _spec(table.letters(name, array)) for name, array in arrays.items()}
     shapes = {
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, specs[name]))
-        for name, array in make_call(spec).arrays.items()
+        for name, array in arrays.items()
     }
 
     def layer(arrays: dict[str, jax.Array]) -> jax.Array:

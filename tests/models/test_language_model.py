@@ -159,8 +159,8 @@ def test_bfloat16_compute_keeps_float32_where_it_matters(small_config) -> None:
     tokens = tokens_of(config, (2, 12))
     exact, rounded = apply(params, tokens), apply_bf16(params, tokens)
     assert rounded.logits.dtype == jnp.float32
-    assert rounded.state.layers.ssm.dtype == jnp.float32
-    assert rounded.state.layers.conv_window.dtype == jnp.bfloat16
+    assert rounded.state["layers"].ssm.dtype == jnp.float32
+    assert rounded.state["layers"].conv_window.dtype == jnp.bfloat16
     # A bfloat16 rounding is 2^-9 = 0.2 %; about twenty of them follow one another in two layers.
     error = jnp.abs(rounded.logits - exact.logits).max() / jnp.abs(exact.logits).max()
     assert 0 < error < 20 * 2**-9

@@ -12,40 +12,20 @@ import numpy as np
 import pytest
 
 from mamba_jax.config import MeshConfig, ModelConfig
-from mamba_jax.models import sequence_parallel
+from mamba_jax.models import ops, sequence_parallel
 from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import define, init
 from mamba_jax.models.state import init_state
 from mamba_jax.pods.hlo import compiled_instructions
-from mamba_jax.sharding import Axis, make_mesh, parameter_sharding, per_shard, put_batch
+from mamba_jax.sharding import make_mesh, parameter_sharding, put_batch
 from pallas_kernels import causal_conv1d, selective_scan
 
-SEQUENCE, STATE = (Axis.BATCH, Axis.LENGTH, Axis.INNER), (Axis.BATCH, Axis.INNER, Axis.STATE)
-WINDOW, MATRIX = (Axis.BATCH, None, Axis.INNER), (Axis.INNER, Axis.STATE)
-CONV_AXES = {
-    "x": SEQUENCE,
-    "weight": (Axis.CONV, Axis.INNER),
-    "bias": (Axis.INNER,),
-    "initial_window": WINDOW,
-    "segment_ids": SEQUENCE[:2],
-}
-SCAN_AXES = {
-    "x": SEQUENCE,
-    "dt": SEQUENCE,
-    "A": MATRIX,
-    "B": (*SEQUENCE[:2], Axis.STATE),
-    "C": (*SEQUENCE[:2], Axis.STATE),
-    "D": (Axis.INNER,),
-    "z": SEQUENCE,
-    "dt_bias": (Axis.INNER,),
-    "initial_state": STATE,
-    "segment_ids": SEQUENCE[:2],
-}
 # Eight devices have 6 tokens each. Documents start at an edge, one token before and after one; a document of one token
 # ends at an edge and is followed by the id before it; documents span several devices.
 LENGTHS_OF_DOCUMENTS = ((6, 1, 20, 21), (5, 8, 23, 12), (11, 1, 36), (48,))
 IDS = ((0, 1, 0, 1), (3, 4, 5, 0), (0, 1, 0), (7,))
 BATCH, LENGTH, CHANNELS, STATES, WIDTH = 4, 48, 2, 3, 4
+SPLIT_CONV = functools.partial(ops.causal_conv1d, past=WIDTH - 1)
 
 
 def make_arrays(dtype: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
@@ -74,24 +54,12 @@ def run_layer(mesh: jax.sharding.Mesh | None, segment_ids: jax.Array | None, dty
     """Outputs and every gradient of the convolution followed by the scan; without a mesh by the operations alone."""
     conv_arrays, scan_arrays, cotangents = make_arrays(dtype)
 
-    def whole_conv(**arrays: Any) -> tuple[jax.Array, jax.Array]:
-        output = causal_conv1d(**arrays, activation="silu", **options)
-        return output.y, output.final_window
-
-    def whole_scan(**arrays: Any) -> tuple[jax.Array, jax.Array]:
-        output = selective_scan(**arrays, dt_softplus=True, **options)
-        return output.y, output.final_state
-
-    conv, scan = whole_conv, whole_scan
-    if mesh is not None:
-        conv = functools.partial(sequence_parallel.convolve, activation="silu", **options)
-        scan = functools.partial(sequence_parallel.scan, **options)
+    conv, scan = (causal_conv1d, selective_scan) if mesh is None else (SPLIT_CONV, ops.selective_scan)
 
     def layer(conv_arrays: Any, scan_arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        ids = {"segment_ids": segment_ids}
-        x, window = per_shard(conv, {**conv_arrays, **ids}, CONV_AXES, (SEQUENCE, WINDOW))
-        y, state = per_shard(scan, {"x": x, **scan_arrays, **ids}, SCAN_AXES, (SEQUENCE, STATE))
-        return y, window, state
+        convolved = conv(**conv_arrays, segment_ids=segment_ids, activation="silu", **options)
+        scanned = scan(x=convolved.y, **scan_arrays, segment_ids=segment_ids, dt_softplus=True, **options)
+        return scanned.y, convolved.final_window, scanned.final_state
 
     @jax.jit
     def run(*arrays: Any) -> Any:
@@ -154,18 +122,15 @@ def test_forward_mode_equals_one_device() -> None:
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(function: Callable[..., Any]) -> Any:
-        def scan(arrays: dict[str, jax.Array]) -> Any:
-            return per_shard(function, {**arrays, "segment_ids": ids}, SCAN_AXES, (SEQUENCE, STATE))
+        def scan(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            output = function(**arrays, segment_ids=ids, dt_softplus=True)
+            return output.y, output.final_state
 
         return jax.jvp(scan, (arrays,), (tangents,))
 
-    def whole(**arrays: Any) -> tuple[jax.Array, jax.Array]:
-        output = selective_scan(**arrays, dt_softplus=True, implementation="reference")
-        return output.y, output.final_state
-
-    expected = run(whole)
+    expected = run(functools.partial(selective_scan, implementation="reference"))
     with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4])):
-        actual = run(sequence_parallel.scan)
+        actual = run(ops.selective_scan)
     assert_equal_up_to_rounding(actual, expected, 2.0**-24)
 
 
@@ -178,12 +143,11 @@ def test_a_document_sees_nothing_of_another(documents: str) -> None:
         lambda array: array[:1] if array.ndim == 3 else array, (conv_arrays, scan_arrays)
     )
     conv_arrays["x"] = conv_arrays["x"].at[:, 17].set(jnp.nan)
-    ids = {"segment_ids": segment_ids}
     with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=8))):
-        conv = functools.partial(sequence_parallel.convolve, activation="silu")
-        x, _ = jax.jit(lambda: per_shard(conv, {**conv_arrays, **ids}, CONV_AXES, (SEQUENCE, WINDOW)))()
-        arrays = {"x": x, **scan_arrays, **ids}
-        y, state = jax.jit(lambda: per_shard(sequence_parallel.scan, arrays, SCAN_AXES, (SEQUENCE, STATE)))()
+        x = jax.jit(lambda: SPLIT_CONV(**conv_arrays, segment_ids=segment_ids, activation="silu").y)()
+        arrays = {"x": x, **scan_arrays, "segment_ids": segment_ids, "dt_softplus": True}
+        scanned = jax.jit(lambda: ops.selective_scan(**arrays))()
+    y, state = scanned.y, scanned.final_state
     assert np.all(np.isfinite(y[:, :17]))
     assert np.all(np.isnan(y[:, 17]))
     assert np.all(np.isfinite(y[:, 18:])) == np.all(np.isfinite(state)) == (documents == "packed")
@@ -265,7 +229,8 @@ def test_states_are_exchanged_in_log_rounds(small_config: Callable[..., ModelCon
     batch, length, devices = 2, 88, 8
     *arrays, _ = make_batch(config, batch, length)
     program, _ = loss_program(config, MeshConfig(data=1, sequence=devices), (*arrays, None))
-    inner, states, width = config.d_inner, config.mixer.state_dim, config.mixer.conv_width
+    mixer: Any = config.mixer
+    inner, states, width = mixer.channels(config.d_model), mixer.state_dim, mixer.conv_width
     state, window = f"f32[{batch},{inner},{states}]", f"f32[{batch},{width - 1},{inner}]"
     counts = dict.fromkeys((state, window, f"f32[{batch},{inner}]"), 0)
     for kind, shapes, times in collectives(program):
@@ -297,7 +262,8 @@ def test_memory_is_that_of_a_part(small_config: Callable[..., ModelConfig]) -> N
 
     whole, part = temporaries(MeshConfig(data=1)), temporaries(MeshConfig(data=1, sequence=devices))
     # The sums for the state at the edge work on step sizes, inputs and the gate, or what they are for, in float32.
-    edge = 3 * length // devices * config.d_inner * 4
+    mixer: Any = config.mixer
+    edge = 3 * length // devices * mixer.channels(config.d_model) * 4
     # What does not depend on the length is a few times the parameters.
     fixed = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(init(config, jax.random.key(0))))
     assert part < whole / devices + edge + fixed

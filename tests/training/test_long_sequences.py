@@ -125,8 +125,8 @@ def test_state_that_is_not_finite_starts_anew(make_config: MakeConfig) -> None:
         state, metrics = step(dataclasses.replace(state, recurrent=bad), put_batch(mesh, batch))
         assert not np.isfinite(metrics.loss)
         assert float(metrics.skipped) == 1
-        assert not np.any(np.asarray(state.recurrent.layers.ssm)[:, 3])
-        assert np.all(np.any(np.asarray(state.recurrent.layers.ssm)[:, :3], axis=(0, 2, 3)))
+        assert not np.any(np.asarray(state.recurrent["layers"].ssm)[:, 3])
+        assert np.all(np.any(np.asarray(state.recurrent["layers"].ssm)[:, :3], axis=(0, 2, 3)))
         state, metrics = step(state, put_batch(mesh, batch))
     assert np.isfinite(metrics.loss)
     assert float(metrics.skipped_in_a_row) == 0

@@ -9,38 +9,27 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.arguments import OP, Activation, ConvOutput
+from pallas_kernels.causal_conv1d.arguments import Activation, ConvArguments, ConvOutput
 from pallas_kernels.common.checks import decline_double_precision
+from pallas_kernels.common.segments import count_segments
 
 
-def causal_conv1d(
-    x: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    *,
-    activation: Activation | None,
-    initial_window: jax.Array | None,
-    segment_ids: jax.Array | None,
-) -> ConvOutput:
+def causal_conv1d(arguments: ConvArguments) -> ConvOutput:
     """See `pallas_kernels.causal_conv1d.api.causal_conv1d`.
 
     Raises:
         NotImplementedError: an argument is float64.
     """
-    decline_double_precision(OP, x, weight, bias, initial_window)
-    batch, _, channels = x.shape
+    decline_double_precision("xla", arguments)
+    x, weight, initial_window, ids = arguments.x, arguments.weight, arguments.initial_window, arguments.segment_ids
     past = weight.shape[0] - 1
     if initial_window is None:
-        initial_window = jnp.zeros_like(x, shape=(batch, past, channels))
-    segments = None if segment_ids is None else count_segments(segment_ids, past)
-    y, final_window = _convolve(activation, x, initial_window.astype(x.dtype), weight, bias, segments)
+        initial_window = jnp.zeros_like(x, shape=(x.shape[0], past, x.shape[2]))
+    segments = None if ids is None else count_segments(ids, past)
+    y, final_window = _convolve(
+        arguments.activation, x, initial_window.astype(x.dtype), weight, arguments.bias, segments
+    )
     return ConvOutput(y=y, final_window=final_window)
-
-
-def count_segments(segment_ids: jax.Array, past: int) -> jax.Array:
-    """Number of segment starts up to each token, (B, K - 1 + L): equal exactly within a run of one document."""
-    is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.cumsum(jnp.pad(is_start, ((0, 0), (past + 1, 0))), axis=1, dtype=jnp.int32)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)

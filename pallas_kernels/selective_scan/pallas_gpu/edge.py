@@ -1,5 +1,7 @@
 """The kernel that lets parts of a sequence run at the same time: what each part makes of the state by itself."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.register_math import added, loop, sigmoid
 from pallas_kernels.common.warpgroup import THREADS, Warpgroup, widen
-from pallas_kernels.selective_scan.argument_layout import Features
+from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, RESET, SLICE, Geometry, common_scratch
 from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 
@@ -22,32 +24,72 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def kernel(
-    geometry: Geometry, features: Features, w: Warpgroup, inputs: dict[str, Any], outputs: dict[str, Any], shared
-) -> None:
-    """Runs a block: the recurrence through one part, from a zero state.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartKernel:
+    """A kernel that takes a zero state through parts of the sequence.
 
-    Forward h_t = a_t h_{t-1} + dt_t x_t B_t, for the first parts of the sequence, as many as the grid has. In reverse,
-    if there is a "dy", d_{t-1} = a_t (d_t + dy_t C_t), with dy before the gate, for the last parts.
-
-    Args:
-        geometry: sizes.
-        features: what is done.
-        w: the warpgroup.
-        inputs: as in the forward kernel, or in reverse as in the backward kernel.
-        outputs: "part_states" (parts B G F, N), the state that the part ends with, and "part_steps" (parts B G F, 1),
-            the sum of its step sizes.
-        shared: see `scratch_types`.
+    Attributes:
+        inputs: names of the arrays that it reads, where they are given.
+        body: what a block does.
     """
-    _Parts(geometry, features, w, inputs, outputs, shared).run()
+
+    inputs: tuple[str, ...]
+    body: type["_Parts"]
+
+    def run(
+        self,
+        geometry: Geometry,
+        features: Features,
+        w: Warpgroup,
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+        shared,
+    ) -> None:
+        """Runs a block.
+
+        Args:
+            geometry: sizes.
+            features: what is done.
+            w: the warpgroup.
+            inputs: as in the forward kernel, or in reverse as in the backward kernel.
+            outputs: "part_states" (parts B G F, N), the state that the part ends with, and "part_steps" (parts B G F,
+                1), the sum of its step sizes.
+            shared: see `scratch_types`.
+        """
+        self.body(geometry, features, w, inputs, outputs, shared).run()
 
 
 class _Parts(Kernel):
+    """The recurrence through one part of the sequence, whichever way; subclasses say which."""
+
+    matrix_name: str
+
+    def part(self) -> jax.Array:
+        """Number of the part."""
+        raise NotImplementedError
+
+    def order(self, i: Any, first: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The chunk that comes i-th, and the one to be read next."""
+        raise NotImplementedError
+
+    def weights(self, words: dict[str, Any], steps: list[jax.Array]) -> list[jax.Array]:
+        """What multiplies the matrix of each token, by channel at the edges."""
+        raise NotImplementedError
+
+    def tokens(self, count: int) -> Iterable[int]:
+        """Tokens in the order of the recurrence."""
+        raise NotImplementedError
+
+    def group(self, i: Any, groups: int) -> Any:
+        """The group of tokens that comes i-th in a chunk."""
+        raise NotImplementedError
+
+    def advanced(self, state: jax.Array, decay: jax.Array, more: jax.Array) -> jax.Array:
+        """The state after a token."""
+        raise NotImplementedError
+
     def run(self) -> None:
-        self.is_reverse = "dy" in self.inputs
-        part = jax.lax.axis_index("part")
-        if self.is_reverse:
-            part += self.geometry.tiling.parts - jax.lax.axis_size("part")
+        part = self.part()
         first = part * self.geometry.chunks_per_part
         stop = jnp.minimum(first + self.geometry.chunks_per_part, self.geometry.chunks)
         self.keep_constants()
@@ -57,16 +99,17 @@ class _Parts(Kernel):
 
         def walk(i, carry):
             words, totals = carry
-            chunk = stop - 1 - i if self.is_reverse else first + i
-            following = (
-                jnp.maximum(chunk - 1, 0) if self.is_reverse else jnp.minimum(chunk + 1, self.geometry.chunks - 1)
-            )
+            chunk, following = self.order(i, first, stop)
             next_words = self.fetch(following)
             return next_words, added(totals, self.walk_chunk(chunk, words))
 
         totals = [self.w.full(0.0)] * self.tiling.edge_channels
-        start = stop - 1 if self.is_reverse else first
+        start, _ = self.order(0, first, stop)
         _, totals = loop(0, stop - first, walk, (self.fetch(start), totals))
+        self.leave(part, totals)
+
+    def leave(self, part: jax.Array, totals: list[jax.Array]) -> None:
+        """Writes the states, and the sums of the step sizes, of the part."""
         leading = part * self.geometry.batch + self.lanes.batch
         self.over_slices(
             lambda slice_index: self.store_states(
@@ -74,35 +117,24 @@ class _Parts(Kernel):
             )
         )
         for i, total in enumerate(self.sums_over_tokens("steps", totals)):
+            # A part with a reset in it passes nothing on, and infinity times a rate would not be a number.
             total = jnp.minimum(total, RESET)
             row = leading * self.geometry.width + (self.edge_columns() + i)
             self.w.store(self.outputs["part_steps"], self.lanes.zero, (total,), row=row, pitch=1)
 
     def fetch(self, chunk: jax.Array) -> dict[str, Any]:
         """Starts to read a chunk."""
-        names = ("dy", "z", "dt", "starts") if self.is_reverse else ("x", "dt", "starts")
-        words = self.load_edge(chunk, [name for name in names if name in self.inputs])
+        words = self.load_edge(chunk, [name for name in ("x", "dy", "z", "dt", "starts") if name in self.inputs])
         if self.single:
             words["matrix"] = self.load_matrix(self.matrix_name, chunk, 0)
         return words
-
-    @property
-    def matrix_name(self) -> str:
-        return "C" if self.is_reverse else "B"
 
     def walk_chunk(self, chunk: jax.Array, words: dict[str, Any]) -> list[jax.Array]:
         """Takes the states through a chunk; returns its step sizes, by channel at the edges."""
         dt = widen(words["dt"], self.inputs["dt"].dtype)
         starts = words["starts"][0] if "starts" in words else None
         steps, decay = self.step_sizes(chunk, added(dt, self.edge_constant("dt_bias")), starts)
-        if self.is_reverse:
-            weights = widen(words["dy"], self.inputs["dy"].dtype)
-            if "z" in words:
-                gates = widen(words["z"], self.inputs["z"].dtype)
-                weights = [dy * (z * sigmoid(self.w, z)) for dy, z in zip(weights, gates, strict=True)]
-        else:
-            weights = [a * b for a, b in zip(steps, widen(words["x"], self.inputs["x"].dtype), strict=True)]
-        self.store_edge_pairs("pairs", decay, weights)
+        self.store_edge_pairs("pairs", decay, self.weights(words, steps))
 
         def walk_slice(slice_index):
             matrix = words["matrix"] if self.single else self.load_matrix(self.matrix_name, chunk, slice_index)
@@ -110,6 +142,7 @@ class _Parts(Kernel):
             self.stage_matrix(self.matrix_name, matrix, offset=0)
             self.w.sync_block()
             self.recur(slice_index, rates)
+            # The next slice stages its matrix where this one is read.
             self.w.sync_block()
 
         self.over_slices(walk_slice)
@@ -121,15 +154,73 @@ class _Parts(Kernel):
 
         def walk(i, states):
             states = [list(values) for values in states]
-            group = groups - 1 - i if self.is_reverse else i
+            group = self.group(i, groups)
             rows = self.load_rows(group, offset=0)
             for r, (decay, weights) in enumerate(self.load_pairs(group)):
-                for i in reversed(range(GROUP)) if self.is_reverse else range(GROUP):
+                for i in self.tokens(GROUP):
                     for n in range(self.tiling.states_per_lane):
                         a = jnp.exp2(decay[i] * rates[r][n])
-                        more = weights[i] * rows[i][n]
-                        states[r][n] = a * (states[r][n] + more) if self.is_reverse else a * states[r][n] + more
+                        states[r][n] = self.advanced(states[r][n], a, weights[i] * rows[i][n])
             return states
 
         states = loop(0, groups, walk, self.load_shared_states("states", slice_index))
         self.store_shared_states("states", slice_index, states)
+
+
+class _FinalStates(_Parts):
+    """h_t = a_t h_{t-1} + dt_t x_t B_t through the first parts of the sequence, as many as the grid has."""
+
+    matrix_name = "B"
+
+    def part(self) -> jax.Array:
+        return jax.lax.axis_index("part")
+
+    def order(self, i, first, stop):
+        chunk = first + i
+        return chunk, jnp.minimum(chunk + 1, self.geometry.chunks - 1)
+
+    def weights(self, words, steps):
+        return [a * b for a, b in zip(steps, widen(words["x"], self.inputs["x"].dtype), strict=True)]
+
+    def tokens(self, count):
+        return range(count)
+
+    def group(self, i, groups):
+        return i
+
+    def advanced(self, state, decay, more):
+        return decay * state + more
+
+
+class _InitialCotangents(_Parts):
+    """dh_{t-1} = a_t (dh_t + dy_t C_t), with dy before the gate, through the last parts of the sequence, backwards."""
+
+    matrix_name = "C"
+
+    def part(self) -> jax.Array:
+        return jax.lax.axis_index("part") + (self.geometry.tiling.parts - jax.lax.axis_size("part"))
+
+    def order(self, i, first, stop):
+        chunk = stop - 1 - i
+        return chunk, jnp.maximum(chunk - 1, 0)
+
+    def weights(self, words, steps):
+        del steps
+        weights = widen(words["dy"], self.inputs["dy"].dtype)
+        if "z" not in words:
+            return list(weights)
+        gates = widen(words["z"], self.inputs["z"].dtype)
+        return [dy * (z * sigmoid(self.w, z)) for dy, z in zip(weights, gates, strict=True)]
+
+    def tokens(self, count):
+        return reversed(range(count))
+
+    def group(self, i, groups):
+        return groups - 1 - i
+
+    def advanced(self, state, decay, more):
+        return decay * (state + more)
+
+
+final_states = PartKernel(inputs=("x", "dt", "B", "A", "dt_bias", "starts"), body=_FinalStates)
+initial_cotangents = PartKernel(inputs=("dy", "z", "dt", "C", "A", "dt_bias", "starts"), body=_InitialCotangents)

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.register_math import Registers, added, loop, sigmoid, total
 from pallas_kernels.common.warpgroup import Warpgroup, widen
-from pallas_kernels.selective_scan.argument_layout import Features
+from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, SLICE, Geometry, common_scratch, value_slots
 from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.register_math import LOG2_E, Registers, added, loop, softplus
 from pallas_kernels.common.warpgroup import LANES, WARPS, Warpgroup, widen
-from pallas_kernels.selective_scan.argument_layout import Features
+from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_gpu.geometry import (
     CHUNK,
     CONSTANT_PADDING,

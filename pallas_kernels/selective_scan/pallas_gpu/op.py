@@ -6,246 +6,259 @@ chunk of 16 tokens when a gradient will be needed, the backward kernel recompute
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.derivatives import differentiable, no_forward_mode, not_differentiable
-from pallas_kernels.common.devices import cuda_compute_capability, target_platform
-from pallas_kernels.common.warpgroup import launch
-from pallas_kernels.selective_scan.argument_layout import (
-    Features,
-    decay_rates,
-    decline_unusual,
+from pallas_kernels.common.arguments import Arguments
+from pallas_kernels.common.channels import (
+    gradient_of_matrix,
     group_count,
     pad_channels,
     per_group,
     round_up,
-    segment_starts,
     unpad_channels,
 )
-from pallas_kernels.selective_scan.arguments import OP, Discretization, ScanOutput
-from pallas_kernels.selective_scan.pallas_gpu import backward as pallas_gpu_backward
-from pallas_kernels.selective_scan.pallas_gpu import edge as pallas_gpu_parts
-from pallas_kernels.selective_scan.pallas_gpu import forward as pallas_gpu_forward
+from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode, not_differentiable
+from pallas_kernels.common.devices import cuda_compute_capability, target_platform
+from pallas_kernels.common.segments import segment_starts
+from pallas_kernels.common.warpgroup import launch
+from pallas_kernels.selective_scan.arguments import (
+    AnyScanArguments,
+    EdgeState,
+    FinalStateArguments,
+    InitialCotangentArguments,
+    ScanArguments,
+    ScanOutput,
+)
+from pallas_kernels.selective_scan.kernel_inputs import Features, decay_rates, decline_unusual
+from pallas_kernels.selective_scan.pallas_gpu import backward, edge, forward
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, Geometry, Tiling
 from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
 
 Arrays = dict[str, jax.Array]
-MAX_STATES = 256
 _SEQUENCES = ("x", "dt", "z")
-# Of the kernel for parts, forward and in reverse.
-_PART_INPUTS = (("x", "dt", "B", "A", "dt_bias", "starts"), ("dy", "z", "dt", "C", "A", "dt_bias", "starts"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What is static about a scan.
+    """How a call runs.
 
     Attributes:
-        dt_softplus: apply softplus to dt.
         interpreted: run the kernels in Pallas' interpreter.
         forward, backward: how the work of the two directions is spread.
     """
 
-    dt_softplus: bool
     interpreted: bool
     forward: Tiling
     backward: Tiling
 
 
-def selective_scan(
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    *,
-    D: jax.Array | None,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
-    dt_softplus: bool,
-    discretization: Discretization,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    tilings: tuple[Tiling, Tiling] | None = None,
-) -> ScanOutput:
+def selective_scan(arguments: ScanArguments, *, tilings: tuple[Tiling, Tiling] | None = None) -> ScanOutput:
     """See `pallas_kernels.selective_scan.api.selective_scan`; on a CPU the kernels are interpreted, which is slow.
 
     `tilings`, for the forward and the backward pass, replaces the choice of `choose_tilings`.
 
     Raises:
-        NotImplementedError: the target is no GPU of compute capability 9.0 or more, A is complex, B or C is constant
+        NotImplementedError: the target is not a GPU of compute capability 9.0 or more, A is complex, B or C is constant
             over time, N is over 256, the discretization is not "euler", or a dtype is neither float32 nor bfloat16.
     """
-    arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, tilings=tilings)
-    y, final_state = _scan(options, arrays, segment_ids)
-    return ScanOutput(y=y, final_state=final_state)
+    return _scan(_choose(arguments, tilings), arguments)
 
 
-def edge_state(
-    arrays: Arrays,
-    segment_ids: jax.Array | None,
-    *,
-    dt_softplus: bool,
-    discretization: Discretization,
-    backwards: bool,
-) -> jax.Array:
-    """See `pallas_kernels.selective_scan.edge_states`; backwards "x" is dy.
+def final_state(arguments: FinalStateArguments) -> EdgeState:
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_final_state`.
 
     Raises:
         NotImplementedError: as `selective_scan`.
     """
-    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization)
-
-    def run(arrays: Arrays, segment_ids: jax.Array | None) -> jax.Array:
-        return _edge_state(options, arrays, segment_ids, backwards=backwards)
-
-    return not_differentiable("selective_scan_edge", "pallas_gpu", run)(arrays, segment_ids)
+    options = _choose(arguments)
+    kernel = not_differentiable(arguments.op, "pallas_gpu", functools.partial(_final_state, options))
+    return EdgeState(state=kernel(arguments))
 
 
-def _edge_state(options: _Options, arrays: Arrays, segment_ids: jax.Array | None, *, backwards: bool) -> jax.Array:
-    geometry, padded = _prepare(options, options.backward if backwards else options.forward, arrays, segment_ids)
-    if backwards:
-        padded["dy"] = padded.pop("x")
+def initial_cotangent(arguments: InitialCotangentArguments) -> EdgeState:
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_initial_cotangent`.
+
+    Raises:
+        NotImplementedError: as `selective_scan`.
+    """
+    options = _choose(arguments)
+    kernel = not_differentiable(arguments.op, "pallas_gpu", functools.partial(_initial_cotangent, options))
+    return EdgeState(state=kernel(arguments))
+
+
+def _final_state(options: _Options, arguments: FinalStateArguments) -> jax.Array:
+    geometry, padded = _prepare(options, options.forward, arguments)
     parts = geometry.tiling.parts
-    results = _run_parts(options, geometry, padded, parts)
+    ends = _ends_of_parts(geometry, _run_parts(options, geometry, edge.final_states, arguments, padded, parts))
+    return _through_parts(geometry, arguments, padded, ends)
+
+
+def _initial_cotangent(options: _Options, arguments: InitialCotangentArguments) -> jax.Array:
+    geometry, padded = _prepare(options, options.backward, arguments)
+    parts = geometry.tiling.parts
+    starts = _ends_of_parts(geometry, _run_parts(options, geometry, edge.initial_cotangents, arguments, padded, parts))
+    return _through_parts(geometry, arguments, padded, list(reversed(starts)))
+
+
+def _ends_of_parts(geometry: Geometry, results: Arrays) -> list[tuple[jax.Array, jax.Array]]:
+    """Of each part what it makes of the state by itself, and the sum of its step sizes."""
+    parts = geometry.tiling.parts
     states = results["part_states"].reshape(parts, geometry.batch, geometry.width, geometry.states)
     steps = results["part_steps"].reshape(parts, geometry.batch, geometry.width, 1)
-    order = list(reversed(range(parts))) if backwards else list(range(parts))
-    state = states[order[0]]
-    for part in order[1:]:
-        state = jnp.exp(steps[part] * padded["A"][None]) * state + states[part]
-    return _unpadded_state(geometry, state, arrays)
+    return [(states[part], steps[part]) for part in range(parts)]
 
 
-def _choose(
-    arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, tilings: tuple[Tiling, Tiling] | None = None
-) -> _Options:
-    """What is static about a scan of these arrays.
+def _through_parts(
+    geometry: Geometry, arguments: Arguments, padded: Arrays, ends: list[tuple[jax.Array, jax.Array]]
+) -> jax.Array:
+    """The state behind the last of the parts, in the order in which it goes through them."""
+    state, _ = ends[0]
+    for own, steps in ends[1:]:
+        state = jnp.exp(steps * padded["A"][None]) * state + own
+    return _unpadded_state(geometry, state, arguments)
+
+
+def _choose(arguments: Arguments, tilings: tuple[Tiling, Tiling] | None = None) -> _Options:
+    """How a call of these arguments runs.
 
     Raises:
         NotImplementedError: see `selective_scan`.
     """
     if target_platform() != "cpu" and (cuda_compute_capability() or 0) < 90:
-        raise NotImplementedError(f"{OP}: 'pallas_gpu' needs an NVIDIA GPU of compute capability 9.0 or more")
-    decline_unusual("pallas_gpu", arrays, discretization=discretization, max_states=MAX_STATES)
-    batch, length, channels = arrays["x"].shape
-    forward, backward = tilings or choose_tilings(batch, length, channels, arrays["A"].shape[1])
-    is_interpreted = target_platform() == "cpu"
-    return _Options(dt_softplus=dt_softplus, interpreted=is_interpreted, forward=forward, backward=backward)
+        raise NotImplementedError(f"{arguments.op}: 'pallas_gpu' needs an NVIDIA GPU of compute capability 9.0 or more")
+    decline_unusual("pallas_gpu", arguments)
+    arrays = arguments.arrays()
+    batch, length, channels = arrays["dt"].shape
+    forward_tiling, backward_tiling = tilings or choose_tilings(batch, length, channels, arrays["A"].shape[1])
+    return _Options(interpreted=target_platform() == "cpu", forward=forward_tiling, backward=backward_tiling)
 
 
-def _scan_outputs(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    outputs, *_ = _run_forward(options, arrays, segment_ids, checkpoints=False)
-    return outputs
+def _scan_outputs(options: _Options, arguments: ScanArguments) -> ScanOutput:
+    return _run_forward(options, arguments, checkpoints=False)[0]
 
 
-def _scan_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None):
-    outputs, checkpoints = _run_forward(options, arrays, segment_ids, checkpoints=True)
-    return outputs, (arrays, segment_ids, checkpoints)
+def _scan_forward(options: _Options, arguments: ScanArguments) -> tuple[ScanOutput, jax.Array]:
+    return _run_forward(options, arguments, checkpoints=True)
 
 
-def _run_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None, *, checkpoints: bool):
-    """(y, final state), and the states at the starts of chunks, of the kernels' shape."""
-    geometry, padded = _prepare(options, options.forward, arrays, segment_ids)
-    if geometry.tiling.parts > 1:
-        padded |= _run_parts(options, geometry, padded, geometry.tiling.parts - 1)
+def _run_forward(options: _Options, arguments: ScanArguments, *, checkpoints: bool) -> tuple[ScanOutput, Any]:
+    """The result, and the states at the starts of chunks, of the kernels' shape."""
+    geometry, padded = _prepare(options, options.forward, arguments)
+    parts = geometry.tiling.parts
+    if parts > 1:
+        padded |= _run_parts(options, geometry, edge.final_states, arguments, padded, parts - 1)
     outputs = {
-        "y": jax.ShapeDtypeStruct(padded["x"].shape, arrays["x"].dtype),
+        "y": jax.ShapeDtypeStruct(padded["x"].shape, arguments.x.dtype),
         "final_state": jax.ShapeDtypeStruct((geometry.batch * geometry.width, geometry.states), jnp.float32),
     }
     if checkpoints:
         shape = (geometry.batch * geometry.chunks * geometry.width, geometry.states)
         outputs["checkpoints"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    parts = geometry.tiling.parts
-    results = _call(options, pallas_gpu_forward, geometry, parts, padded, outputs, checkpoints=checkpoints)
-    y = _unpadded_sequence(geometry, results["y"], arrays["x"].shape)
-    final_state = _unpadded_state(geometry, results["final_state"], arrays)
-    return (y, final_state), results.get("checkpoints")
+    features = Features(softplus=arguments.dt_softplus, checkpoints=checkpoints)
+    results = _call(options, forward, functools.partial(forward.kernel, geometry, features), geometry, padded, outputs)
+    y = _unpadded_sequence(geometry, results["y"], arguments.x.shape)
+    final_state = _unpadded_state(geometry, results["final_state"], arguments)
+    return ScanOutput(y=y, final_state=final_state), results.get("checkpoints")
 
 
-def _scan_backward(options: _Options, residuals, cotangents):
-    arrays, segment_ids, checkpoints = residuals
-    dy, dfinal_state = cotangents
-    geometry, padded = _prepare(options, options.backward, arrays, segment_ids)
+def _scan_backward(
+    options: _Options, arguments: ScanArguments, checkpoints: jax.Array, cotangents: ScanOutput
+) -> Arrays:
+    geometry, padded = _prepare(options, options.backward, arguments)
     padded.pop("initial_state", None)
-    padded["dy"] = _padded_sequence(geometry, dy)
+    padded["dy"] = _padded_sequence(geometry, cotangents.y)
     parts = geometry.tiling.parts
     if parts > 1:
-        padded |= _run_parts(options, geometry, padded, parts - 1)
+        padded |= _run_parts(options, geometry, edge.initial_cotangents, arguments, padded, parts - 1)
     padded["checkpoints"] = checkpoints
-    padded["dfinal_state"] = _padded_state(geometry, dfinal_state)
+    padded["dfinal_state"] = _padded_state(geometry, cotangents.final_state)
+    outputs = _gradient_types(geometry, arguments, padded)
+    features = Features(softplus=arguments.dt_softplus)
+    kernel = functools.partial(backward.kernel, geometry, features)
+    return _gradients(geometry, arguments, _call(options, backward, kernel, geometry, padded, outputs))
 
-    def float32(*shape):
+
+def _gradient_types(geometry: Geometry, arguments: ScanArguments, padded: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the backward kernel writes; what blocks compute apart has a leading axis for them."""
+    given, parts = arguments.arrays(), geometry.tiling.parts
+    rows, tokens = geometry.batch * geometry.width, geometry.batch * geometry.length
+
+    def float32(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    rows = geometry.batch * geometry.width
-    tokens = geometry.batch * geometry.length
-    outputs = {
-        f"d{name}": jax.ShapeDtypeStruct(padded[name].shape, arrays[name].dtype)
-        for name in _SEQUENCES
-        if name in arrays
+    types = {
+        f"d{name}": jax.ShapeDtypeStruct(padded[name].shape, given[name].dtype) for name in _SEQUENCES if name in given
     }
-    outputs["dmatrices"] = float32(geometry.blocks * tokens, geometry.groups * 2 * geometry.states)
-    outputs["dinitial_state"] = float32(rows, geometry.states)
-    outputs["dA"] = float32(parts * rows, geometry.states)
+    types["dmatrices"] = float32(geometry.blocks * tokens, geometry.groups * 2 * geometry.states)
+    types["dinitial_state"] = float32(rows, geometry.states)
+    types["dA"] = float32(parts * rows, geometry.states)
     for name in ("D", "dt_bias"):
-        if name in arrays:
-            outputs[f"d{name}"] = float32(parts * geometry.batch, geometry.width)
-    results = _call(options, pallas_gpu_backward, geometry, parts, padded, outputs)
-    return _gradients(geometry, arrays, results)
+        if name in given:
+            types[f"d{name}"] = float32(parts * geometry.batch, geometry.width)
+    return types
 
 
-_scan = differentiable(
-    _scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=no_forward_mode(OP, "pallas_gpu")
+_scan = differentiable_op(
+    _scan_outputs,
+    forward=_scan_forward,
+    backward=_scan_backward,
+    tangent=no_forward_mode("selective_scan", "pallas_gpu"),
 )
 
 
-def _run_parts(options: _Options, geometry: Geometry, padded: Arrays, parts: int) -> Arrays:
-    """What the first parts of the sequence make of the state by themselves; with a "dy" the last, in reverse."""
-    names = _PART_INPUTS["dy" in padded]
+def _run_parts(
+    options: _Options,
+    geometry: Geometry,
+    kernel: edge.PartKernel,
+    arguments: AnyScanArguments,
+    padded: Arrays,
+    parts: int,
+) -> Arrays:
+    """What some parts of the sequence make of the state by themselves: the first ones, or in reverse the last ones."""
     rows = geometry.tiling.parts * geometry.batch * geometry.width
     outputs = {
         "part_states": jax.ShapeDtypeStruct((rows, geometry.states), jnp.float32),
         "part_steps": jax.ShapeDtypeStruct((rows, 1), jnp.float32),
     }
-    inputs = {name: padded[name] for name in names if name in padded}
-    return _call(options, pallas_gpu_parts, geometry, parts, inputs, outputs)
+    inputs = {name: padded[name] for name in kernel.inputs if name in padded}
+    features = Features(softplus=arguments.dt_softplus)
+    run = functools.partial(kernel.run, geometry, features)
+    return _call(options, edge, run, geometry, inputs, outputs, parts=parts)
 
 
 def _call(
     options: _Options,
     module: ModuleType,
+    kernel: Callable[..., None],
     geometry: Geometry,
-    parts: int,
     inputs: Arrays,
     outputs: dict[str, jax.ShapeDtypeStruct],
     *,
-    checkpoints: bool = False,
+    parts: int | None = None,
 ) -> Arrays:
-    """Runs the kernel of a module over some parts of the sequence."""
-    features = Features(softplus=options.dt_softplus, checkpoints=checkpoints)
+    """Runs a kernel of a module over some parts of the sequence; None is all."""
     return launch(
-        functools.partial(module.kernel, geometry, features),
+        kernel,
         inputs=inputs,
         outputs=outputs,
         scratch=module.scratch_types(geometry),
-        grid=geometry.grid(parts),
+        grid=geometry.grid(parts or geometry.tiling.parts),
         name=f"pallas_gpu_{module.__name__.rsplit('.', 1)[-1]}",
         interpreted=options.interpreted,
     )
 
 
-def _prepare(
-    options: _Options, tiling: Tiling, arrays: Arrays, segment_ids: jax.Array | None
-) -> tuple[Geometry, Arrays]:
+def _prepare(options: _Options, tiling: Tiling, arguments: Arguments) -> tuple[Geometry, Arrays]:
     """Sizes, and the kernels' inputs: padded to whole blocks and with all leading axes in one."""
-    batch, length, channels = arrays["x"].shape
-    groups = group_count(arrays["B"], arrays["C"])
+    arrays = arguments.arrays()
+    matrices = {name: arrays[name] for name in ("B", "C") if name in arrays}
+    batch, length, channels = arrays["dt"].shape
+    groups = group_count(*matrices.values())
     # Both passes see the same padding, so that the one can read what the other has written.
     block = max(options.forward.channels_per_block, options.backward.channels_per_block)
     geometry = Geometry(
@@ -257,16 +270,16 @@ def _prepare(
         valid_length=length,
         tiling=tiling,
     )
-    padded = {name: _padded_sequence(geometry, arrays[name]) for name in _SEQUENCES if name in arrays}
-    padded |= {name: _padded_matrix(geometry, arrays[name]) for name in ("B", "C")}
+    padded = {name: _padded_sequence(geometry, arrays[name]) for name in ("x", "dy", "dt", "z") if name in arrays}
+    padded |= {name: _padded_matrix(geometry, matrix) for name, matrix in matrices.items()}
     padded["A"] = _padded_state(geometry, decay_rates(arrays["A"])[None])
     for name in ("D", "dt_bias"):
         if name in arrays:
             padded[name] = _padded_channels(geometry, arrays[name][None].astype(jnp.float32))
-    if "state" in arrays:
-        padded["initial_state"] = _padded_state(geometry, arrays["state"].astype(jnp.float32))
-    if segment_ids is not None:
-        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, geometry.length - length)))
+    if "initial_state" in arrays:
+        padded["initial_state"] = _padded_state(geometry, arrays["initial_state"].astype(jnp.float32))
+    if "segment_ids" in arrays:
+        starts = jnp.pad(segment_starts(arrays["segment_ids"]), ((0, 0), (0, geometry.length - length)))
         padded["starts"] = starts.astype(jnp.int32).reshape(-1, 1)
     return geometry, padded
 
@@ -310,35 +323,32 @@ def _padded_state(geometry: Geometry, array: jax.Array) -> jax.Array:
     return array.reshape(-1, geometry.states)
 
 
-def _unpadded_state(geometry: Geometry, array: jax.Array, arrays: Arrays) -> jax.Array:
+def _unpadded_state(geometry: Geometry, array: jax.Array, arguments: Arguments) -> jax.Array:
     """(R G F, N) to (R, E, N)."""
-    channels, states = arrays["A"].shape
+    channels, states = arguments.arrays()["A"].shape
     array = array.reshape(-1, geometry.groups, geometry.channels, geometry.states)
     array = array[:, :, : channels // geometry.groups, :states]
     return array.reshape(array.shape[0], channels, states)
 
 
-def _gradients(geometry: Geometry, arrays: Arrays, results: Arrays) -> Arrays:
+def _gradients(geometry: Geometry, arguments: ScanArguments, results: Arrays) -> Arrays:
     """The kernel's results as gradients of the arguments; what blocks have computed apart is summed here."""
+    given = arguments.arrays()
     gradients = {
-        name: _unpadded_sequence(geometry, results[f"d{name}"], arrays["x"].shape)
+        name: _unpadded_sequence(geometry, results[f"d{name}"], arguments.x.shape)
         for name in _SEQUENCES
-        if name in arrays
+        if name in given
     }
     dA = results["dA"].reshape(-1, geometry.width, geometry.states).sum(axis=0)
-    gradients["A"] = _unpadded_state(geometry, dA, arrays)[0]
-    if "state" in arrays:
-        gradients["state"] = _unpadded_state(geometry, results["dinitial_state"], arrays)
+    gradients["A"] = _unpadded_state(geometry, dA, arguments)[0]
+    gradients["initial_state"] = _unpadded_state(geometry, results["dinitial_state"], arguments)
     for name in ("D", "dt_bias"):
-        if name in arrays:
+        if name in given:
             total = results[f"d{name}"].sum(axis=0)
-            gradients[name] = _unpadded_channels(geometry, total, arrays["x"].shape[2])
+            gradients[name] = _unpadded_channels(geometry, total, arguments.x.shape[2])
     shape = (geometry.blocks, geometry.batch, geometry.length, geometry.groups, 2, geometry.states)
     dmatrices = results["dmatrices"].reshape(shape).sum(axis=0)
-    for kind, name in enumerate(("B", "C")):
-        matrix = arrays[name]
-        gradient = dmatrices[:, : matrix.shape[1], :, kind, : matrix.shape[-1]]
-        if matrix.ndim == 3 or matrix.shape[2] != geometry.groups:
-            gradient = gradient.sum(axis=2, keepdims=True)
-        gradients[name] = gradient.reshape(matrix.shape)
-    return {name: gradient.astype(arrays[name].dtype) for name, gradient in gradients.items()}
+    for index, name in enumerate(("B", "C")):
+        matrix = given[name]
+        gradients[name] = gradient_of_matrix(dmatrices[:, : matrix.shape[1], :, index, : matrix.shape[-1]], matrix)
+    return gradients

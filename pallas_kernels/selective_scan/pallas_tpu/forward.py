@@ -15,7 +15,7 @@ from pallas_kernels.common.tpu_tiles import (
     sequence,
     tile_lanes,
 )
-from pallas_kernels.selective_scan.argument_layout import Features
+from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_tpu.geometry import Geometry
 from pallas_kernels.selective_scan.pallas_tpu.kernel import (
     column_of,

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common.register_math import softplus
 from pallas_kernels.common.tpu_tiles import GROUP, LANES, SUBLANES, Refs, group_tokens, reciprocal, sequence, sigmoid
-from pallas_kernels.selective_scan.argument_layout import Features
+from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_tpu.geometry import RESET, Geometry
 
 

@@ -5,37 +5,35 @@ gradient will be needed, the backward kernel computes the others again from ther
 """
 
 import dataclasses
-from types import ModuleType
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.common.arguments import Arguments
+from pallas_kernels.common.channels import gradient_of_matrix, group_count, pad_channels, per_group, unpad_channels
 from pallas_kernels.common.checks import decline_off_tpu
-from pallas_kernels.common.derivatives import differentiable, no_forward_mode, not_differentiable
+from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode, not_differentiable
 from pallas_kernels.common.devices import target_device_kind, target_platform
 from pallas_kernels.common.partitioning import result_type
 from pallas_kernels.common.register_math import LOG2_E
-from pallas_kernels.selective_scan.argument_layout import (
-    Features,
-    decay_rates,
-    decline_unusual,
-    group_count,
-    pad_channels,
-    per_group,
-    segment_starts,
-    unpad_channels,
+from pallas_kernels.common.segments import segment_starts
+from pallas_kernels.selective_scan.arguments import (
+    AnyScanArguments,
+    EdgeState,
+    FinalStateArguments,
+    InitialCotangentArguments,
+    ScanArguments,
+    ScanOutput,
 )
-from pallas_kernels.selective_scan.arguments import OP, Discretization, ScanOutput
-from pallas_kernels.selective_scan.pallas_tpu import backward as pallas_tpu_backward
-from pallas_kernels.selective_scan.pallas_tpu import edge as pallas_tpu_edge
-from pallas_kernels.selective_scan.pallas_tpu import forward as pallas_tpu_forward
+from pallas_kernels.selective_scan.kernel_inputs import Features, decay_rates, decline_unusual
+from pallas_kernels.selective_scan.pallas_tpu import backward, edge, forward
 from pallas_kernels.selective_scan.pallas_tpu.geometry import Geometry
 from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, choose_geometry, generation
 
 Arrays = dict[str, jax.Array]
-MAX_STATES = 256
 # Makes softplus of a token that does not exist zero.
 _NEVER = -1e30
 INTERPRETER = pltpu.InterpretParams()
@@ -68,162 +66,165 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What is static about a scan."""
+    """How a call runs."""
 
-    dt_softplus: bool
     geometry: Geometry
     vmem_bytes: int
     interpreted: bool
 
 
-def selective_scan(
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    *,
-    D: jax.Array | None,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
-    dt_softplus: bool,
-    discretization: Discretization,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    chip: Generation | None = None,
-) -> ScanOutput:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Launch:
+    """A kernel of this backend.
+
+    Attributes:
+        name: in profiles.
+        body: what a program does, of (geometry, features, memory by name).
+        scratch: shapes of its memory on the chip.
+        is_reversed: chunks of the sequence come from the last to the first.
+    """
+
+    name: str
+    body: Callable[[Geometry, Features, dict[str, jax.Array]], None]
+    scratch: Callable[[Geometry], Mapping[str, tuple[int, ...]]]
+    is_reversed: bool
+
+
+_FORWARD = _Launch(name="forward", body=forward.kernel, scratch=forward.scratch_shapes, is_reversed=False)
+_BACKWARD = _Launch(name="backward", body=backward.kernel, scratch=backward.scratch_shapes, is_reversed=True)
+_FINAL_STATE = _Launch(name="edge", body=edge.final_state, scratch=edge.scratch_shapes, is_reversed=False)
+_INITIAL_COTANGENT = _Launch(name="edge", body=edge.initial_cotangent, scratch=edge.scratch_shapes, is_reversed=True)
+
+
+def selective_scan(arguments: ScanArguments, *, chip: Generation | None = None) -> ScanOutput:
     """See `pallas_kernels.selective_scan.api.selective_scan`; on a CPU the kernels are interpreted, which is slow.
 
     `chip` replaces what the table says of the device.
 
     Raises:
-        NotImplementedError: the target is no TPU or several without `jax.shard_map`, a size is a symbol, A is complex,
-            B or C is constant over time, N is over 256, the discretization is not "euler", or a dtype is neither
-            float32 nor bfloat16.
+        NotImplementedError: the target is not a TPU or several without `jax.shard_map`, a size is a symbol, A is
+            complex, B or C is constant over time, N is over 256, the discretization is not "euler", or a dtype is
+            neither float32 nor bfloat16.
     """
-    arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": initial_state}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization, chip=chip)
-    y, final_state = _scan(options, arrays, segment_ids)
-    return ScanOutput(y=y, final_state=final_state)
+    return _scan(_choose(arguments, chip), arguments)
 
 
-def edge_state(
-    arrays: Arrays,
-    segment_ids: jax.Array | None,
-    *,
-    dt_softplus: bool,
-    discretization: Discretization,
-    backwards: bool,
-) -> jax.Array:
-    """See `pallas_kernels.selective_scan.edge_states`; backwards "x" is dy.
+def final_state(arguments: FinalStateArguments) -> EdgeState:
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_final_state`.
 
     Raises:
         NotImplementedError: as `selective_scan`.
     """
-    options = _choose(arrays, dt_softplus=dt_softplus, discretization=discretization)
-    output = "dinitial_state" if backwards else "final_state"
-
-    def run(arrays: Arrays, segment_ids: jax.Array | None) -> jax.Array:
-        inputs = _prepare(options, arrays, segment_ids)
-        if backwards:
-            inputs["dy"] = inputs.pop("x")
-        dtypes = {output: jnp.dtype(jnp.float32)}
-        results = _call(options, pallas_tpu_edge, inputs, dtypes, checkpoints=False, is_reversed=backwards)
-        return _state_of_blocks(options.geometry, results[output], arrays)
-
-    return not_differentiable("selective_scan_edge", "pallas_tpu", run)(arrays, segment_ids)
+    return _edge_state(_FINAL_STATE, "final_state", arguments)
 
 
-def _choose(
-    arrays: Arrays, *, dt_softplus: bool, discretization: Discretization, chip: Generation | None = None
-) -> _Options:
-    """What is static about a scan of these arrays.
+def initial_cotangent(arguments: InitialCotangentArguments) -> EdgeState:
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_initial_cotangent`.
+
+    Raises:
+        NotImplementedError: as `selective_scan`.
+    """
+    return _edge_state(_INITIAL_COTANGENT, "dinitial_state", arguments)
+
+
+def _edge_state(kernel: _Launch, output: str, arguments: AnyScanArguments) -> EdgeState:
+    options = _choose(arguments)
+
+    def run(arguments: AnyScanArguments) -> jax.Array:
+        inputs = _prepare(options, arguments)
+        results = _call(options, kernel, _features(arguments), inputs, {output: jnp.dtype(jnp.float32)})
+        return _state_of_blocks(options.geometry, results[output], arguments)
+
+    return EdgeState(state=not_differentiable(arguments.op, "pallas_tpu", run)(arguments))
+
+
+def _features(arguments: AnyScanArguments, *, checkpoints: bool = False) -> Features:
+    return Features(softplus=arguments.dt_softplus, checkpoints=checkpoints)
+
+
+def _choose(arguments: Arguments, chip: Generation | None = None) -> _Options:
+    """How a call of these arguments runs.
 
     Raises:
         NotImplementedError: see `selective_scan`.
     """
-    decline_off_tpu(OP)
-    decline_unusual("pallas_tpu", arrays, discretization=discretization, max_states=MAX_STATES)
-    batch, length, channels = arrays["x"].shape
-    groups = group_count(arrays["B"], arrays["C"])
+    decline_off_tpu(arguments.op)
+    decline_unusual("pallas_tpu", arguments)
+    arrays = arguments.arrays()
+    batch, length, channels = arrays["dt"].shape
+    groups = group_count(*(arrays[name] for name in ("B", "C") if name in arrays))
     chip = chip or generation(target_device_kind())
     states = arrays["A"].shape[1]
     sizes = {"batch": batch, "length": length, "groups": groups, "channels": channels // groups, "states": states}
     return _Options(
-        dt_softplus=dt_softplus,
         geometry=choose_geometry(chip, **sizes),
         vmem_bytes=chip.vmem_bytes,
         interpreted=target_platform() == "cpu",
     )
 
 
-def _scan_outputs(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    outputs, _ = _run_forward(options, arrays, segment_ids, checkpoints=False)
-    return outputs
+def _scan_outputs(options: _Options, arguments: ScanArguments) -> ScanOutput:
+    return _run_forward(options, arguments, checkpoints=False)[0]
 
 
-def _scan_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None):
-    outputs, checkpoints = _run_forward(options, arrays, segment_ids, checkpoints=True)
-    return outputs, (arrays, segment_ids, checkpoints)
+def _scan_forward(options: _Options, arguments: ScanArguments) -> tuple[ScanOutput, jax.Array | None]:
+    return _run_forward(options, arguments, checkpoints=True)
 
 
-def _run_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None, *, checkpoints: bool):
-    """(y, final state), and the states before groups of tokens, of the kernels' shape."""
+def _run_forward(
+    options: _Options, arguments: ScanArguments, *, checkpoints: bool
+) -> tuple[ScanOutput, jax.Array | None]:
+    """The result, and the states before groups of tokens, of the kernels' shape."""
     geometry = options.geometry
-    inputs = _prepare(options, arrays, segment_ids)
-    if "state" in arrays:
-        inputs["initial_state"] = _state_in_blocks(geometry, arrays["state"].astype(jnp.float32))
-    dtypes = {"y": arrays["x"].dtype, "final_state": jnp.float32}
+    inputs = _prepare(options, arguments)
+    if arguments.initial_state is not None:
+        inputs["initial_state"] = _state_in_blocks(geometry, arguments.initial_state.astype(jnp.float32))
+    dtypes = {"y": arguments.x.dtype, "final_state": jnp.float32}
     if checkpoints:
         dtypes["checkpoints"] = jnp.float32
-    results = _call(options, pallas_tpu_forward, inputs, dtypes, checkpoints=checkpoints, is_reversed=False)
-    y = _unpadded_sequence(geometry, results["y"], arrays)
-    return (y, _state_of_blocks(geometry, results["final_state"], arrays)), results.get("checkpoints")
+    results = _call(options, _FORWARD, _features(arguments, checkpoints=checkpoints), inputs, dtypes)
+    y = _unpadded_sequence(geometry, results["y"], arguments)
+    final_state = _state_of_blocks(geometry, results["final_state"], arguments)
+    return ScanOutput(y=y, final_state=final_state), results.get("checkpoints")
 
 
-def _scan_backward(options: _Options, residuals, cotangents):
-    arrays, segment_ids, checkpoints = residuals
-    dy, dfinal_state = cotangents
-    geometry = options.geometry
-    inputs = _prepare(options, arrays, segment_ids)
+def _scan_backward(
+    options: _Options, arguments: ScanArguments, checkpoints: jax.Array, cotangents: ScanOutput
+) -> Arrays:
+    geometry, given = options.geometry, arguments.arrays()
+    inputs = _prepare(options, arguments)
     inputs |= {
-        "dy": _padded_sequence(geometry, dy),
+        "dy": _padded_sequence(geometry, cotangents.y),
         "checkpoints": checkpoints,
-        "dfinal_state": _state_in_blocks(geometry, dfinal_state),
+        "dfinal_state": _state_in_blocks(geometry, cotangents.final_state),
     }
-    dtypes = {f"d{name}": arrays[name].dtype for name in _SEQUENCES if name in arrays}
-    wide = ("dmatrices", "dinitial_state", "dA", *(f"d{name}" for name in ("D", "dt_bias") if name in arrays))
+    dtypes = {f"d{name}": given[name].dtype for name in _SEQUENCES if name in given}
+    wide = ("dmatrices", "dinitial_state", "dA", *(f"d{name}" for name in ("D", "dt_bias") if name in given))
     dtypes |= dict.fromkeys(wide, jnp.dtype(jnp.float32))
-    results = _call(options, pallas_tpu_backward, inputs, dtypes, checkpoints=False, is_reversed=True)
-    return _gradients(geometry, arrays, results)
+    return _gradients(geometry, arguments, _call(options, _BACKWARD, _features(arguments), inputs, dtypes))
 
 
-_scan = differentiable(
-    _scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=no_forward_mode(OP, "pallas_tpu")
+_scan = differentiable_op(
+    _scan_outputs,
+    forward=_scan_forward,
+    backward=_scan_backward,
+    tangent=no_forward_mode("selective_scan", "pallas_tpu"),
 )
 
 
 def _call(
-    options: _Options,
-    module: ModuleType,
-    inputs: Arrays,
-    dtypes: dict[str, jnp.dtype],
-    *,
-    checkpoints: bool,
-    is_reversed: bool,
+    options: _Options, kernel: _Launch, features: Features, inputs: Arrays, dtypes: Mapping[str, jnp.dtype]
 ) -> Arrays:
-    """Runs the kernel of a module; `dtypes` names the outputs."""
+    """Runs a kernel; `dtypes` names the outputs."""
     geometry = options.geometry
-    features = Features(softplus=options.dt_softplus, checkpoints=checkpoints)
-    scratch = module.scratch_shapes(geometry)
+    scratch = kernel.scratch(geometry)
     names = [*inputs, *dtypes, *scratch]
 
     def body(*refs):
-        module.kernel(geometry, features, dict(zip(names, refs, strict=True)))
+        kernel.body(geometry, features, dict(zip(names, refs, strict=True)))
 
     def specs(names):
-        return [geometry.spec(_KINDS[name], is_reversed=is_reversed) for name in names]
+        return [geometry.spec(_KINDS[name], is_reversed=kernel.is_reversed) for name in names]
 
     results = pl.pallas_call(
         body,
@@ -237,17 +238,19 @@ def _call(
             vmem_limit_bytes=options.vmem_bytes,
         ),
         interpret=INTERPRETER if options.interpreted else False,
-        name=f"{OP}_pallas_tpu_{module.__name__.rsplit('.', 1)[-1]}",
+        name=f"selective_scan_pallas_tpu_{kernel.name}",
     )(*inputs.values())
     return dict(zip(dtypes, results, strict=True))
 
 
-def _prepare(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> Arrays:
-    """The inputs of both kernels, padded to whole blocks; tokens that do not exist leave the state as it is."""
-    geometry = options.geometry
-    inputs = {name: _padded_sequence(geometry, arrays[name]) for name in ("x", "z") if name in arrays}
-    inputs["dt"] = _padded_sequence(geometry, arrays["dt"], tail=_NEVER if options.dt_softplus else 0.0)
-    inputs["matrices"] = _matrices(geometry, arrays["B"], arrays["C"], segment_ids)
+def _prepare(options: _Options, arguments: AnyScanArguments) -> Arrays:
+    """The inputs of all kernels, padded to whole blocks; tokens that do not exist leave the state as it is."""
+    geometry, arrays = options.geometry, arguments.arrays()
+    inputs = {name: _padded_sequence(geometry, arrays[name]) for name in ("x", "dy", "z") if name in arrays}
+    tail = _NEVER if arguments.dt_softplus else 0.0
+    inputs["dt"] = _padded_sequence(geometry, arrays["dt"], tail=tail)
+    matrices = [arrays[name] for name in ("B", "C") if name in arrays]
+    inputs["matrices"] = _matrices(geometry, matrices[0], matrices[-1], arrays.get("segment_ids"))
     inputs["A"] = _state_in_blocks(geometry, decay_rates(arrays["A"])[None] * LOG2_E)[0]
     for name in ("D", "dt_bias"):
         if name in arrays:
@@ -263,9 +266,9 @@ def _padded_sequence(geometry: Geometry, array: jax.Array, *, tail: float = 0.0)
     return jnp.pad(array, ((0, 0), (0, padding), (0, 0)), constant_values=tail)
 
 
-def _unpadded_sequence(geometry: Geometry, array: jax.Array, arrays: Arrays) -> jax.Array:
+def _unpadded_sequence(geometry: Geometry, array: jax.Array, arguments: ScanArguments) -> jax.Array:
     """The inverse of `_padded_sequence`, for the sizes of x."""
-    _, length, channels = arrays["x"].shape
+    _, length, channels = arguments.x.shape
     return unpad_channels(array[:, :length], groups=geometry.groups, channels=channels)
 
 
@@ -295,33 +298,31 @@ def _state_in_blocks(geometry: Geometry, array: jax.Array) -> jax.Array:
     return jnp.swapaxes(array, 1, 2)
 
 
-def _state_of_blocks(geometry: Geometry, array: jax.Array, arrays: Arrays) -> jax.Array:
+def _state_of_blocks(geometry: Geometry, array: jax.Array, arguments: Arguments) -> jax.Array:
     """The inverse of `_state_in_blocks`, for the sizes of A."""
-    channels, states = arrays["A"].shape
+    channels, states = arguments.arrays()["A"].shape
     array = jnp.swapaxes(array, 1, 2).reshape(array.shape[0], geometry.states, geometry.width)
     array = unpad_channels(array, groups=geometry.groups, channels=channels)
     return jnp.swapaxes(array[:, :states], 1, 2)
 
 
-def _gradients(geometry: Geometry, arrays: Arrays, results: Arrays) -> Arrays:
+def _gradients(geometry: Geometry, arguments: ScanArguments, results: Arrays) -> Arrays:
     """The kernel's results as gradients of the arguments; sums over the batch and over strips are made here."""
+    given = arguments.arrays()
     gradients = {
-        name: _unpadded_sequence(geometry, results[f"d{name}"], arrays) for name in _SEQUENCES if name in arrays
+        name: _unpadded_sequence(geometry, results[f"d{name}"], arguments) for name in _SEQUENCES if name in given
     }
-    gradients["A"] = _state_of_blocks(geometry, results["dA"].sum(axis=0, keepdims=True), arrays)[0]
-    if "state" in arrays:
-        gradients["state"] = _state_of_blocks(geometry, results["dinitial_state"], arrays)
+    gradients["A"] = _state_of_blocks(geometry, results["dA"].sum(axis=0, keepdims=True), arguments)[0]
+    gradients["initial_state"] = _state_of_blocks(geometry, results["dinitial_state"], arguments)
     for name in ("D", "dt_bias"):
-        if name in arrays:
+        if name in given:
             total = results[f"d{name}"].sum(axis=(0, 2)).reshape(-1)
-            gradients[name] = unpad_channels(total, groups=geometry.groups, channels=arrays["x"].shape[2])
-    batch, length = arrays["x"].shape[:2]
+            gradients[name] = unpad_channels(total, groups=geometry.groups, channels=arguments.x.shape[2])
+    batch, length = arguments.x.shape[:2]
     shape = batch, geometry.groups, geometry.strips_per_group, geometry.length, 2, geometry.states
     dmatrices = results["dmatrices"].reshape(shape).sum(axis=2)
-    for kind, name in enumerate(("B", "C")):
-        matrix = arrays[name]
-        gradient = jnp.swapaxes(dmatrices[:, :, :length, kind, : matrix.shape[-1]], 1, 2)
-        if matrix.ndim == 3 or matrix.shape[2] != geometry.groups:
-            gradient = gradient.sum(axis=2, keepdims=True)
-        gradients[name] = gradient.reshape(matrix.shape)
-    return {name: gradient.astype(arrays[name].dtype) for name, gradient in gradients.items()}
+    for index, name in enumerate(("B", "C")):
+        matrix = given[name]
+        gradient = jnp.swapaxes(dmatrices[:, :, :length, index, : matrix.shape[-1]], 1, 2)
+        gradients[name] = gradient_of_matrix(gradient, matrix)
+    return gradients

@@ -6,8 +6,8 @@ recurrences fill each other's waiting times, as long as they do not need more re
 
 import dataclasses
 
+from pallas_kernels.common.channels import round_up
 from pallas_kernels.common.tpu_tiles import GROUP, LANES, choose_tiles
-from pallas_kernels.selective_scan.argument_layout import round_up
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
 
 # States of all tokens of a block; sums of 128 numbers for each of them, for B and for C, stay on the chip.

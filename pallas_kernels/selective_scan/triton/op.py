@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import triton_call
+from pallas_kernels.common.channels import gradient_of_matrix, group_count
 from pallas_kernels.common.checks import decline_double_precision, decline_symbolic_sizes
-from pallas_kernels.common.derivatives import differentiable, no_forward_mode
-from pallas_kernels.selective_scan.argument_layout import group_count
-from pallas_kernels.selective_scan.arguments import OP, Discretization, ScanOutput
+from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
+from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
+from pallas_kernels.selective_scan.kernel_inputs import MAX_STATES
 
 Arrays = dict[str, jax.Array]
-MAX_STATES = 256
 _KERNELS = "pallas_kernels.selective_scan.triton.kernels"
 _LANES = 32
 
@@ -68,54 +68,23 @@ class Tiling:
     backward: Tile
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What is static about a scan."""
-
-    dt_softplus: bool
-    discretization: Discretization
-    tiling: Tiling
-
-
-def selective_scan(
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    *,
-    D: jax.Array | None,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
-    dt_softplus: bool,
-    discretization: Discretization,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    tiling: Tiling | None = None,
-) -> ScanOutput:
+def selective_scan(arguments: ScanArguments, *, tiling: Tiling | None = None) -> ScanOutput:
     """See `pallas_kernels.selective_scan.api.selective_scan`; `tiling` replaces the default one.
 
     Raises:
-        NotImplementedError: the target is no CUDA GPU of compute capability 8.0 or more, jax-triton is not installed, A
-            is complex, N is over 256, an argument is float64, or a size is not known.
+        NotImplementedError: the target is not a CUDA GPU of compute capability 8.0 or more, jax-triton is not
+            installed, A is complex, N is over 256, an argument is float64, or a size is not known.
     """
-    decline_double_precision(OP, x, dt, A, B, C, D, z, dt_bias, initial_state)
+    op, A = arguments.op, arguments.A
+    decline_double_precision("triton", arguments)
     if jnp.issubdtype(A.dtype, jnp.complexfloating):
-        raise NotImplementedError(f"{OP}: 'triton' takes a real A only, got {A.dtype}")
+        raise NotImplementedError(f"{op}: 'triton' takes a real A only, got {A.dtype}")
     if A.shape[1] > MAX_STATES:
-        raise NotImplementedError(f"{OP}: 'triton' takes at most {MAX_STATES} states, got {A.shape[1]}")
-    decline_symbolic_sizes(OP, "triton", x, A)
-    triton_call.import_kernels(OP, _KERNELS)
-    options = _Options(
-        dt_softplus=dt_softplus,
-        discretization=discretization,
-        tiling=tiling or default_tiling(A.shape[1], batch_channels=x.shape[0] * x.shape[2]),
-    )
-    arrays = {"x": x, "dt": dt, "z": z, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
-    arrays["initial_state"] = initial_state
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    y, final_state = _scan(options, arrays, segment_ids)
-    return ScanOutput(y=y, final_state=final_state)
+        raise NotImplementedError(f"{op}: 'triton' takes at most {MAX_STATES} states, got {A.shape[1]}")
+    decline_symbolic_sizes(op, "triton", arguments.x, A)
+    triton_call.import_kernels(op, _KERNELS)
+    batch, _, channels = arguments.x.shape
+    return _scan(tiling or default_tiling(A.shape[1], batch_channels=batch * channels), arguments)
 
 
 def default_tiling(states: int, *, batch_channels: int) -> Tiling:
@@ -146,141 +115,147 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _scan_outputs(options: _Options, arrays: Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    results = _run_forward(options, arrays, segment_ids, has_checkpoints=False)
-    return results["y"], results["final_state"]
+def _scan_outputs(tiling: Tiling, arguments: ScanArguments) -> ScanOutput:
+    return _run_forward(tiling, arguments, has_checkpoints=False)[0]
 
 
-def _scan_forward(options: _Options, arrays: Arrays, segment_ids: jax.Array | None):
-    results = _run_forward(options, arrays, segment_ids, has_checkpoints=True)
-    return (results["y"], results["final_state"]), (arrays, segment_ids, results["checkpoints"])
+def _scan_forward(tiling: Tiling, arguments: ScanArguments) -> tuple[ScanOutput, jax.Array | None]:
+    return _run_forward(tiling, arguments, has_checkpoints=True)
 
 
 def _run_forward(
-    options: _Options, arrays: Arrays, segment_ids: jax.Array | None, *, has_checkpoints: bool
-) -> dict[str, jax.Array]:
-    batch, length, channels = arrays["x"].shape
-    state_shape = (channels, arrays["A"].shape[1])
-    chunks = -(-length // options.tiling.chunk)
-    constants = _constants(options, arrays, segment_ids, options.tiling.forward)
-    constants |= {"HAS_INITIAL": "initial_state" in arrays, "HAS_CHECKPOINTS": has_checkpoints}
+    tiling: Tiling, arguments: ScanArguments, *, has_checkpoints: bool
+) -> tuple[ScanOutput, jax.Array | None]:
+    """The result, and the states at the starts of chunks."""
+    batch, length, channels = arguments.x.shape
+    state_shape = (channels, arguments.A.shape[1])
+    chunks = -(-length // tiling.chunk)
+    constants = _constants(arguments)
+    constants |= {"HAS_INITIAL": arguments.initial_state is not None, "HAS_CHECKPOINTS": has_checkpoints}
     outputs = {
-        "y": jax.ShapeDtypeStruct(arrays["x"].shape, arrays["x"].dtype),
+        "y": jax.ShapeDtypeStruct(arguments.x.shape, arguments.x.dtype),
         "final_state": _float32(batch, *state_shape),
         "checkpoints": _float32(batch, chunks, *state_shape) if has_checkpoints else None,
     }
-    inputs = _inputs(arrays)
-    inputs["initial_state"] = _widened(arrays.get("initial_state"))
-    inputs["segment_ids"] = segment_ids
-    return _call(options, arrays, "forward", inputs, outputs, constants, options.tiling.forward)
+    inputs = _inputs(arguments)
+    inputs["initial_state"] = _widened(arguments.initial_state)
+    inputs["segment_ids"] = arguments.segment_ids
+    results = _call(tiling, arguments, "forward", inputs, outputs, constants, tiling.forward)
+    return ScanOutput(y=results["y"], final_state=results["final_state"]), results.get("checkpoints")
 
 
-def _scan_backward(options: _Options, residuals, cotangents):
-    arrays, segment_ids, checkpoints = residuals
-    dy, dfinal_state = cotangents
-    batch, length, channels = arrays["x"].shape
-    states = arrays["A"].shape[1]
-    tile = options.tiling.backward
-    groups, blocks = group_count(arrays["B"], arrays["C"]), _blocks(arrays, tile)
-    constants = _constants(options, arrays, segment_ids, tile)
-    inputs = _inputs(arrays)
-    inputs |= {"segment_ids": segment_ids, "checkpoints": checkpoints, "dy": dy, "dfinal_state": dfinal_state}
+def _scan_backward(tiling: Tiling, arguments: ScanArguments, checkpoints: jax.Array, cotangents: ScanOutput) -> Arrays:
+    inputs = _inputs(arguments)
+    inputs |= {
+        "segment_ids": arguments.segment_ids,
+        "checkpoints": checkpoints,
+        "dy": cotangents.y,
+        "dfinal_state": cotangents.final_state,
+    }
+    outputs = _gradient_types(tiling, arguments)
+    results = _call(tiling, arguments, "backward", inputs, outputs, _constants(arguments), tiling.backward)
+    operands, _ = arguments.operands()
+    gradients = {name: results[f"d{name}"] for name in operands.arrays() if f"d{name}" in results}
+    return {name: _summed(gradient, name, getattr(arguments, name)) for name, gradient in gradients.items()}
 
-    def like(name):
-        return jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) if name in arrays else None
 
-    def of_matrix(name):
-        if arrays[name].ndim == 2:
+def _gradient_types(tiling: Tiling, arguments: ScanArguments) -> dict[str, jax.ShapeDtypeStruct | None]:
+    """What the backward kernel writes: gradients of constants by batch row, of matrices by block of channels."""
+    given, tile = arguments.arrays(), tiling.backward
+    batch, length, channels = arguments.x.shape
+    states, groups, blocks = arguments.A.shape[1], group_count(arguments.B, arguments.C), _blocks(arguments, tile)
+
+    def like(name: str) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) if name in given else None
+
+    def of_matrix(matrix: jax.Array) -> jax.ShapeDtypeStruct:
+        if matrix.ndim == 2:
             return _float32(batch, channels, states)
         return _float32(blocks // groups, batch, length, groups, states)
 
-    kept = options.tiling.chunk // tile.tokens
-    kept_states = options.tiling.lanes * options.tiling.states
-    outputs = {f"d{name}": like(name) for name in ("x", "dt", "z")}
-    outputs |= {"dA": _float32(batch, channels, states), "dB": of_matrix("B"), "dC": of_matrix("C")}
-    outputs |= {f"d{name}": _float32(batch, channels) if name in arrays else None for name in ("D", "dt_bias")}
-    outputs["dinitial_state"] = _float32(batch, channels, states)
-    outputs["scratch"] = _float32(batch * blocks, kept, tile.channels, kept_states)
-    results = _call(options, arrays, "backward", inputs, outputs, constants, tile)
-    return {name: _summed(results[f"d{name}"], name, arrays[name]) for name in arrays}
+    types = {f"d{name}": like(name) for name in ("x", "dt", "z")}
+    types |= {"dA": _float32(batch, channels, states), "dB": of_matrix(arguments.B), "dC": of_matrix(arguments.C)}
+    types |= {f"d{name}": _float32(batch, channels) if name in given else None for name in ("D", "dt_bias")}
+    types["dinitial_state"] = _float32(batch, channels, states)
+    kept = tiling.chunk // tile.tokens
+    types["scratch"] = _float32(batch * blocks, kept, tile.channels, tiling.lanes * tiling.states)
+    return types
 
 
-_scan = differentiable(
-    _scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=no_forward_mode(OP, "triton")
+_scan = differentiable_op(
+    _scan_outputs,
+    forward=_scan_forward,
+    backward=_scan_backward,
+    tangent=no_forward_mode("selective_scan", "triton"),
 )
 
 
 def _summed(gradient: jax.Array, name: str, argument: jax.Array) -> jax.Array:
     """A gradient from what the kernel has computed of it, row by row or block by block."""
     if name in ("B", "C") and argument.ndim > 2:
-        gradient = gradient.sum(axis=0)
-        if argument.ndim == 3 or argument.shape[2] == 1:
-            gradient = gradient.sum(axis=2, keepdims=True)
-        gradient = gradient.reshape(argument.shape)
-    elif name in ("A", "B", "C", "D", "dt_bias"):
-        gradient = gradient.sum(axis=0)
-    return gradient.astype(argument.dtype)
+        return gradient_of_matrix(gradient.sum(axis=0), argument)
+    return gradient.sum(axis=0) if name in ("A", "B", "C", "D", "dt_bias") else gradient
 
 
 def _call(
-    options: _Options,
-    arrays: Arrays,
+    tiling: Tiling,
+    arguments: ScanArguments,
     kernel: str,
     inputs: dict[str, jax.Array | None],
     outputs: dict[str, jax.ShapeDtypeStruct | None],
     constants: dict[str, int | bool],
     tile: Tile,
 ) -> dict[str, jax.Array]:
-    kernels = triton_call.import_kernels(OP, _KERNELS)
+    kernels = triton_call.import_kernels(arguments.op, _KERNELS)
     constants = constants | {
         "T": tile.tokens,
-        "R": options.tiling.states,
+        "R": tiling.states,
         "E": tile.channels,
-        "P": options.tiling.lanes,
-        "CHUNK": options.tiling.chunk // tile.tokens,
+        "P": tiling.lanes,
+        "CHUNK": tiling.chunk // tile.tokens,
     }
     return triton_call.call(
         getattr(kernels, kernel),
         inputs,
         outputs,
         constants,
-        programs=arrays["x"].shape[0] * _blocks(arrays, tile),
+        programs=arguments.x.shape[0] * _blocks(arguments, tile),
         warps=tile.warps,
-        name=f"{OP}_{kernel}",
+        name=f"selective_scan_{kernel}",
     )
 
 
-def _inputs(arrays: Arrays) -> dict[str, jax.Array | None]:
+def _inputs(arguments: ScanArguments) -> dict[str, jax.Array | None]:
     """The arguments that both kernels take first. Matrices are in float32, which spares the kernels a conversion."""
-    inputs = {name: arrays.get(name) for name in ("x", "dt", "z")}
-    return inputs | {name: _widened(arrays.get(name)) for name in ("A", "B", "C", "D", "dt_bias")}
+    inputs = {name: getattr(arguments, name) for name in ("x", "dt", "z")}
+    return inputs | {name: _widened(getattr(arguments, name)) for name in ("A", "B", "C", "D", "dt_bias")}
 
 
-def _constants(options: _Options, arrays: Arrays, segment_ids: jax.Array | None, tile: Tile) -> dict[str, int | bool]:
+def _constants(arguments: ScanArguments) -> dict[str, int | bool]:
     """The compile-time parameters that both kernels take first."""
-    batch, length, channels = arrays["x"].shape
+    batch, length, channels = arguments.x.shape
     groups = {2: lambda shape: 0, 3: lambda shape: 1, 4: lambda shape: shape[2]}
     return {
         "BATCH": batch,
         "LENGTH": length,
         "CHANNELS": channels,
-        "STATES": arrays["A"].shape[1],
-        "GROUPS": group_count(arrays["B"], arrays["C"]),
-        "B_GROUPS": groups[arrays["B"].ndim](arrays["B"].shape),
-        "C_GROUPS": groups[arrays["C"].ndim](arrays["C"].shape),
-        "SOFTPLUS": options.dt_softplus,
-        "ZOH": options.discretization == "zoh",
-        "HAS_D": "D" in arrays,
-        "HAS_Z": "z" in arrays,
-        "HAS_BIAS": "dt_bias" in arrays,
-        "HAS_SEGMENTS": segment_ids is not None,
+        "STATES": arguments.A.shape[1],
+        "GROUPS": group_count(arguments.B, arguments.C),
+        "B_GROUPS": groups[arguments.B.ndim](arguments.B.shape),
+        "C_GROUPS": groups[arguments.C.ndim](arguments.C.shape),
+        "SOFTPLUS": arguments.dt_softplus,
+        "ZOH": arguments.discretization == "zoh",
+        "HAS_D": arguments.D is not None,
+        "HAS_Z": arguments.z is not None,
+        "HAS_BIAS": arguments.dt_bias is not None,
+        "HAS_SEGMENTS": arguments.segment_ids is not None,
     }
 
 
-def _blocks(arrays: Arrays, tile: Tile) -> int:
+def _blocks(arguments: ScanArguments, tile: Tile) -> int:
     """Programs of a batch row; no block of channels crosses a group."""
-    groups = group_count(arrays["B"], arrays["C"])
-    return groups * -(-(arrays["x"].shape[2] // groups) // tile.channels)
+    groups = group_count(arguments.B, arguments.C)
+    return groups * -(-(arguments.x.shape[2] // groups) // tile.channels)
 
 
 def _widened(array: jax.Array | None) -> jax.Array | None:

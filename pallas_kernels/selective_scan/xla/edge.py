@@ -1,37 +1,95 @@
 """Edge states of the selective scan in plain JAX: sums over chunks of tokens, in any precision."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.channels import group_count, per_group, round_up
 from pallas_kernels.common.discretization import step_size, zero_order_hold_gain
-from pallas_kernels.selective_scan.argument_layout import group_count, per_group, round_up, segment_starts
-from pallas_kernels.selective_scan.arguments import Discretization
+from pallas_kernels.common.segments import segment_starts
+from pallas_kernels.selective_scan.arguments import EdgeState, FinalStateArguments, InitialCotangentArguments
 from pallas_kernels.selective_scan.xla.pointwise import Tree
 
-# Tokens whose terms, N times as many as inputs, exist together where a compiler does not fuse the sum over them.
+# Tokens per chunk: bounds the (B, chunk, E, N) terms that exist at once if the compiler does not fuse the sum.
 _CHUNK = 64
 
 
-def edge_state(
-    arrays: Tree,
-    segment_ids: jax.Array | None,
-    *,
-    dt_softplus: bool,
-    discretization: Discretization,
-    backwards: bool,
-) -> jax.Array:
-    """See `pallas_kernels.selective_scan.edge_states`; backwards "x" is dy."""
-    A, matrix, dt_bias = arrays["A"], arrays["B"], arrays.get("dt_bias")
-    batch, length, channels = arrays["x"].shape
-    states, groups = A.shape[1], group_count(matrix)
-    steps_BLE = step_size(arrays["dt"], None if dt_bias is None else dt_bias[None, None], dt_softplus=dt_softplus)
-    weights_BLE = arrays["x"].astype(steps_BLE.dtype)
-    if "z" in arrays:
-        weights_BLE *= jax.nn.silu(arrays["z"].astype(steps_BLE.dtype))
-    if backwards and jnp.issubdtype(A.dtype, jnp.complexfloating):
-        weights_BLE *= 2
-    if not backwards and discretization == "euler":
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Direction:
+    """Towards which edge of the sequence terms are summed.
+
+    Attributes:
+        to_edge: (B, T, ...) of a chunk to the sums from each token to the edge, and those over the whole chunk.
+        is_reversed: chunks are taken from the last to the first.
+    """
+
+    to_edge: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    is_reversed: bool
+
+
+def _to_end(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token's own step is not on its way to the end, as its input does not decay in it."""
+    sums = jax.lax.cumsum(array, axis=1, reverse=True)
+    return jnp.pad(sums[:, 1:], ((0, 0), (0, 1), *((0, 0),) * (array.ndim - 2))), sums[:, 0]
+
+
+def _to_start(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token's own step is on its way to the start."""
+    sums = jax.lax.cumsum(array, axis=1, reverse=False)
+    return sums, sums[:, -1]
+
+
+_FORWARD = _Direction(to_edge=_to_end, is_reversed=False)
+_BACKWARD = _Direction(to_edge=_to_start, is_reversed=True)
+
+
+def final_state(arguments: FinalStateArguments) -> EdgeState:
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_final_state`.
+
+    h_L = sum_t exp(A s_tL) Bbar_t x_t.
+    """
+    steps_BLE = _steps(arguments)
+    weights_BLE = arguments.x.astype(steps_BLE.dtype)
+    if arguments.discretization == "euler":
         weights_BLE *= steps_BLE
+    gain = zero_order_hold_gain if arguments.discretization == "zoh" else None
+    return _sum_to_edge(arguments, _FORWARD, steps_BLE, weights_BLE, arguments.B, gain=gain)
+
+
+def initial_cotangent(arguments: InitialCotangentArguments) -> EdgeState:
+    """See `pallas_kernels.selective_scan.edge_states.selective_scan_initial_cotangent`.
+
+    dh_0 = sum_t exp(A s_0t) C_t silu(z_t) dy_t.
+    """
+    steps_BLE = _steps(arguments)
+    weights_BLE = arguments.dy.astype(steps_BLE.dtype)
+    if arguments.z is not None:
+        weights_BLE *= jax.nn.silu(arguments.z.astype(steps_BLE.dtype))
+    if jnp.issubdtype(arguments.A.dtype, jnp.complexfloating):
+        weights_BLE *= 2
+    return _sum_to_edge(arguments, _BACKWARD, steps_BLE, weights_BLE, arguments.C, gain=None)
+
+
+def _steps(arguments: FinalStateArguments | InitialCotangentArguments) -> jax.Array:
+    bias = arguments.dt_bias
+    return step_size(arguments.dt, None if bias is None else bias[None, None], dt_softplus=arguments.dt_softplus)
+
+
+def _sum_to_edge(
+    arguments: FinalStateArguments | InitialCotangentArguments,
+    direction: _Direction,
+    steps_BLE: jax.Array,
+    weights_BLE: jax.Array,
+    matrix: jax.Array,
+    *,
+    gain: Callable[[jax.Array, jax.Array], jax.Array] | None,
+) -> EdgeState:
+    """The sum over tokens of exp(A s) gain(dt, A) weight matrix, s the steps between the token and the edge."""
+    A, segment_ids = arguments.A, arguments.segment_ids
+    batch, length, channels = steps_BLE.shape
+    states, groups = A.shape[1], group_count(matrix)
     dtype = jnp.result_type(steps_BLE.dtype, A.dtype)
 
     def constant(array_EN: jax.Array) -> jax.Array:
@@ -55,29 +113,19 @@ def edge_state(
         return array_BTE.reshape(*array_BTE.shape[:2], groups, 1, -1)
 
     def advance(state_BGNF: jax.Array, tokens: Tree) -> tuple[jax.Array, None]:
-        to_edge_BTE, total_BE = _to_edge(tokens["steps"], backwards=backwards)
+        to_edge_BTE, total_BE = direction.to_edge(tokens["steps"])
         rows = tokens["matrix"][..., None] if "matrix" in tokens else constant(matrix)
         terms = jnp.exp(by_group(to_edge_BTE) * rates) * (by_group(tokens["weights"]) * rows)
-        if not backwards and discretization == "zoh":
-            terms *= zero_order_hold_gain(by_group(tokens["steps"]), rates)
+        if gain is not None:
+            terms *= gain(by_group(tokens["steps"]), rates)
         state_BGNF = jnp.exp(by_group(total_BE[:, None]) * rates)[:, 0] * state_BGNF
         if "starts" in tokens:
-            starts_BT, starts_B = _to_edge(tokens["starts"], backwards=backwards)
+            # What a document's start lies between, and the edge, contributes nothing.
+            starts_BT, starts_B = direction.to_edge(tokens["starts"])
             terms = jnp.where(starts_BT[:, :, None, None, None] == 0, terms, 0)
             state_BGNF = jnp.where(starts_B[:, None, None, None] == 0, state_BGNF, 0)
         return state_BGNF + jnp.sum(terms, axis=1), None
 
     start = jnp.zeros_like(weights_BLE, dtype, (batch, groups, states, channels // groups))
-    state_BGNF, _ = jax.lax.scan(advance, start, tokens, reverse=backwards)
-    return jnp.swapaxes(state_BGNF, 2, 3).reshape(batch, channels, states)
-
-
-def _to_edge(array: jax.Array, *, backwards: bool) -> tuple[jax.Array, jax.Array]:
-    """Sums of a chunk's (B, T, ...) from each token to the edge, and over the whole chunk.
-
-    Forward a token's own step is not on its way to the end, as its input does not decay in it.
-    """
-    sums = jax.lax.cumsum(array, axis=1, reverse=not backwards)
-    if backwards:
-        return sums, sums[:, -1]
-    return jnp.pad(sums[:, 1:], ((0, 0), (0, 1), *((0, 0),) * (array.ndim - 2))), sums[:, 0]
+    state_BGNF, _ = jax.lax.scan(advance, start, tokens, reverse=direction.is_reversed)
+    return EdgeState(state=jnp.swapaxes(state_BGNF, 2, 3).reshape(batch, channels, states))

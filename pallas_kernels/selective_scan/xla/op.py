@@ -16,12 +16,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.array_types import Size
+from pallas_kernels.common.channels import group_count, round_up
 from pallas_kernels.common.checks import decline_double_precision
-from pallas_kernels.common.derivatives import differentiable
+from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
-from pallas_kernels.selective_scan.argument_layout import group_count, round_up, segment_starts
-from pallas_kernels.selective_scan.arguments import OP, Discretization, ScanOutput
+from pallas_kernels.common.segments import segment_starts
+from pallas_kernels.selective_scan.arguments import Discretization, ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.xla.pointwise import Tree, emit, inject
 from pallas_kernels.selective_scan.xla.recurrence import (
     ASSOCIATIVE,
@@ -45,40 +45,25 @@ class _Options:
     chunk_length: int
 
 
-def selective_scan(
-    x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    *,
-    D: jax.Array | None,
-    z: jax.Array | None,
-    dt_bias: jax.Array | None,
-    dt_softplus: bool,
-    discretization: Discretization,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    recurrence: RecurrenceName,
-) -> ScanOutput:
+def selective_scan(arguments: ScanArguments, *, recurrence: RecurrenceName) -> ScanOutput:
     """See `pallas_kernels.selective_scan.api.selective_scan`; `recurrence` chooses how a chunk is scanned.
 
     Raises:
         NotImplementedError: an argument is float64 or complex128.
     """
-    decline_double_precision(OP, x, dt, A, B, C, D, z, dt_bias, initial_state)
-    batch, length, channels = x.shape
-    if initial_state is None:
-        initial_state = jnp.zeros_like(x, jnp.result_type(jnp.float32, A.dtype), (batch, channels, A.shape[1]))
-    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "state": initial_state}
+    decline_double_precision("xla", arguments)
+    length, chunk_length = arguments.x.shape[1], _chunk_length(recurrence)
     options = _Options(
-        dt_softplus=dt_softplus,
-        discretization=discretization,
+        dt_softplus=arguments.dt_softplus,
+        discretization=arguments.discretization,
         recurrence=recurrence,
-        chunk_length=min(length, _chunk_length(recurrence)) if isinstance(length, int) else _chunk_length(recurrence),
+        chunk_length=min(length, chunk_length) if isinstance(length, int) else chunk_length,
     )
-    y, final_state = _scan(options, {k: v for k, v in arrays.items() if v is not None}, segment_ids)
-    return ScanOutput(y=y, final_state=final_state)
+    if arguments.initial_state is None:
+        x, dtype = arguments.x, jnp.result_type(jnp.float32, arguments.A.dtype)
+        zero = jnp.zeros_like(x, dtype, (x.shape[0], x.shape[2], arguments.A.shape[1]))
+        arguments = dataclasses.replace(arguments, initial_state=zero)
+    return _scan(options, arguments)
 
 
 def _chunk_length(recurrence: RecurrenceName) -> int:
@@ -91,40 +76,34 @@ def _chunk_length(recurrence: RecurrenceName) -> int:
     return {r.name: r.chunk_length for r in (SEQUENTIAL, ASSOCIATIVE)}[recurrence]
 
 
-def _scan_outputs(options: _Options, arrays: Tree, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    return _scan_forward(options, arrays, segment_ids)[0]
+def _scan_outputs(options: _Options, arguments: ScanArguments) -> ScanOutput:
+    return _scan_forward(options, arguments)[0]
 
 
-def _scan_forward(options: _Options, arrays: Tree, segment_ids: jax.Array | None):
-    sequences, constants, state_BGNF = _split(options, arrays)
-    masks = _masks(options, arrays["x"].shape, segment_ids)
+def _scan_forward(options: _Options, arguments: ScanArguments) -> tuple[ScanOutput, jax.Array]:
+    """The result, and the state at the start of every chunk."""
+    sequences, constants, state_BGNF = _split(options, arguments.arrays())
+    masks = _masks(options, arguments)
     run = functools.partial(_run_forward, options)
     final_state_BGNF, starts_CBGNF, y_BLE = _on_platform(options, run, sequences, masks, constants, state_BGNF)
-    y_BLE = y_BLE[:, : arrays["x"].shape[1]]
-    return (y_BLE, _unpacked_state(final_state_BGNF)), (arrays, segment_ids, starts_CBGNF)
+    y_BLE = y_BLE[:, : arguments.x.shape[1]]
+    return ScanOutput(y=y_BLE, final_state=_unpacked_state(final_state_BGNF)), starts_CBGNF
 
 
-def _scan_backward(options: _Options, residuals, cotangents):
-    arrays, segment_ids, starts_CBGNF = residuals
-    dy_BLE, dstate_BEN = cotangents
-    (sequences, constants, state_BGNF), split_vjp = jax.vjp(functools.partial(_split, options), arrays)
-    masks = _masks(options, arrays["x"].shape, segment_ids)
-    dy_BLE = _padded(dy_BLE, options.chunk_length)
-    dstate_BGNF = _packed_state(dstate_BEN, groups=state_BGNF.shape[1])
+def _scan_backward(
+    options: _Options, arguments: ScanArguments, starts_CBGNF: jax.Array, cotangents: ScanOutput
+) -> Tree:
+    operands, _ = arguments.operands()
+    (sequences, constants, state_BGNF), split_vjp = jax.vjp(functools.partial(_split, options), operands.arrays())
+    masks = _masks(options, arguments)
+    dy_BLE = _padded(cotangents.y, options.chunk_length)
+    dstate_BGNF = _packed_state(cotangents.final_state, groups=state_BGNF.shape[1])
     run = functools.partial(_run_backward, options)
-    cotangents = _on_platform(options, run, sequences, masks, constants, starts_CBGNF, dy_BLE, dstate_BGNF)
-    (darrays,) = split_vjp(cotangents)
-    return darrays
+    gradients = _on_platform(options, run, sequences, masks, constants, starts_CBGNF, dy_BLE, dstate_BGNF)
+    return split_vjp(gradients)[0]
 
 
-def _scan_tangent(options: _Options, residuals, tangents: Tree):
-    arrays, segment_ids, _ = residuals
-    tangents = {name: tangent for name, tangent in tangents.items() if tangent is not None}
-    moving = {name: arrays[name] for name in tangents}
-    return jax.jvp(lambda moved: _scan_outputs(options, arrays | moved, segment_ids), (moving,), (tangents,))[1]
-
-
-_scan = differentiable(_scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=_scan_tangent)
+_scan = differentiable_op(_scan_outputs, forward=_scan_forward, backward=_scan_backward)
 
 
 def _on_platform(options: _Options, run, *args):
@@ -238,17 +217,16 @@ def _split(options: _Options, arrays: Tree) -> tuple[Tree, Tree, jax.Array]:
         else:
             matrix_BLGN = matrix[:, :, None] if matrix.ndim == 3 else matrix
             sequences[name] = _padded(matrix_BLGN, options.chunk_length)
-    return sequences, constants, _packed_state(arrays["state"].astype(constants["A"].dtype), groups)
+    return sequences, constants, _packed_state(arrays["initial_state"].astype(constants["A"].dtype), groups)
 
 
-def _masks(options: _Options, shape: tuple[Size, ...], segment_ids: jax.Array | None) -> Tree:
+def _masks(options: _Options, arguments: ScanArguments) -> Tree:
     """(B, L): `is_valid`, only if the length is padded, and `is_start` of a new segment, if there are any."""
-    masks = {}
+    masks, shape = {}, arguments.x.shape[:2]
     if shape[1] % options.chunk_length:
-        masks["is_valid"] = _padded(jnp.ones(shape[:2], bool), options.chunk_length)
-    if segment_ids is not None:
-        is_start_BL = segment_starts(segment_ids)
-        masks["is_start"] = _padded(is_start_BL, options.chunk_length)
+        masks["is_valid"] = _padded(jnp.ones(shape, bool), options.chunk_length)
+    if arguments.segment_ids is not None:
+        masks["is_start"] = _padded(segment_starts(arguments.segment_ids), options.chunk_length)
     return masks
 
 

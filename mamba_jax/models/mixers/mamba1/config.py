@@ -1,15 +1,22 @@
 """What a Mamba-1 mixer is made of."""
 
 import dataclasses
-from typing import Literal
+import math
+from typing import TYPE_CHECKING, Literal
 
-from mamba_jax.config_base import Config, require
+from mamba_jax.config_base import require
+from mamba_jax.models.mixers.declaration import MIXERS, MixerConfig
+
+if TYPE_CHECKING:
+    from mamba_jax.models.mixers.mamba1.mixer import Mamba1
+    from mamba_jax.models.published import Format
 
 ScanName = Literal["reference", "pallas_gpu", "pallas_tpu", "triton", "xla", "xla_sequential", "xla_associative"]
 
 
+@MIXERS.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mamba1Config(Config):
+class Mamba1Config(MixerConfig):
     """The Mamba-1 mixer (arXiv 2312.00752, sections 3.2-3.6) and the ablations of its section 4.6.
 
     Attributes:
@@ -62,3 +69,30 @@ class Mamba1Config(Config):
             len(set(self.selective)) == len(self.selective),
             f"Mamba1Config.selective names a projection twice: {self.selective}",
         )
+
+    @classmethod
+    def mixer(cls) -> "type[Mamba1]":
+        """The Mamba-1 mixer."""
+        from mamba_jax.models.mixers.mamba1.mixer import Mamba1
+
+        return Mamba1
+
+    @classmethod
+    def formats(cls) -> "tuple[Format, ...]":
+        """Those of the authors and of `transformers`."""
+        from mamba_jax.models.mixers.mamba1.published import FORMATS
+
+        return FORMATS
+
+    def channels(self, d_model: int) -> int:
+        """E, channels inside the mixer."""
+        return self.expand * d_model
+
+    def rank(self, d_model: int) -> int:
+        """R, rank of the projection that makes dt."""
+        return self.dt_rank if self.dt_rank is not None else math.ceil(d_model / 16)
+
+    @property
+    def past(self) -> int:
+        """K - 1, inputs before a token that the convolution reaches."""
+        return self.conv_width - 1 if self.use_conv else 0

@@ -1,0 +1,227 @@
+"""How Mamba-1 models are published: by the authors ("original"), and as `MambaForCausalLM` of `transformers` ("hf").
+
+The layouts differ in the name of the embedding, in `config.json`, and in whether a tied head is written. Tensors keep
+PyTorch's orientation there: linear weights (out, in), convolution weights (channels, 1, taps).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mamba_jax.errors import InputError, short
+from mamba_jax.models.config import ModelConfig
+from mamba_jax.models.mixers.mamba1.config import Mamba1Config
+from mamba_jax.models.published import Format, Table, Tensor, refuse_unsupported
+
+# Value that a key must have, if it is there, for the model to be a Mamba-1 as this library computes it.
+_HF_REQUIRED = {"model_type": "mamba", "hidden_act": "silu"}
+_ORIGINAL_REQUIRED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
+_HF_MIXER_KEYS = {
+    "state_size": "state_dim",
+    "conv_kernel": "conv_width",
+    "expand": "expand",
+    "time_step_rank": "dt_rank",
+    "time_step_scale": "dt_scale",
+    "time_step_min": "dt_min",
+    "time_step_max": "dt_max",
+    "time_step_floor": "dt_init_floor",
+    "time_step_init_scheme": "dt_init",
+    "use_bias": "use_bias",
+    "use_conv_bias": "use_conv_bias",
+}
+_ORIGINAL_MIXER_KEYS = {
+    "d_state": "state_dim",
+    "d_conv": "conv_width",
+    "expand": "expand",
+    "dt_rank": "dt_rank",
+    "dt_min": "dt_min",
+    "dt_max": "dt_max",
+    "dt_init": "dt_init",
+    "dt_scale": "dt_scale",
+    "dt_init_floor": "dt_init_floor",
+    "conv_bias": "use_conv_bias",
+    "bias": "use_bias",
+}
+
+
+def _mixer(config: ModelConfig) -> Mamba1Config:
+    """The mixer, if a published layout can express it."""
+    mixer, default = config.mixer, Mamba1Config()
+    assert isinstance(mixer, Mamba1Config)
+    for name in ("use_conv", "use_gate", "selective", "discretization"):
+        if getattr(mixer, name) != getattr(default, name):
+            raise InputError(
+                f"the published layouts cannot express model.mixer.{name}={getattr(mixer, name)!r}; "
+                f"only models with {getattr(default, name)!r} can be exported"
+            )
+    return mixer
+
+
+def _mixer_fields(content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    fields = {ours: content[key] for key, ours in keys.items() if key in content}
+    if fields.get("dt_rank") == "auto":
+        del fields["dt_rank"]
+    return {"kind": "mamba1", **fields}
+
+
+def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
+    refuse_unsupported(content, _HF_REQUIRED)
+    return {
+        "vocab_size": content["vocab_size"],
+        "vocab_multiple": 1,
+        "d_model": content["hidden_size"],
+        "num_layers": content["num_hidden_layers"],
+        "norm_eps": content.get("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": content.get("tie_word_embeddings", True),
+        "embedding_std": content.get("initializer_range", 0.1),
+        "rescale_residual": content.get("rescale_prenorm_residual", False),
+        "mixer": _mixer_fields(content, _HF_MIXER_KEYS),
+    }
+
+
+def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
+    refuse_unsupported(content, {"intermediate_size": _mixer(config).channels(config.d_model)})
+
+
+def _to_hf(config: ModelConfig) -> dict[str, Any]:
+    mixer = _mixer(config)
+    return {
+        "architectures": ["MambaForCausalLM"],
+        **_HF_REQUIRED,
+        **{key: getattr(mixer, name) for key, name in _HF_MIXER_KEYS.items()},
+        "time_step_rank": mixer.rank(config.d_model),
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": mixer.channels(config.d_model),
+        "num_hidden_layers": config.num_layers,
+        "layer_norm_epsilon": config.norm_eps,
+        "initializer_range": config.embedding_std,
+        # `from_pretrained` scales what it has loaded if this is true; these weights are finished.
+        "rescale_prenorm_residual": False,
+        "residual_in_fp32": True,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+        "dtype": config.param_dtype,
+    }
+
+
+def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
+    refuse_unsupported(content, _ORIGINAL_REQUIRED)
+    ssm = content.get("ssm_cfg", {})
+    if not isinstance(ssm, dict):
+        raise InputError(f"ssm_cfg={short(ssm)} is not a JSON object")
+    if ssm.get("layer", "Mamba1") != "Mamba1":
+        raise InputError(f"ssm_cfg.layer={short(ssm['layer'])} is not supported, only 'Mamba1'")
+    if unknown := sorted(ssm.keys() - _ORIGINAL_MIXER_KEYS.keys() - {"layer", "use_fast_path"}):
+        raise InputError(f"ssm_cfg keys {', '.join(unknown)[:100]} are not supported")
+    return {
+        "vocab_size": content["vocab_size"],
+        "vocab_multiple": content.get("pad_vocab_size_multiple", 8),
+        "d_model": content["d_model"],
+        "num_layers": content["n_layer"],
+        "norm_eps": content.get("norm_epsilon", 1e-5),
+        "tie_embeddings": content.get("tie_embeddings", True),
+        "mixer": _mixer_fields(ssm, _ORIGINAL_MIXER_KEYS),
+    }
+
+
+def _to_original(config: ModelConfig) -> dict[str, Any]:
+    mixer, default = _mixer(config), Mamba1Config()
+    if config.norm_eps != 1e-5:
+        raise InputError(f"the original layout fixes norm_eps at 1e-05, the model has {config.norm_eps}")
+    values = {key: (getattr(mixer, name), getattr(default, name)) for key, name in _ORIGINAL_MIXER_KEYS.items()}
+    return {
+        "d_model": config.d_model,
+        "d_intermediate": 0,
+        "n_layer": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": {key: value for key, (value, unset) in values.items() if value != unset},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": config.vocab_multiple,
+        "tie_embeddings": config.tie_embeddings,
+    }
+
+
+def _layer(name: str, *shape: int, **ways: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    return Tensor(name="backbone.layers.{}." + name, shape=shape, **ways)
+
+
+def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a layer's mixer, by their paths in it."""
+    mixer = _mixer(config)
+    model, state, width = config.d_model, mixer.state_dim, mixer.conv_width
+    inner, rank = mixer.channels(model), mixer.rank(model)
+    transpose = {"to_file": np.transpose, "from_file": np.transpose}
+    tensors = {
+        "in_proj/kernel": _layer(
+            "mixer.in_proj.weight",
+            2 * inner,
+            model,
+            to_file=lambda w: w.reshape(w.shape[0], 2 * inner).T,
+            from_file=lambda w: w.T.reshape(w.shape[1], 2, inner),
+        ),
+        "conv1d/weight": _layer(
+            "mixer.conv1d.weight",
+            inner,
+            1,
+            width,
+            to_file=lambda w: w.T[:, None],
+            from_file=lambda w: w.reshape(inner, width).T,
+        ),
+        "x_proj/kernel": _layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
+        "dt_proj/kernel": _layer("mixer.dt_proj.weight", inner, rank, **transpose),
+        "dt_proj/bias": _layer("mixer.dt_proj.bias", inner),
+        "A_log": _layer("mixer.A_log", inner, state),
+        "D": _layer("mixer.D", inner),
+        "out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
+    }
+    if mixer.use_conv_bias:
+        tensors["conv1d/bias"] = _layer("mixer.conv1d.bias", inner)
+    if mixer.use_bias:
+        tensors["in_proj/bias"] = _layer(
+            "mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner)
+        )
+        tensors["out_proj/bias"] = _layer("mixer.out_proj.bias", model)
+    return tensors
+
+
+def _tensors(config: ModelConfig, *, embedding: str) -> Table:
+    vocab, model = config.padded_vocab_size, config.d_model
+    tensors = {
+        "embedding/table": Tensor(name=embedding, shape=(vocab, model)),
+        "norm_f/scale": Tensor(name="backbone.norm_f.weight", shape=(model,)),
+        "layers/norm/scale": _layer("norm.weight", model),
+        **{f"layers/mixer/{path}": tensor for path, tensor in _of_mixer(config).items()},
+    }
+    if not config.tie_embeddings:
+        tensors["lm_head/table"] = Tensor(name="lm_head.weight", shape=(vocab, model))
+    return {tuple(path.split("/")): tensor for path, tensor in tensors.items()}
+
+
+FORMATS = (
+    Format(
+        layout="hf",
+        mixer="mamba1",
+        recognises=lambda content: "model_type" in content,
+        read_config=_from_hf,
+        check_config=_check_hf,
+        write_config=_to_hf,
+        tensors=lambda config: _tensors(config, embedding="backbone.embeddings.weight"),
+        keeps_extra=True,
+    ),
+    Format(
+        layout="original",
+        mixer="mamba1",
+        recognises=lambda content: "d_model" in content,
+        read_config=_from_original,
+        check_config=lambda content, config: None,
+        write_config=_to_original,
+        tensors=lambda config: _tensors(config, embedding="backbone.embedding.weight"),
+        tied_head="lm_head.weight",
+    ),
+)

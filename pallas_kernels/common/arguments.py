@@ -1,0 +1,227 @@
+"""What an op takes and returns, declared once: dataclasses whose fields say by letters what dimensions an array has.
+
+A call's arguments travel from the public function to the kernels as one object. Argument checks, sharded calls, tests
+and benchmarks read the same declarations. Letters are those of `pallas_kernels.common.array_types`.
+
+Example:
+    @arguments("moving_average")
+    class AverageArguments(Arguments):
+        x: Leaf = array("BLE")
+        rate: Leaf = array("E")
+        initial_state: Leaf | None = array("BE", optional=True)
+
+    @result
+    class AverageOutput:
+        y: Leaf = array("BLE")
+        final_state: Leaf = array("BE")
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common.array_types import Size
+
+DType = Literal["real", "complex", "integer"]
+
+
+def array(*letters: str, optional: bool = False, dtype: DType = "real", complex_with: str | None = None) -> Any:
+    """An array among an op's arguments or results.
+
+    Args:
+        *letters: the dimensions it may have; different numbers of them tell layouts apart.
+        optional: None stands for its absence.
+        dtype: "real" floating, "complex" for real or complex floating, or "integer", which has no derivative.
+        complex_with: it may be complex where this other argument is.
+    """
+    metadata = {"letters": letters, "optional": optional, "dtype": dtype, "complex_with": complex_with}
+    return dataclasses.field(metadata=metadata, default=None) if optional else dataclasses.field(metadata=metadata)
+
+
+def option(default: Any, *, choices: tuple[Any, ...]) -> Any:
+    """A static argument that is one of `choices`."""
+    return dataclasses.field(default=default, metadata={"static": True, "choices": choices})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(array, option))
+def arguments(op: str) -> Callable[[type], type]:
+    """Makes a class of fields the arguments of the op of this name."""
+
+    def decorate(cls: type) -> type:
+        setattr(cls, "op", op)  # noqa: B010  no field
+        return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+    return decorate
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(array,))
+def result[Output](cls: type[Output]) -> type[Output]:
+    """Makes a class of fields the result of an op."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The arguments of one call: arrays, of which the first declares the sizes that others follow, and options.
+
+    Attributes:
+        op: name of the op.
+        derived: by letter, which other letter's size it has, and how much more.
+    """
+
+    op: ClassVar[str]
+    derived: ClassVar[Mapping[str, tuple[str, int]]] = {}
+
+    @classmethod
+    def of[T](cls: type[T], **given: Any) -> T:
+        """The arguments of a call, whatever becomes an array made one, once they are within the declarations.
+
+        Raises:
+            ValueError: a value is not an array, a shape or dtype is outside the declarations, or an option is unknown.
+        """
+        declared = fields_of(cls)
+        arrays = {
+            name: _as_array(cls, name, given[name])
+            for name, field in declared.items()
+            if given.get(name) is not None or not field.metadata["optional"]
+        }
+        checked: Any = cls(**(given | arrays))
+        checked._check_shapes()
+        checked._check_dtypes()
+        checked._check_options()
+        return checked
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """The arrays that were given, by name."""
+        return {name: value for name in fields_of(type(self)) if (value := getattr(self, name)) is not None}
+
+    def letters(self) -> dict[str, str]:
+        """Letters of the dimensions of every array that was given."""
+        return {name: letters_of(type(self), name, value) for name, value in self.arrays().items()}
+
+    def operands[T](self: T) -> tuple[T, dict[str, jax.Array]]:
+        """The arguments without their integer arrays, and those: what has derivatives and what has none."""
+        arguments: Any = self
+        names = [name for name, field in fields_of(type(self)).items() if field.metadata["dtype"] == "integer"]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(arguments, **dict.fromkeys(names)), given
+
+    def _check_shapes(self) -> None:
+        sizes: dict[str, Size] = {}
+        for name, value in self.arrays().items():
+            allowed = fields_of(type(self))[name].metadata["letters"]
+            found = next((letters for letters in allowed if _fits(letters, value.shape, sizes)), None)
+            if found is None:
+                raise ValueError(f"{self.op}: {name} has shape {value.shape}, expected {_expected(allowed, sizes)}")
+            sizes |= {letter: size for letter, size in zip(found, value.shape, strict=True) if letter != "G"}
+            self._check_groups(name, found, value.shape, sizes)
+            sizes |= {letter: sizes[of] + more for letter, (of, more) in self.derived.items() if of in sizes}
+
+    def _check_groups(self, name: str, letters: str, shape: tuple[Size, ...], sizes: dict[str, Size]) -> None:
+        """Groups divide the channels; an array of one group serves all of them, others have equally many."""
+        if "G" not in letters:
+            return
+        groups = shape[letters.index("G")]
+        if sizes["E"] % groups:
+            raise ValueError(f"{self.op}: {name} has {groups} groups, which do not divide E={sizes['E']}")
+        if groups > 1 and sizes.setdefault("G", groups) != groups:
+            raise ValueError(f"{self.op}: {name} has {groups} groups, another array has {sizes['G']}: make them equal")
+
+    def _check_dtypes(self) -> None:
+        for name, value in self.arrays().items():
+            metadata = fields_of(type(self))[name].metadata
+            companion = metadata["complex_with"]
+            may_be_complex = metadata["dtype"] == "complex" or (
+                companion is not None and jnp.issubdtype(getattr(self, companion).dtype, jnp.complexfloating)
+            )
+            is_complex = jnp.issubdtype(value.dtype, jnp.complexfloating)
+            if metadata["dtype"] == "integer":
+                fits, expected = jnp.issubdtype(value.dtype, jnp.integer), "an integer dtype"
+            else:
+                fits = jnp.issubdtype(value.dtype, jnp.floating) or (is_complex and may_be_complex)
+                takes_complex = metadata["dtype"] == "complex" or companion is not None
+                expected = "a floating or complex dtype" if takes_complex else "a real floating dtype"
+            if not fits and is_complex and companion is not None:
+                raise ValueError(
+                    f"{self.op}: {name} has dtype {value.dtype} but {companion} is real; give a complex {companion} or "
+                    f"a real {name}"
+                )
+            if not fits:
+                raise ValueError(f"{self.op}: {name} has dtype {value.dtype}, expected {expected}")
+
+    def _check_options(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if "choices" in field.metadata and value not in field.metadata["choices"]:
+                known = " or ".join(map(repr, field.metadata["choices"]))
+                raise ValueError(f"{self.op}: unknown {field.name} {value!r}; choose {known}")
+
+
+def _as_array(cls: Any, name: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{cls.op}: {name} is not an array but {type(value).__name__} ({reason})") from error
+
+
+def fields_of(cls: type) -> dict[str, dataclasses.Field]:
+    """The arrays among the fields of an op's arguments or results, by name."""
+    return {field.name: field for field in dataclasses.fields(cls) if "letters" in field.metadata}
+
+
+def letters_of(cls: type, name: str, value: Any) -> str:
+    """Letters of the dimensions of an array, by their number; a group for all channels is a "1"."""
+    letters = next(layout for layout in fields_of(cls)[name].metadata["letters"] if len(layout) == value.ndim)
+    return letters.replace("G", "1") if "G" in letters and value.shape[letters.index("G")] == 1 else letters
+
+
+def _fits(letters: str, shape: tuple[Size, ...], sizes: Mapping[str, Size]) -> bool:
+    """Whether a shape has these dimensions, of the sizes that are known; only a window (W) may be empty."""
+    if len(letters) != len(shape):
+        return False
+    pairs = list(zip(letters, shape, strict=True))
+    return all(
+        (size != 0 or letter == "W") and (letter == "G" or sizes.get(letter, size) == size) for letter, size in pairs
+    )
+
+
+def _expected(allowed: tuple[str, ...], sizes: Mapping[str, Size]) -> str:
+    """The layouts in letters, and in numbers as far as sizes are known."""
+
+    def written(letters: str, names: Mapping[str, Any]) -> str:
+        return f"({', '.join(str(names.get(letter, letter)) for letter in letters)}{',' * (len(letters) == 1)})"
+
+    numbers = [written(letters, sizes) for letters in allowed]
+    meaning = " or ".join(written(letters, {"W": "K - 1"}) for letters in allowed)
+    return f"{meaning} = {' or '.join(numbers)}" if sizes else f"non-empty {meaning}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpTable:
+    """An op as others see it: what it takes, and what it returns.
+
+    Attributes:
+        takes: class of its arguments.
+        returns: class of its result.
+    """
+
+    takes: type[Arguments]
+    returns: type
+
+    @property
+    def arguments(self) -> dict[str, tuple[str, ...]]:
+        """Layouts of every array that it takes, in letters."""
+        return {name: field.metadata["letters"] for name, field in fields_of(self.takes).items()}
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Layout of every array that it returns, in letters."""
+        return {name: field.metadata["letters"][0] for name, field in fields_of(self.returns).items()}
+
+    def letters(self, name: str, value: Any) -> str:
+        """Letters of the dimensions of one of its arguments."""
+        return letters_of(self.takes, name, value)
