@@ -48,12 +48,11 @@ from mamba_jax.config import (
 )
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
-from mamba_jax.models import lookup, parameters
+from mamba_jax.models import lookup
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training import step as step_module
-from mamba_jax.training import train_state
-from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.step import make_train_step
+from mamba_jax.training.config import ProgramConfig
+from mamba_jax.training.program import TrainProgram
 
 Variant = Literal["free", "repeatable"]
 _SPEEDS = ("tokens_per_second", "mfu")
@@ -89,12 +88,23 @@ class Options:
     run_steps: int = 60
     output: Path = Path(__file__).parent / "results"
 
-    def experiment(self, *, run_dir: str = "none", num_steps: int = 1000) -> ExperimentConfig:
-        """The run of this model on the text, if there is any."""
+    @property
+    def program(self) -> ProgramConfig:
+        """The step."""
+        return ProgramConfig(
+            model=ModelConfig(vocab_size=self.vocab_size, d_model=self.d_model, num_layers=self.num_layers),
+            optimizer=OptimizerConfig(peak_lr=1e-3),
+            num_steps=1000,
+            seq_len=self.length,
+            global_batch=self.batch,
+        )
+
+    def experiment(self, *, run_dir: str, num_steps: int) -> ExperimentConfig:
+        """The run of this model on the text."""
         text = TextFolderSource(path=str(self.text))
         return ExperimentConfig(
             name="determinism",
-            model=ModelConfig(vocab_size=self.vocab_size, d_model=self.d_model, num_layers=self.num_layers),
+            model=self.program.model,
             data=DataConfig(
                 train=text,
                 validation=text,
@@ -102,7 +112,7 @@ class Options:
                 global_batch=self.batch,
                 cache_dir=f"{run_dir}_cache",
             ),
-            optimizer=OptimizerConfig(peak_lr=1e-3),
+            optimizer=self.program.optimizer,
             train=TrainConfig(
                 num_steps=num_steps, run_dir=run_dir, log_every=1, sample_every=num_steps // 3, sample_tokens=32
             ),
@@ -138,19 +148,16 @@ def run_steps(options: Options, variant: Variant) -> Steps:
     if variant == "free":
         lookup._add_sorted = lookup._add_in_order
         step_module.repeatable = lambda mesh: {}
-    config = options.experiment()
-    mesh = make_mesh(config.mesh, jax.devices()[: options.num_devices])
-    definition = parameters.define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
-    abstract = train_state.abstract_state(config, definition, optimizer, mesh)
+    mesh = make_mesh(MeshConfig(data=options.num_devices), jax.devices()[: options.num_devices])
+    program = TrainProgram(options.program, mesh)
     runs, walls = [], []
     with jax.set_mesh(mesh):
         batches = [put_batch(mesh, batch) for batch in make_batches(options)]
         start = time.perf_counter()
-        step = make_train_step(config, definition, optimizer, abstract).lower(abstract, batches[0]).compile()
+        step = program.step.lower(program.state, batches[0]).compile()
         compile_seconds = time.perf_counter() - start
         for _ in range(2):
-            state = train_state.initialize(config, definition, optimizer, abstract)
+            state = program.initialize()
             found = []
             for batch in batches:
                 state, metrics = step(state, batch)

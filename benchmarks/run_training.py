@@ -30,22 +30,18 @@ import optax
 
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
-    DataConfig,
-    ExperimentConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    TextFolderSource,
-    TrainConfig,
 )
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.models import parameters
 from mamba_jax.models.flops import flops_per_token, model_flops_utilization
 from mamba_jax.models.loss import next_token_loss
 from mamba_jax.sharding import make_mesh, put_batch
-from mamba_jax.training import train_state
+from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.step import make_train_step
+from mamba_jax.training.program import TrainProgram
 from pallas_kernels import causal_conv1d, selective_scan
 
 Remat = Literal["none", "dots", "block"]
@@ -82,10 +78,9 @@ class Options:
     seconds: float = 20.0
     output: Path = Path(__file__).parent / "results"
 
-    def experiment(self, remat: Remat) -> ExperimentConfig:
-        """The run that one policy is measured with; its data and folder are never touched."""
-        return ExperimentConfig(
-            name="benchmark",
+    def program(self, remat: Remat) -> ProgramConfig:
+        """What one policy is measured with."""
+        return ProgramConfig(
             model=ModelConfig(
                 vocab_size=self.vocab_size,
                 d_model=self.d_model,
@@ -93,10 +88,11 @@ class Options:
                 compute_dtype=self.compute_dtype,
                 remat=remat,
             ),
-            data=DataConfig(train=TextFolderSource(path="none"), seq_len=self.length, global_batch=self.batch),
             optimizer=OptimizerConfig(peak_lr=1e-3),
-            train=TrainConfig(num_steps=1000, run_dir="none", loss_chunk=self.loss_chunk),
-            mesh=MeshConfig(data=1),
+            num_steps=1000,
+            seq_len=self.length,
+            global_batch=self.batch,
+            loss_chunk=self.loss_chunk,
         )
 
 
@@ -139,12 +135,9 @@ def select_platform(device: str) -> None:
 def measure_step(options: Options, remat: Remat) -> StepCost:
     """The whole donated step, as the training loop runs it."""
     select_platform(options.device)
-    config = options.experiment(remat)
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    definition = parameters.define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
-    abstract = train_state.abstract_state(config, definition, optimizer, mesh)
-    state = train_state.initialize(config, definition, optimizer, abstract)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    program = TrainProgram(options.program(remat), mesh)
+    state = program.initialize()
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, options.vocab_size, (options.batch, options.length + 1)).astype(np.int32)
     host_batch = LMBatch(
@@ -155,7 +148,7 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
     )
     with jax.set_mesh(mesh):
         batch = put_batch(mesh, host_batch)
-        lowered = make_train_step(config, definition, optimizer, abstract).lower(state, batch)
+        lowered = program.step.lower(state, batch)
         start = time.perf_counter()
         step = lowered.compile()
         compile_seconds = time.perf_counter() - start
@@ -182,7 +175,7 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
 
 def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
     """The pieces of a step: name to a function of arrays, its arguments, and how often a step does it."""
-    config = options.experiment("none").model
+    config = options.program("none").model
     mixer: Any = config.mixer
     dtype, layers, width = jnp.dtype(config.compute_dtype), config.num_layers, config.d_model
     inner, rank, states = mixer.channels(width), mixer.rank(width), mixer.state_dim
@@ -228,9 +221,9 @@ def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
 
 def measure_update(options: Options) -> Timing:
     """The optimizer alone, in place."""
-    config = options.experiment("none")
+    config = options.program("none")
     definition = parameters.define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
+    optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps, definition=definition)
     state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), definition.params)
     state = (state, optimizer.init(state))
     gradient = jax.tree.map(jnp.ones_like, state[0])
@@ -264,7 +257,7 @@ def measure_parts(options: Options) -> dict[str, Timing]:
 def step_table(options: Options, costs: dict[Remat, StepCost]) -> list[str]:
     """Markdown lines of the whole step."""
     tokens = options.batch * options.length
-    config = options.experiment("none").model
+    config = options.program("none").model
     lines = [
         "| remat | tokens/s | best ms | CPU s a step | MFU | temporaries MiB | peak memory MiB | compile s |",
         "|---|---|---|---|---|---|---|---|",
@@ -299,7 +292,7 @@ def part_table(options: Options, timings: dict[str, Timing], whole: StepCost, re
 
 def header(options: Options, day: str, device_kind: str) -> list[str]:
     """Markdown lines that say what was measured, on what, and how."""
-    config = options.experiment("none").model
+    config = options.program("none").model
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     cpu = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
@@ -328,7 +321,7 @@ def main() -> None:
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_training.py")
         for remat in options.remat:
-            options.experiment(remat)
+            options.program(remat)
         costs: dict[Remat, StepCost] = {}
         with concurrent.futures.ProcessPoolExecutor(
             1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1

@@ -7,7 +7,7 @@ from mamba_jax.data.config import DataConfig
 from mamba_jax.evaluation.config import EvaluationConfig
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.sharding.config import MeshConfig
-from mamba_jax.training.config import CheckpointConfig, FaultsConfig, OptimizerConfig, TrainConfig
+from mamba_jax.training.config import CheckpointConfig, FaultsConfig, OptimizerConfig, ProgramConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,33 +45,29 @@ class ExperimentConfig(Config):
 
     def _check(self) -> None:
         require(0 <= self.seed < 2**32, f"ExperimentConfig.seed must lie in 0 .. 2**32 - 1, got {self.seed}")
-        batch, parts = self.data.global_batch, self.train.accumulation_steps
-        require(
-            batch % parts == 0,
-            f"data.global_batch ({batch}) must be divisible by train.accumulation_steps ({parts}): change one of them",
-        )
-        length, windows = self.data.seq_len, self.train.windows
-        require(
-            length % windows == 0,
-            f"data.seq_len ({length}) must be divisible by train.windows ({windows}): change one of them",
-        )
-        self._check_recipe()
+        _ = self.program  # checks that its parts go together
 
-    def _check_recipe(self) -> None:
-        """Weights and moments stay finite as long as gradients are.
+    @property
+    def program(self) -> ProgramConfig:
+        """What the compiled step depends on.
 
-        No element of a clipped gradient exceeds clip_norm, so neither does a mean of them, and Adam's direction is at
-        most clip_norm / eps; Muon's is far smaller. Decay alone brings a weight nearer to 0.
+        Raises:
+            InputError: its parts do not go together.
         """
-        recipe = self.optimizer
-        largest_lr = max(recipe.peak_lr, recipe.schedule.final_lr)
-        decay, way = largest_lr * recipe.weight_decay, self.train.num_steps * largest_lr * recipe.clip_norm / recipe.eps
-        require(
-            decay <= 1,
-            f"optimizer.peak_lr * weight_decay = {decay:.3g} must not exceed 1: weights would change their sign",
-        )
-        require(
-            way <= 1e37,
-            f"train.num_steps * optimizer.peak_lr * clip_norm / eps = {way:.3g}: weights could exceed what float32 "
-            "holds; lower peak_lr or clip_norm, or raise eps",
+        data, train = self.data, self.train
+        return ProgramConfig(
+            model=self.model,
+            optimizer=self.optimizer,
+            faults=self.faults,
+            seed=self.seed,
+            num_steps=train.num_steps,
+            global_batch=data.global_batch,
+            seq_len=data.seq_len,
+            documents=data.documents,
+            order=data.order,
+            accumulation_steps=train.accumulation_steps,
+            windows=train.windows,
+            window_gradient=train.window_gradient,
+            z_loss=train.z_loss,
+            loss_chunk=train.loss_chunk,
         )

@@ -17,7 +17,8 @@ from mamba_jax.config import (
     TextFolderSource,
     TrainConfig,
 )
-from mamba_jax.run import loop
+from mamba_jax.training import program
+from mamba_jax.training.config import ProgramConfig
 
 WORDS = ("state", "space", "models", "select", "what", "they", "remember", "and", "forget", "the", "rest")
 
@@ -85,14 +86,14 @@ def make_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeC
 @pytest.fixture(scope="module")
 def shared_step() -> Iterator[None]:
     """Starts of the same model trace its step once; here it is not what is tested."""
-    make, made = loop.make_train_step, {}
+    make, made = program.make_train_step, {}
 
-    def make_once(config: ExperimentConfig, *rest: Any) -> Any:
-        key = (config.model, config.optimizer, config.train.num_steps)
+    def make_once(config: ProgramConfig, *rest: Any) -> Any:
+        key = (config.model, config.optimizer, config.num_steps)
         if key not in made:
             made[key] = make(config, *rest)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_once)
+        patch.setattr(program, "make_train_step", make_once)
         yield

@@ -32,7 +32,7 @@ from mamba_jax.sharding import (
     process_rows,
     put_batch,
 )
-from mamba_jax.training.program import check_batches
+from mamba_jax.training.program import TrainProgram, check_rows
 from pallas_kernels.common.ahead_of_time import tpu_devices
 
 
@@ -131,11 +131,16 @@ def test_batches_that_do_not_fit_the_mesh_are_refused(fields: dict[str, int], me
         evaluation=EvaluationConfig(batch_size=values["batch_size"]),
     )
     mesh = make_mesh(MeshConfig(data=2, sequence=4))
+
+    def check() -> None:
+        check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
+        TrainProgram(config.program, mesh)
+
     if message is None:
-        check_batches(config, mesh)
+        check()
         return
     with pytest.raises(InputError, match=message):
-        check_batches(config, mesh)
+        check()
 
 
 def test_uneven_parameter_is_refused_by_name() -> None:

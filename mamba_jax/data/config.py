@@ -86,6 +86,8 @@ class TfdsSource(Config):
 
 
 Source = ShardSource | TextFolderSource | TfdsSource
+Documents = Literal["packed", "concatenated"]
+Order = Literal["shuffled", "streams"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +113,8 @@ class DataConfig(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     seq_len: int
     global_batch: int
-    documents: Literal["packed", "concatenated"] = "packed"
-    order: Literal["shuffled", "streams"] = "shuffled"
+    documents: Documents = "packed"
+    order: Order = "shuffled"
     cache_dir: str = "runs/data_cache"
     prefetch: int = 2
 

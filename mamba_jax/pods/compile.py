@@ -16,43 +16,24 @@ from mamba_jax.cli import print_result
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.flops import flops_per_token
-from mamba_jax.models.parameters import define
 from mamba_jax.pods import hlo
 from mamba_jax.pods.estimate import CORES, KERNELS, StepReport
 from mamba_jax.run.out_of_memory import advice
 from mamba_jax.sharding import make_mesh
-from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.program import check_batches
-from mamba_jax.training.step import abstract_batch, make_train_step
-from mamba_jax.training.train_state import TrainState, abstract_state
+from mamba_jax.sharding.config import MeshConfig
+from mamba_jax.training.config import ProgramConfig
+from mamba_jax.training.program import TrainProgram
 from pallas_kernels.common import ahead_of_time
 
 _COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
-def lower_step(
-    config: ExperimentConfig, devices: Sequence[jax.Device], platform: str
-) -> tuple[jax.stages.Lowered, TrainState]:
-    """The step that `train` would run on the devices, from shapes and shardings alone; and the state's.
-
-    Raises:
-        InputError: the mesh does not fit the devices, or the batch or a parameter the mesh.
-    """
-    mesh = make_mesh(config.mesh, devices)
-    check_batches(config, mesh)
-    definition = define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
-    state = abstract_state(config, definition, optimizer, mesh)
-    with jax.set_mesh(mesh):
-        step = make_train_step(config, definition, optimizer, state)
-        return step.trace(state, abstract_batch(config, mesh)).lower(lowering_platforms=(platform,)), state
-
-
-def compile_step(config: ExperimentConfig, topology: str, *, num_slices: int = 1) -> StepReport:
+def compile_step(config: ProgramConfig, mesh: MeshConfig, topology: str, *, num_slices: int = 1) -> StepReport:
     """Compiles the training step for every device of a TPU topology such as "v5e:16x16", or of several of them.
 
     Args:
-        config: of the run.
+        config: what the step depends on.
+        mesh: how the devices are arranged.
         topology: generation and chips along the axes of a slice.
         num_slices: slices of that shape, joined by the data-centre network.
 
@@ -68,16 +49,17 @@ def compile_step(config: ExperimentConfig, topology: str, *, num_slices: int = 1
             f"no TPU topology {topology!r}: expected a generation and the chips along its axes, such as v5e:4x4, "
             f"v5p:4x4x4 or v6e:16x16 ({str(error).splitlines()[0]})"
         ) from None
-    lowered, state = lower_step(config, devices, "tpu")
+    program = TrainProgram(config, make_mesh(mesh, devices))
+    lowered = program.lower(("tpu",))
     try:
-        program = ahead_of_time.compile_lowered(lowered)
+        compiled = ahead_of_time.compile_lowered(lowered)
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
         needs = f"needs {used[1]} of {used[2]} a device" if used else "needs more memory than a device has"
-        raise InputError(f"the step does not fit {topology}: it {needs}; {advice(config)}") from None
-    return _report(config, devices, num_slices, state, program)
+        raise InputError(f"the step does not fit {topology}: it {needs}; {advice(config.model)}") from None
+    return _report(program, devices, num_slices, compiled)
 
 
 def print_report(config: ExperimentConfig, topology: str | None, num_slices: str) -> int:
@@ -96,23 +78,20 @@ def print_report(config: ExperimentConfig, topology: str | None, num_slices: str
     if not num_slices.isdecimal():
         raise InputError(f"--num-slices {num_slices} is not a whole number from 1 on")
     jax.config.update("jax_platforms", "cpu")
-    print_result("\n".join(compile_step(config, topology, num_slices=int(num_slices)).lines()))
+    print_result("\n".join(compile_step(config.program, config.mesh, topology, num_slices=int(num_slices)).lines()))
     return 0
 
 
 def _report(
-    config: ExperimentConfig,
-    devices: Sequence[jax.Device],
-    num_slices: int,
-    state: TrainState,
-    program: jax.stages.Compiled,
+    program: TrainProgram, devices: Sequence[jax.Device], num_slices: int, compiled: jax.stages.Compiled
 ) -> StepReport:
-    memory = program.memory_analysis()
+    config, state = program.config, program.state
+    memory = compiled.memory_analysis()
     assert memory is not None, "the TPU compiler reports memory"
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
-    counts = count_instructions(program.as_text() or "", num_slices)
+    counts = count_instructions(compiled.as_text() or "", num_slices)
     cores = CORES.get(devices[0].device_kind)
-    tokens = config.data.global_batch * config.data.seq_len / len(devices)
+    tokens = config.global_batch * config.seq_len / len(devices)
     return StepReport(
         devices=len(devices),
         num_slices=num_slices,
@@ -129,7 +108,7 @@ def _report(
         collective_lines=tuple(counts.collective_lines),
         between_slices={kind: (counts.transfers[kind], counts.received[kind]) for kind in sorted(counts.received)},
         kernels={name: counts.calls[name] for name in counts.kernel_elements},
-        flops=tokens * flops_per_token(config.model, length=config.data.seq_len),
+        flops=tokens * flops_per_token(config.model, length=config.seq_len),
         operation_seconds=None if cores is None else counts.cycles / cores.clock_hz,
         kernel_seconds=None if cores is None else cores.kernel_seconds(counts.kernel_elements),
     )

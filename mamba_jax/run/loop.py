@@ -4,10 +4,8 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from mamba_jax.checkpoint import Checkpointer
 from mamba_jax.data.batch import LMBatch
@@ -19,7 +17,7 @@ from mamba_jax.evaluation.perplexity import Perplexity, evaluate
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.export.initial import initial_params as _initial_params
 from mamba_jax.generation.text import complete
-from mamba_jax.models.parameters import ModelDefinition, Params, define
+from mamba_jax.models.parameters import Params
 from mamba_jax.run.directory import (
     begins_at_zero,
     check_is_run_or_free,
@@ -38,10 +36,8 @@ from mamba_jax.run.watchdog import Watchdog
 from mamba_jax.sharding import make_mesh, process_rows, put_batch
 from mamba_jax.telemetry.metrics import Kind
 from mamba_jax.telemetry.run_log import Reporter
-from mamba_jax.training import train_state
-from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.program import check_batches
-from mamba_jax.training.step import StepMetrics, abstract_batch, make_train_step
+from mamba_jax.training.program import TrainProgram, check_rows
+from mamba_jax.training.step import StepMetrics
 from mamba_jax.training.train_state import TrainState
 
 
@@ -94,7 +90,8 @@ def train(
         begins = from_first(lambda: begins_at_zero(config, from_scratch=from_scratch)) == str(True)
         initial = _initial_params(config) if begins else None
         mesh = make_mesh(config.mesh, devices)
-        check_batches(config, mesh)
+        check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
+        program = TrainProgram(config.program, mesh)
         dataset = open_source(config.data.train, config.data, tokenizer)
         validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
         record = settle_run(config, dataset.identity, from_scratch=from_scratch)
@@ -108,7 +105,7 @@ def train(
         )
         with StopRequests() as stop, Watchdog() as watchdog, out_of_memory_in_one_line(config, watchdog):
             watchdog.arm(config.faults.startup_seconds, "starting")
-            return _Run(config, mesh, given, stop=stop, watchdog=watchdog).execute()
+            return _Run(config, program, given, stop=stop, watchdog=watchdog).execute()
 
 
 def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
@@ -125,17 +122,20 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _check_scan(config: ExperimentConfig, train_step: Any, abstract: TrainState, mesh: Mesh) -> None:
-    """Traces the step, where a kernel that was asked for by name says that it does not run here."""
-    name = getattr(config.model.mixer, "scan_implementation", None)
-    if name is None:
-        return
+def _check_runs_here(program: TrainProgram) -> None:
+    """Traces the step, where an implementation that a mixer asks for by name says that it does not run here."""
     try:
-        with jax.set_mesh(mesh):
-            train_step.trace(abstract, abstract_batch(config, mesh))
+        with jax.set_mesh(program.mesh):
+            program.step.trace(program.state, program.batch)
     except NotImplementedError as error:
+        asked = [
+            f"{name}={value!r}"
+            for stack in program.config.model.stacks
+            for name, value in vars(stack.mixer).items()
+            if name.endswith("_implementation") and value is not None
+        ]
         raise InputError(
-            f"model.mixer.scan_implementation {name!r} cannot run this: {error}; None lets the platform decide"
+            f"model.mixer.{', '.join(dict.fromkeys(asked))} cannot run this: {error}; None lets the platform decide"
         ) from error
 
 
@@ -172,27 +172,30 @@ class _Run:
     """One execution of the loop; holds what its parts share."""
 
     def __init__(
-        self, config: ExperimentConfig, mesh: Mesh, given: _Given, *, stop: StopRequests, watchdog: Watchdog
+        self,
+        config: ExperimentConfig,
+        program: TrainProgram,
+        given: _Given,
+        *,
+        stop: StopRequests,
+        watchdog: Watchdog,
     ) -> None:
-        self.config, self.mesh, self.given, self.stop, self.watchdog = config, mesh, given, stop, watchdog
-        self.definition: ModelDefinition = define(config.model)
-        index, count = process_rows(mesh)
+        self.config, self.program, self.given, self.stop, self.watchdog = config, program, given, stop, watchdog
+        self.definition, self.mesh = program.definition, program.mesh
+        index, count = process_rows(self.mesh)
         self.batches = TrainBatches(
             given.dataset, config.data, seed=config.seed, process_index=index, process_count=count
         )
-        optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=self.definition)
-        abstract = train_state.abstract_state(config, self.definition, optimizer, mesh)
-        train_step = make_train_step(config, self.definition, optimizer, abstract)
-        _check_scan(config, train_step, abstract, mesh)
+        _check_runs_here(program)
         self.run_dir = Path(config.train.run_dir)
         aside = from_first(lambda: set_aside(self.run_dir)) if given.from_scratch else ""
-        self.reporter = Reporter(config, mesh, self.run_dir)
+        self.reporter = Reporter(config, self.mesh, self.run_dir)
         with self.reporter.measure("init"):
             self.checkpointer = _open_checkpoints(config, given.record, self.reporter)
-            restored = self.checkpointer.restore_newest(abstract.items())
+            restored = self.checkpointer.restore_newest(program.state.items())
             self.first_step, self.is_resumed = (0, False) if restored is None else (restored.step, True)
             if restored is None:
-                self.state = train_state.initialize(config, self.definition, optimizer, abstract, params=given.initial)
+                self.state = program.initialize(given.initial)
             else:
                 self.state = TrainState.from_items(restored.items)
             jax.block_until_ready(self.state)
@@ -203,8 +206,8 @@ class _Run:
             self.reporter.note(f"the records of the run before are in {aside}")
         if given.tokenizer.lossy:
             self.reporter.note(f"warning: {given.tokenizer.lossy}")
-        with self.reporter.measure("compile"), jax.set_mesh(mesh):
-            self.train_step = train_step.lower(abstract, abstract_batch(config, mesh)).compile()
+        with self.reporter.measure("compile"), jax.set_mesh(self.mesh):
+            self.train_step = program.lower().compile()
         self.reporter.event("compiled", seconds=self.reporter.seconds["compile"])
         self.last_loss: float | None = None
         self.last_validation: Perplexity | None = None

@@ -7,17 +7,18 @@ import jax
 
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.models.config import ModelConfig
 from mamba_jax.run.watchdog import Watchdog
 
 _SIGNS = ("resource_exhausted", "out of memory")
 _MOST_CHARACTERS = 200
 
 
-def advice(config: ExperimentConfig) -> str:
+def advice(model: ModelConfig) -> str:
     """What would make a step smaller."""
     ways = ["a larger mesh.fsdp or mesh.sequence", "a smaller data.global_batch"]
     ways += ["a larger train.accumulation_steps or train.windows"]
-    if config.model.remat != "block":
+    if model.remat != "block":
         ways.append("model.remat block")
     return "try " + ", ".join(ways[:-1]) + f" or {ways[-1]}"
 
@@ -41,5 +42,5 @@ def out_of_memory_in_one_line(config: ExperimentConfig, watchdog: Watchdog) -> I
             raise
         raise InputError(
             f"out of memory while {watchdog.doing} ({text[:_MOST_CHARACTERS] or type(error).__name__}): "
-            f"{advice(config)} (docs/training.md, Memory)"
+            f"{advice(config.model)} (docs/training.md, Memory)"
         ) from error

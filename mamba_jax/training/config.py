@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 import pydantic
 
 from mamba_jax.config_base import Config, require
+from mamba_jax.data.config import Documents, Order
+from mamba_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,4 +186,73 @@ class FaultsConfig(Config):
         require(
             self.spike_factor is None or self.spike_factor > 1,
             f"FaultsConfig.spike_factor must be above 1 or None, got {self.spike_factor}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramConfig(Config):
+    """All that the compiled training step depends on, and nothing that it does not; see `ExperimentConfig.program`.
+
+    Attributes:
+        model: the network.
+        optimizer: the update rule.
+        faults: which steps are skipped.
+        seed: of the initial parameters.
+        num_steps: see `TrainConfig`.
+        global_batch: see `DataConfig`.
+        seq_len: see `DataConfig`.
+        documents: see `DataConfig`.
+        order: see `DataConfig`.
+        accumulation_steps: see `TrainConfig`.
+        windows: see `TrainConfig`.
+        window_gradient: see `TrainConfig`.
+        z_loss: see `TrainConfig`.
+        loss_chunk: see `TrainConfig`.
+    """
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    faults: FaultsConfig = FaultsConfig()
+    seed: int = 0
+    num_steps: int
+    global_batch: int
+    seq_len: int
+    documents: Documents = "packed"
+    order: Order = "shuffled"
+    accumulation_steps: int = 1
+    windows: int = 1
+    window_gradient: Literal["full", "truncated"] = "full"
+    z_loss: float = 0.0
+    loss_chunk: int = 512
+
+    def _check(self) -> None:
+        batch, parts = self.global_batch, self.accumulation_steps
+        require(
+            batch % parts == 0,
+            f"data.global_batch ({batch}) must be divisible by train.accumulation_steps ({parts}): change one of them",
+        )
+        length, windows = self.seq_len, self.windows
+        require(
+            length % windows == 0,
+            f"data.seq_len ({length}) must be divisible by train.windows ({windows}): change one of them",
+        )
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        """Weights and moments stay finite as long as gradients are.
+
+        No element of a clipped gradient exceeds clip_norm, so neither does a mean of them, and Adam's direction is at
+        most clip_norm / eps; Muon's is far smaller. Decay alone brings a weight nearer to 0.
+        """
+        recipe = self.optimizer
+        largest_lr = max(recipe.peak_lr, recipe.schedule.final_lr)
+        decay, way = largest_lr * recipe.weight_decay, self.num_steps * largest_lr * recipe.clip_norm / recipe.eps
+        require(
+            decay <= 1,
+            f"optimizer.peak_lr * weight_decay = {decay:.3g} must not exceed 1: weights would change their sign",
+        )
+        require(
+            way <= 1e37,
+            f"train.num_steps * optimizer.peak_lr * clip_norm / eps = {way:.3g}: weights could exceed what float32 "
+            "holds; lower peak_lr or clip_norm, or raise eps",
         )

@@ -1,34 +1,110 @@
-"""What a run compiles: checks that its batches can be split over the mesh."""
+"""The training step with all that it works on: one object from which a run, a pod report or a benchmark starts."""
 
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mamba_jax.errors import InputError
-from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.models import parameters
+from mamba_jax.models.parameters import Params
 from mamba_jax.sharding import RULES, Axis, batch_shards
+from mamba_jax.training.config import ProgramConfig
+from mamba_jax.training.optimizer import make_optimizer
+from mamba_jax.training.step import abstract_batch, make_train_step
+from mamba_jax.training.train_state import TrainState, abstract_state, create
 
 
-def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
-    """Checks that the batches of training and evaluation can be split over the mesh.
+class TrainProgram:
+    """The training step of a model on a mesh; nothing is allocated before `initialize`.
+
+    Example:
+        program = TrainProgram(config.program, make_mesh(config.mesh))
+        state = program.initialize()
+        with jax.set_mesh(program.mesh):
+            state, metrics = program.step(state, batch)
+
+    Attributes:
+        config: what the step depends on.
+        mesh: of the devices.
+        definition: of the model.
+        optimizer: the update rule.
+        state: shapes, dtypes and shardings of the `TrainState`.
+        batch: shapes, dtypes and shardings of an `LMBatch`.
+        step: (state, batch) to (state, metrics), jitted; call it under `jax.set_mesh`. It consumes the state.
+    """
+
+    def __init__(self, config: ProgramConfig, mesh: Mesh) -> None:
+        """Sets everything up.
+
+        Raises:
+            InputError: the batch, the sequence or a parameter cannot be split over the mesh.
+        """
+        self.config, self.mesh = config, mesh
+        self._check_batch()
+        self.definition = parameters.define(config.model)
+        self.optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps, definition=self.definition)
+        self.state: TrainState = abstract_state(config, self.definition, self.optimizer, mesh)
+        self.batch = abstract_batch(config, mesh)
+        self.step = make_train_step(config, self.definition, self.optimizer, self.state)
+
+    def _check_batch(self) -> None:
+        rows = self.config.global_batch // self.config.accumulation_steps
+        check_rows(self.mesh, "data.global_batch / train.accumulation_steps", rows)
+        # Evaluation does not cut windows; if a window divides over the devices, so does the sequence.
+        columns, length = RULES.parts(self.mesh, Axis.LENGTH), self.config.seq_len // self.config.windows
+        least = self.config.model.least_part
+        if columns > 1 and (length % columns or length // columns < least):
+            raise InputError(
+                f"data.seq_len / train.windows = {length} tokens cannot be split over {columns} devices (mesh "
+                f"sequence) into equal parts of at least {least} tokens: change the length or the mesh"
+            )
+
+    def initialize(self, params: Params | None = None) -> TrainState:
+        """A fresh state, created directly in its shards.
+
+        Args:
+            params: values to start from instead of random ones; cast to the dtype of the parameters.
+        """
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        if params is None:
+
+            def build() -> TrainState:
+                fresh = parameters.init(self.config.model, jax.random.key(self.config.seed))
+                return create(self.config, fresh, self.optimizer)
+
+            return jax.jit(build, out_shardings=shardings)()
+        params = jax.tree.map(
+            lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding), params, self.state.params
+        )
+        return jax.jit(lambda params: create(self.config, params, self.optimizer), out_shardings=shardings)(params)
+
+    def lower(self, platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
+        """The step from shapes and shardings alone.
+
+        Args:
+            platforms: to lower for, such as ("tpu",); None is that of the mesh's devices.
+        """
+        with jax.set_mesh(self.mesh):
+            traced = self.step.trace(self.state, self.batch)
+            return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))
+
+
+def check_rows(mesh: Mesh, name: str, rows: int) -> None:
+    """Checks that a batch can be split over the mesh.
+
+    Args:
+        mesh: of the devices.
+        name: of the number of rows, for the message.
+        rows: of the batch.
 
     Raises:
-        InputError: a batch is not a multiple of the parts, a sequence is not, or its parts are shorter than a mixer
-            can do with.
+        InputError: they are not a multiple of the parts.
     """
     shards = batch_shards(mesh)
-    for name, size in (
-        ("data.global_batch / train.accumulation_steps", config.data.global_batch // config.train.accumulation_steps),
-        ("evaluation.batch_size", config.evaluation_batch_size),
-    ):
-        if size % shards:
-            raise InputError(
-                f"{name} = {size} sequences cannot be split over {shards} batch shards (mesh data x fsdp): "
-                "change the batch or the mesh"
-            )
-    # Evaluation takes the sequence whole, which divides where its windows do.
-    columns, length = RULES.parts(mesh, Axis.LENGTH), config.data.seq_len // config.train.windows
-    least = config.model.least_part
-    if columns > 1 and (length % columns or length // columns < least):
+    if rows % shards:
         raise InputError(
-            f"data.seq_len / train.windows = {length} tokens cannot be split over {columns} devices (mesh sequence) "
-            f"into equal parts of at least {least} tokens: change the length or the mesh"
+            f"{name} = {rows} sequences cannot be split over {shards} batch shards (mesh data x fsdp): "
+            "change the batch or the mesh"
         )

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from mamba_jax.data.batch import LMBatch
-from mamba_jax.experiment import ExperimentConfig
-from mamba_jax.models.loss import next_token_loss
+from mamba_jax.models.loss import LossOutput, next_token_loss
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.models.state import (
     LMState,
@@ -25,7 +24,7 @@ from mamba_jax.models.state import (
     split_rows,
 )
 from mamba_jax.sharding import Axis, batch_sharding, constrain, repeatable
-from mamba_jax.training.config import FaultsConfig
+from mamba_jax.training.config import FaultsConfig, ProgramConfig
 from mamba_jax.training.optimizer import learning_rate
 from mamba_jax.training.train_state import SkipState, TrainState
 
@@ -54,10 +53,10 @@ class StepMetrics:
     skipped_in_a_row: Float[jax.Array | np.ndarray, ""]
 
 
-def abstract_batch(config: ExperimentConfig, mesh: Mesh) -> LMBatch:
+def abstract_batch(config: ProgramConfig, mesh: Mesh) -> LMBatch:
     """Shapes, dtypes and shardings of a training batch, as `jax.ShapeDtypeStruct`."""
     sharding = batch_sharding(mesh)
-    shape = config.data.global_batch, config.data.seq_len
+    shape = config.global_batch, config.seq_len
     tokens: Any = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
     mask: Any = jax.ShapeDtypeStruct(shape, np.bool_, sharding=sharding)
     continues: Any = jax.ShapeDtypeStruct(shape[:1], np.bool_, sharding=batch_sharding(mesh, dims=1))
@@ -65,13 +64,13 @@ def abstract_batch(config: ExperimentConfig, mesh: Mesh) -> LMBatch:
         tokens=tokens,
         targets=tokens,
         loss_mask=mask,
-        segment_ids=tokens if config.data.documents == "packed" else None,
-        continues=continues if config.data.order == "streams" else None,
+        segment_ids=tokens if config.documents == "packed" else None,
+        continues=continues if config.order == "streams" else None,
     )
 
 
 def make_train_step(
-    config: ExperimentConfig,
+    config: ProgramConfig,
     definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
@@ -82,7 +81,7 @@ def make_train_step(
     number of counted tokens of the whole batch, so the result is that of the undivided batch.
 
     A step whose loss or gradient is not finite, or whose gradient is a spike, leaves parameters, moments and average
-    as they were; see `FaultsConfig`. A finite gradient keeps them finite: `ExperimentConfig` refuses recipes whose
+    as they were; see `FaultsConfig`. A finite gradient keeps them finite: `ProgramConfig` refuses recipes whose
     updates could add up to more than float32 holds.
 
     With `data.order="streams"` every row starts from the state that the step before left it in. Gradients reach back
@@ -94,7 +93,7 @@ def make_train_step(
         optimizer: of the run.
         abstract: from `abstract_state`; its shardings are those of the state that the step returns.
     """
-    schedule = learning_rate(config.optimizer, config.train.num_steps)
+    schedule = learning_rate(config.optimizer, config.num_steps)
     # Left to the compiler, the new state could come back laid out otherwise than the old one: the memory of the old
     # state could not be reused, and the next call would compile again.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -157,26 +156,16 @@ def _judge(
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """The loss of a batch, or the share of a part of it."""
-
-    loss: Float[jax.Array, ""]
-    cross_entropy: Float[jax.Array, ""]
-    z_loss: Float[jax.Array, ""]
-
-
 def _whole_batch(
-    config: ExperimentConfig, definition: ModelDefinition, state: TrainState, batch: LMBatch
-) -> tuple[_Parts, Params, LMState | None]:
+    config: ProgramConfig, definition: ModelDefinition, state: TrainState, batch: LMBatch
+) -> tuple[LossOutput, Params, LMState | None]:
     """Loss, gradient, and the model's state after the batch, worked out one microbatch after the other."""
     loss_and_gradient = functools.partial(_loss_and_gradient, config, definition, state.params)
     normalizer = jnp.sum(batch.loss_mask, dtype=jnp.float32)
     recurrent = state.recurrent
     if recurrent is not None:
         recurrent = reset_rows(config.model, recurrent, ~jnp.asarray(batch.continues))
-    parts = config.train.accumulation_steps
+    parts = config.accumulation_steps
     if parts == 1:
         return loss_and_gradient(batch, recurrent, normalizer)
 
@@ -185,21 +174,21 @@ def _whole_batch(
         return jax.tree.map(jnp.add, total, (losses, gradient)), recurrent
 
     zero = jnp.zeros((), jnp.float32)
-    start = (_Parts(loss=zero, cross_entropy=zero, z_loss=zero), jax.tree.map(jnp.zeros_like, state.params))
+    start = (LossOutput(loss=zero, cross_entropy=zero, z_loss=zero), jax.tree.map(jnp.zeros_like, state.params))
     split = _microbatches(batch, parts), None if recurrent is None else split_rows(config.model, recurrent, parts)
     (losses, gradient), recurrent = jax.lax.scan(accumulate, start, split)
     return losses, gradient, None if recurrent is None else join_rows(config.model, recurrent)
 
 
 def _loss_and_gradient(
-    config: ExperimentConfig,
+    config: ProgramConfig,
     definition: ModelDefinition,
     params: Params,
     batch: LMBatch,
     recurrent: LMState | None,
     normalizer: jax.Array,
-) -> tuple[_Parts, Params, LMState | None]:
-    def loss_of(params: Params, batch: LMBatch, recurrent: LMState | None) -> tuple[_Parts, LMState]:
+) -> tuple[LossOutput, Params, LMState | None]:
+    def loss_of(params: Params, batch: LMBatch, recurrent: LMState | None) -> tuple[LossOutput, LMState]:
         model = definition.merge(params)
         output = model.hidden(batch.tokens, recurrent, segment_ids=batch.segment_ids)
         loss = next_token_loss(
@@ -208,37 +197,37 @@ def _loss_and_gradient(
             batch.targets,
             batch.loss_mask,
             normalizer=normalizer,
-            z_loss=config.train.z_loss,
-            chunk=config.train.loss_chunk,
+            z_loss=config.z_loss,
+            chunk=config.loss_chunk,
         )
-        return _Parts(loss=loss.loss, cross_entropy=loss.cross_entropy, z_loss=loss.z_loss), output.state
+        return loss, output.state
 
-    def loss_function(params: Params) -> tuple[jax.Array, tuple[_Parts, LMState | None]]:
-        if config.train.windows == 1:
+    def loss_function(params: Params) -> tuple[jax.Array, tuple[LossOutput, LMState | None]]:
+        if config.windows == 1:
             parts, after = loss_of(params, batch, recurrent)
         else:
             parts, after = _over_windows(config, functools.partial(loss_of, params), batch, recurrent)
-        return parts.loss, (parts, after if config.data.order == "streams" else None)
+        return parts.loss, (parts, after if config.order == "streams" else None)
 
     (_, (parts, after)), gradient = jax.value_and_grad(loss_function, has_aux=True)(params)
     return parts, gradient, after
 
 
 def _over_windows(
-    config: ExperimentConfig, loss_of: Any, batch: LMBatch, recurrent: LMState | None
-) -> tuple[_Parts, LMState]:
+    config: ProgramConfig, loss_of: Any, batch: LMBatch, recurrent: LMState | None
+) -> tuple[LossOutput, LMState]:
     """Sums the loss over windows of the sequence; the backward pass works them out again, last to first.
 
     What is kept of a window is the state that enters it, so memory does not grow with the sequence but for that.
     """
-    windows = _windows(batch, config.train.windows)
+    windows = _windows(batch, config.windows)
     if recurrent is None:
         recurrent = init_state(config.model, batch.tokens.shape[0])
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(carry: tuple[LMState, _Parts], window: LMBatch) -> tuple[tuple[LMState, _Parts], None]:
+    def step(carry: tuple[LMState, LossOutput], window: LMBatch) -> tuple[tuple[LMState, LossOutput], None]:
         state, total = carry
-        if config.train.window_gradient == "truncated":
+        if config.window_gradient == "truncated":
             state = jax.lax.stop_gradient(state)
         parts, state = loss_of(
             dataclasses.replace(window, continues=None), reset_rows(config.model, state, ~jnp.asarray(window.continues))
@@ -246,7 +235,7 @@ def _over_windows(
         return (constrain_state(config.model, state), jax.tree.map(jnp.add, total, parts)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (constrain_state(config.model, recurrent), _Parts(loss=zero, cross_entropy=zero, z_loss=zero))
+    start = (constrain_state(config.model, recurrent), LossOutput(loss=zero, cross_entropy=zero, z_loss=zero))
     (state, parts), _ = jax.lax.scan(step, start, windows)
     return parts, state
 

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mamba_jax.experiment import ExperimentConfig
-from mamba_jax.models import parameters
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.models.state import init_state, state_axes
 from mamba_jax.sharding import parameter_sharding, replicated
+from mamba_jax.training.config import ProgramConfig
 
 
 @typing.no_type_check
@@ -73,7 +72,7 @@ class TrainState:
         return cls(**fields)
 
 
-def create(config: ExperimentConfig, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def create(config: ProgramConfig, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
@@ -82,12 +81,12 @@ def create(config: ExperimentConfig, params: Params, optimizer: optax.GradientTr
         opt_state=optimizer.init(params),
         skips=SkipState(total=zero, in_a_row=zero, norms=jnp.zeros(config.faults.spike_window, jnp.float32)),
         ema=None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, params),
-        recurrent=init_state(config.model, config.data.global_batch) if config.data.order == "streams" else None,
+        recurrent=init_state(config.model, config.global_batch) if config.order == "streams" else None,
     )
 
 
 def abstract_state(
-    config: ExperimentConfig, definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: ProgramConfig, definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`, without allocating it.
 
@@ -121,33 +120,3 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, state_shardings
     )
-
-
-def initialize(
-    config: ExperimentConfig,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    *,
-    params: Params | None = None,
-) -> TrainState:
-    """A fresh state, created directly in its shards.
-
-    Args:
-        config: of the run.
-        definition: of the model.
-        optimizer: of the run.
-        abstract: from `abstract_state`.
-        params: values to start from instead of random ones; cast to the dtype of the run.
-    """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    if params is None:
-
-        def build() -> TrainState:
-            return create(config, parameters.init(definition.config, jax.random.key(config.seed)), optimizer)
-
-        return jax.jit(build, out_shardings=shardings)()
-    params = jax.tree.map(
-        lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding), params, abstract.params
-    )
-    return jax.jit(lambda params: create(config, params, optimizer), out_shardings=shardings)(params)

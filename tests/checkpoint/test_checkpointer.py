@@ -26,10 +26,9 @@ from mamba_jax.config import (
     TrainConfig,
 )
 from mamba_jax.errors import InputError
-from mamba_jax.models.parameters import define
 from mamba_jax.sharding import make_mesh
-from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.train_state import TrainState, abstract_state
+from mamba_jax.training.program import TrainProgram
+from mamba_jax.training.train_state import TrainState
 
 CONFIG = ExperimentConfig(
     name="test",
@@ -45,9 +44,7 @@ def mesh_of(config: MeshConfig) -> Mesh:
 
 
 def abstract(mesh: Mesh, model: ModelConfig = CONFIG.model) -> TrainState:
-    definition = define(model)
-    optimizer = make_optimizer(CONFIG.optimizer, num_steps=100, definition=definition)
-    return abstract_state(dataclasses.replace(CONFIG, model=model), definition, optimizer, mesh)
+    return TrainProgram(dataclasses.replace(CONFIG, model=model).program, mesh).state
 
 
 def random_state(mesh: Mesh, *, step: int) -> TrainState:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mamba_jax.config import MeshConfig
-from mamba_jax.pods.compile import lower_step
+from mamba_jax.sharding import make_mesh
+from mamba_jax.training.program import TrainProgram
 from pallas_kernels.common.ahead_of_time import compile_lowered, cuda_devices
 from tests.pods.test_compile_tpu import SMALL, Target
 
@@ -17,7 +18,7 @@ TARGET = Path(__file__).parents[2] / "benchmarks" / "targets" / "h100_sxm.txtpb"
 def test_step_compiles_with_the_kernels_inside(count: int) -> None:
     pytest.importorskip("jax_cuda13_plugin")
     target = Target(topology=f"1x1x{count}", mesh=MeshConfig(data=count), model=SMALL, length=1024, sequences=2 * count)
-    lowered, _ = lower_step(target.config, cuda_devices(TARGET, count), "cuda")
+    lowered = TrainProgram(target.program, make_mesh(target.mesh, cuda_devices(TARGET, count))).lower(("cuda",))
     text = lowered.as_text()
     assert all(f"pallas_gpu_{kernel}" in text for kernel in ("forward", "backward", "parts"))
     assert all(f"causal_conv1d_{kernel}" in text for kernel in ("forward", "backward"))

@@ -15,21 +15,16 @@ import pytest
 from configs import mamba_2_8b, mamba_130m
 from mamba_jax.cli import load_config
 from mamba_jax.config import (
-    DataConfig,
     ExperimentConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    TextFolderSource,
-    TrainConfig,
 )
 from mamba_jax.errors import InputError
-from mamba_jax.models.parameters import define
 from mamba_jax.pods.compile import KERNELS, StepReport, compile_step
 from mamba_jax.sharding import make_mesh
-from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.program import check_batches
-from mamba_jax.training.train_state import abstract_state
+from mamba_jax.training.config import ProgramConfig
+from mamba_jax.training.program import TrainProgram
 from pallas_kernels.common.ahead_of_time import tpu_devices
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
@@ -50,34 +45,33 @@ class Target:
     num_slices: int = 1
 
     @property
-    def config(self) -> ExperimentConfig:
-        """A config of which only the step counts."""
-        return ExperimentConfig(
-            name="pod",
+    def program(self) -> ProgramConfig:
+        """What is compiled."""
+        return ProgramConfig(
             model=self.model,
-            data=DataConfig(train=TextFolderSource(path="none"), seq_len=self.length, global_batch=self.sequences),
             optimizer=OptimizerConfig(peak_lr=1e-3),
-            train=TrainConfig(num_steps=100, run_dir="none"),
-            mesh=self.mesh,
+            num_steps=100,
+            seq_len=self.length,
+            global_batch=self.sequences,
         )
 
 
-def compile_here(config: ExperimentConfig, topology: str, num_slices: int) -> StepReport:
+def compile_here(program: ProgramConfig, mesh: MeshConfig, topology: str, num_slices: int) -> StepReport:
     """Compiles the step in this process."""
     jax.config.update("jax_platforms", "cpu")
-    return compile_step(config, topology, num_slices=num_slices)
+    return compile_step(program, mesh, topology, num_slices=num_slices)
 
 
-def compile_apart(config: ExperimentConfig, topology: str, num_slices: int = 1) -> StepReport:
+def compile_apart(program: ProgramConfig, mesh: MeshConfig, topology: str, num_slices: int = 1) -> StepReport:
     """In a process of its own: the compiler ends its process where it finds a defect of its own."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
-        return process.submit(compile_here, config, topology, num_slices).result()
+        return process.submit(compile_here, program, mesh, topology, num_slices).result()
 
 
 def compile_target(target: Target) -> StepReport:
     """The report for a target."""
-    return compile_apart(target.config, target.topology, target.num_slices)
+    return compile_apart(target.program, target.mesh, target.topology, target.num_slices)
 
 
 FOUR_CHIPS = Target(topology="v5e:2x2", mesh=MeshConfig(data=2, fsdp=2), model=SMALL, length=128, sequences=8)
@@ -143,11 +137,11 @@ def test_command_line() -> None:
 
 def test_unknown_topologies() -> None:
     with pytest.raises(InputError, match="no TPU topology 'v5e:3': expected a generation and the chips along its axes"):
-        compile_here(FOUR_CHIPS.config, "v5e:3", 1)
+        compile_here(FOUR_CHIPS.program, FOUR_CHIPS.mesh, "v5e:3", 1)
     with pytest.raises(InputError, match="num_slices must be positive, got 0"):
-        compile_here(FOUR_CHIPS.config, "v5e:2x2", 0)
+        compile_here(FOUR_CHIPS.program, FOUR_CHIPS.mesh, "v5e:2x2", 0)
     with pytest.raises(InputError, match="cannot be split over 2 slices"):
-        compile_here(dataclasses.replace(FOUR_CHIPS, mesh=MeshConfig(data=1, fsdp=8)).config, "v5e:2x2", 2)
+        compile_here(FOUR_CHIPS.program, MeshConfig(data=1, fsdp=8), "v5e:2x2", 2)
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "pods").glob("[a-z]*.py"))
@@ -190,11 +184,8 @@ class PodConfig:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_pod_configs_fit_their_pods(path: Path) -> None:
     pod = PodConfig.read(path)
-    config, definition = pod.config, define(pod.config.model)
-    mesh = make_mesh(config.mesh, tpu_devices(pod.topology, pod.num_slices))
-    check_batches(config, mesh)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
-    abstract_state(config, definition, optimizer, mesh)
+    config = pod.config
+    TrainProgram(config.program, make_mesh(config.mesh, tpu_devices(pod.topology, pod.num_slices)))
     assert config.name == path.stem
     assert config.train.run_dir == f"runs/{path.stem}"
 
@@ -204,7 +195,7 @@ def test_pod_configs_fit_their_pods(path: Path) -> None:
 def test_pod_configs_are_what_they_say(path: Path) -> None:
     """The figures in their docstrings: memory, every kind of exchange, time. Compile again where they have changed."""
     pod = PodConfig.read(path)
-    report = compile_apart(pod.config, pod.topology, pod.num_slices)
+    report = compile_apart(pod.config.program, pod.config.mesh, pod.topology, pod.num_slices)
     check_report(report, sequence=pod.config.mesh.sequence)
     lines = [line.strip() for line in report.lines()]
     assert len(pod.report) > 5

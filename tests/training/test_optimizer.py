@@ -13,22 +13,18 @@ import pytest
 
 from mamba_jax.config import (
     CosineSchedule,
-    DataConfig,
-    ExperimentConfig,
     Mamba1Config,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
-    ShardSource,
-    TrainConfig,
     WarmupStableDecaySchedule,
 )
 from mamba_jax.models import parameters
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.sharding import Axis, make_mesh, put_batch
+from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.optimizer import learning_rate, make_optimizer, matrix_dimensions
-from mamba_jax.training.step import make_train_step
-from mamba_jax.training.train_state import TrainState, abstract_state, initialize
+from mamba_jax.training.program import TrainProgram
 from tests.training.test_step import make_batch
 
 # A schedule is some ten float32 operations on values below the peak.
@@ -237,26 +233,22 @@ def test_muon_shares_decay_and_learning_rate_with_adamw() -> None:
         assert np.array_equal(ours[name], theirs[name]) != is_matrix, name
 
 
-def experiment(mesh: MeshConfig) -> ExperimentConfig:
-    return ExperimentConfig(
-        name="test",
-        model=dataclasses.replace(MODEL, compute_dtype="float32", remat="none"),
-        data=DataConfig(train=ShardSource(path="none"), seq_len=8, global_batch=8),
-        optimizer=muon(weight_decay=0.1, clip_norm=1.0),
-        train=TrainConfig(num_steps=10, run_dir="none"),
-        mesh=mesh,
-    )
+PROGRAM = ProgramConfig(
+    model=dataclasses.replace(MODEL, compute_dtype="float32", remat="none"),
+    optimizer=muon(weight_decay=0.1, clip_norm=1.0),
+    num_steps=10,
+    seq_len=8,
+    global_batch=8,
+)
 
 
-def sharded(config: ExperimentConfig) -> tuple[TrainState, Any]:
-    """Layout of the state on eight devices, and the optimizer."""
-    definition = parameters.define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=10, definition=definition)
-    return abstract_state(config, definition, optimizer, make_mesh(config.mesh)), optimizer
+def sharded(mesh: MeshConfig, config: ProgramConfig = PROGRAM) -> TrainProgram:
+    """The program on eight devices."""
+    return TrainProgram(config, make_mesh(mesh))
 
 
 def test_moments_are_laid_out_as_their_parameters() -> None:
-    abstract, _ = sharded(experiment(MeshConfig(data=2, fsdp=2, tensor=2)))
+    abstract = sharded(MeshConfig(data=2, fsdp=2, tensor=2)).state
     params = by_name(abstract.params)
     moments: dict[str, list[str]] = {name: [] for name in params}
     for path, leaf in by_name(abstract.opt_state).items():
@@ -275,9 +267,9 @@ def test_moments_are_laid_out_as_their_parameters() -> None:
 
 def test_the_update_does_not_depend_on_the_mesh() -> None:
     """Two updates in float64 of parameters split over fsdp and tensor, against those of one device."""
-    config = experiment(MeshConfig(data=2, fsdp=2, tensor=2))
-    abstract, optimizer = sharded(config)
-    definition = parameters.define(config.model)
+    program = sharded(MeshConfig(data=2, fsdp=2, tensor=2))
+    abstract, optimizer = program.state, program.optimizer
+    definition = program.definition
     layout = jax.tree.map(lambda leaf: leaf.sharding, (abstract.params, abstract.opt_state))
 
     def two_updates(params: Params, first: Params, second: Params) -> tuple[Params, Any]:
@@ -300,11 +292,9 @@ def test_one_layer_is_gathered_at_a_time() -> None:
     mesh = MeshConfig(data=1, fsdp=8)
 
     def temporaries(num_layers: int) -> int:
-        config = experiment(mesh)
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, d_model=128, num_layers=num_layers)
-        )
-        abstract, optimizer = sharded(config)
+        model = dataclasses.replace(PROGRAM.model, d_model=128, num_layers=num_layers)
+        program = sharded(mesh, dataclasses.replace(PROGRAM, model=model))
+        abstract, optimizer = program.state, program.optimizer
         layout = jax.tree.map(lambda leaf: leaf.sharding, (abstract.params, abstract.opt_state))
         update = jax.jit(optimizer.update, out_shardings=layout, donate_argnums=(0, 1))
         memory = update.lower(abstract.params, abstract.opt_state, abstract.params).compile().memory_analysis()
@@ -321,15 +311,12 @@ def test_one_layer_is_gathered_at_a_time() -> None:
 
 def test_muon_trains() -> None:
     """Random tokens seen again and again: ten updates on eight devices learn more than half of them."""
-    config = experiment(MeshConfig(data=2, fsdp=2, tensor=2))
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, peak_lr=0.05))
-    mesh, definition = make_mesh(config.mesh), parameters.define(config.model)
-    abstract, optimizer = sharded(config)
-    state = initialize(config, definition, optimizer, abstract)
-    step = make_train_step(config, definition, optimizer, abstract)
+    optimizer = dataclasses.replace(PROGRAM.optimizer, peak_lr=0.05)
+    program = sharded(MeshConfig(data=2, fsdp=2, tensor=2), dataclasses.replace(PROGRAM, optimizer=optimizer))
+    state = program.initialize()
     losses = []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(program.mesh):
         for _ in range(10):
-            state, metrics = step(state, put_batch(mesh, make_batch(config)))
+            state, metrics = program.step(state, put_batch(program.mesh, make_batch(program.config)))
             losses.append(float(metrics.loss))
     assert losses[-1] < 0.5 * losses[0]

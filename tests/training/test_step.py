@@ -14,20 +14,21 @@ from jax.sharding import Mesh
 
 from mamba_jax.config import ExperimentConfig, MeshConfig
 from mamba_jax.data.batch import LMBatch
-from mamba_jax.models.parameters import define
 from mamba_jax.sharding import make_mesh, put_batch
-from mamba_jax.training import train_state
-from mamba_jax.training.optimizer import make_optimizer
-from mamba_jax.training.step import StepMetrics, abstract_batch, make_train_step
+from mamba_jax.training.config import ProgramConfig
+from mamba_jax.training.program import TrainProgram
+from mamba_jax.training.step import StepMetrics, abstract_batch
 from mamba_jax.training.train_state import TrainState
 
 ALL_AXES = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
-def make_batch(config: ExperimentConfig, *, seed: int = 0) -> LMBatch:
+def make_batch(config: ExperimentConfig | ProgramConfig, *, seed: int = 0) -> LMBatch:
     """Random tokens whose rows count different numbers of positions and hold two documents."""
+    if isinstance(config, ExperimentConfig):
+        config = config.program
     rng = np.random.default_rng(seed)
-    shape = (config.data.global_batch, config.data.seq_len)
+    shape = (config.global_batch, config.seq_len)
     tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
     return LMBatch(
         tokens=tokens[:, :-1],
@@ -39,11 +40,8 @@ def make_batch(config: ExperimentConfig, *, seed: int = 0) -> LMBatch:
 
 def set_up(config: ExperimentConfig) -> tuple[Mesh, TrainState, Any]:
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(dataclasses.astuple(config.mesh))])
-    definition = define(config.model)
-    optimizer = make_optimizer(config.optimizer, num_steps=config.train.num_steps, definition=definition)
-    abstract = train_state.abstract_state(config, definition, optimizer, mesh)
-    state = train_state.initialize(config, definition, optimizer, abstract)
-    return mesh, state, make_train_step(config, definition, optimizer, abstract)
+    program = TrainProgram(config.program, mesh)
+    return mesh, program.initialize(), program.step
 
 
 def run_steps(config: ExperimentConfig, num_steps: int) -> tuple[TrainState, list[StepMetrics], Any]:
@@ -165,7 +163,7 @@ def test_on_gpus_no_sum_is_taken_in_a_free_order(make_config: Callable[..., Expe
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer=mixer))
     device_mesh, state, step = set_up(config)
     with jax.set_mesh(device_mesh):
-        traced = step.trace(state, abstract_batch(config, device_mesh))
+        traced = step.trace(state, abstract_batch(config.program, device_mesh))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     scatters = re.findall(r'"stablehlo\.(?:select_and_)?scatter"\(.*?\}\) :', text, re.DOTALL)
     assert scatters
