@@ -220,7 +220,9 @@ def arguments(op: OpName, shape: tuple[int, ...], dtype: DType) -> dict[str, np.
     if op == "causal_conv1d":
         return {"x": draw(*sequence), "weight": wide(last, channels), "bias": wide(channels)}
     drawn = {"x": draw(*sequence), "dt": draw(*sequence) - np.asarray(4, jnp.dtype(dtype)), "z": draw(*sequence)}
-    drawn |= {"A": -np.exp(0.1 * wide(channels, last) + 1), "B": draw(*leading, last), "C": draw(*leading, last)}
+    # The matrices of a single token have one group, (B, 1, N).
+    matrix = (*leading, last) if len(leading) == 2 else (*leading, 1, last)
+    drawn |= {"A": -np.exp(0.1 * wide(channels, last) + 1), "B": draw(*matrix), "C": draw(*matrix)}
     drawn |= {"D": wide(channels), "dt_bias": wide(channels)}
     if op == "selective_state_update":
         drawn["state"] = wide(*sequence, last)

@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import pallas_kernels
 from mamba_jax.pods import estimate as step_report
 from mamba_jax.pods.hlo import compiled_instructions
-from pallas_kernels import causal_conv1d, selective_scan, selective_state_update
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
 from pallas_kernels.common.tpu_tiles import GROUP, LANES
@@ -45,11 +44,8 @@ DIRECTIONS = ("forward", "backward")
 SHAPES = dict.fromkeys(
     ("selective_scan", "selective_scan_final_state", "selective_scan_initial_cotangent"), "8x2048x1536x16"
 ) | {"causal_conv1d": "8x2048x1536x4", "selective_state_update": "128x1536x16"}
-# Arguments of the state at one edge.
-EDGE_STATES = {
-    "selective_scan_final_state": ("x", "dt", "A", "B", "dt_bias"),
-    "selective_scan_initial_cotangent": ("dy", "dt", "A", "C", "z", "dt_bias"),
-}
+# Arguments in float32; the others are in bfloat16.
+WIDE = ("A", "D", "dt_bias", "weight", "bias", "state")
 # Passes of an op and the names of their kernels.
 KERNELS = {
     "selective_scan": {direction: f"selective_scan_pallas_tpu_{direction}" for direction in DIRECTIONS},
@@ -188,35 +184,23 @@ def array_bytes(shape: tuple[int, ...], item: int) -> int:
 
 def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Generation) -> tuple[Callable, tuple]:
     """Forward + backward of an op, or the state update, and the shapes of its arguments."""
-
-    def wide(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
-    def narrow(*sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
-
     *leading, channels, last = shape
-    if op == "causal_conv1d":
-        arrays = {"x": narrow(*leading, channels), "weight": wide(last, channels), "bias": wide(channels)}
-        run = functools.partial(causal_conv1d, activation="silu", implementation=implementation)
-    else:
-        arrays = {name: narrow(*leading, channels) for name in ("x", "dt", "z")}
-        arrays |= {name: narrow(*leading, last) for name in ("B", "C")}
-        arrays |= {"D": wide(channels), "dt_bias": wide(channels), "A": wide(channels, last)}
-        run = functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
-        if implementation == "pallas_tpu":
+    sizes = {"B": leading[0], "L": leading[-1], "E": channels, "N": last, "K": last, "G": 1}
+    arrays = {
+        name: jax.ShapeDtypeStruct(
+            [sizes[letter] for letter in layouts[0]], jnp.float32 if name in WIDE else jnp.bfloat16
+        )
+        for name, layouts in pallas_kernels.TABLES[op].arguments.items()
+        if name not in ("initial_state", "initial_window", "segment_ids")
+    }
+    options = {"activation": "silu"} if op == "causal_conv1d" else {"dt_softplus": True}
+    run = functools.partial(getattr(pallas_kernels, op), **options, implementation=implementation)
+    if op == "selective_scan" and implementation == "pallas_tpu":
 
-            def run(**arrays):
-                return pallas_tpu.selective_scan(ScanArguments.of(**arrays, dt_softplus=True), chip=chip)
+        def run(**arrays):
+            return pallas_tpu.selective_scan(ScanArguments.of(**arrays, **options), chip=chip)
 
-    if op in EDGE_STATES:
-        arrays["dy"] = arrays["x"]
-        taken = {name: arrays[name] for name in EDGE_STATES[op]}
-        run = functools.partial(getattr(pallas_kernels, op), dt_softplus=True, implementation=implementation)
-        return lambda arrays: run(**arrays), (taken,)
-    if op == "selective_state_update":
-        arrays["state"] = wide(*leading, channels, last)
-        run = functools.partial(selective_state_update, dt_softplus=True, implementation=implementation)
+    if op not in ("causal_conv1d", "selective_scan"):
         return lambda arrays: run(**arrays), (arrays,)
 
     def both(arrays, cotangent):

@@ -36,6 +36,8 @@ ROOMS = (
     "mamba_jax.run",
     "mamba_jax.pods",
     "mamba_jax.report",
+    "mamba_jax.loaded",
+    "mamba_jax.renamed",
     "mamba_jax",
     "train",
     "eval",

@@ -44,7 +44,7 @@ def mesh_of(config: MeshConfig) -> Mesh:
 
 
 def abstract(mesh: Mesh, model: ModelConfig = CONFIG.model) -> TrainState:
-    return TrainProgram(dataclasses.replace(CONFIG, model=model).program, mesh).state
+    return TrainProgram(dataclasses.replace(CONFIG.program, model=model, global_batch=8), mesh).state
 
 
 def random_state(mesh: Mesh, *, step: int) -> TrainState:

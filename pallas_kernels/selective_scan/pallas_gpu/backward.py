@@ -11,7 +11,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.register_math import LN_2, Registers, added, loop, sigmoid, total
 from pallas_kernels.common.warpgroup import THREADS, WARPS, Warpgroup, widen
 from pallas_kernels.selective_scan.kernel_inputs import Features
-from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, SLICE, Geometry, common_scratch, value_slots
+from pallas_kernels.selective_scan.pallas_gpu.geometry import (
+    CHUNK,
+    EDGE_LANES,
+    GROUP,
+    SLICE,
+    Geometry,
+    common_scratch,
+    log2,
+    value_slots,
+)
 from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 
 # Values that the lanes at the edges compute before the recurrence and need again after it.
@@ -269,7 +278,7 @@ class _Backward(Kernel):
     def matrix_sum_place(self) -> jax.Array:
         """Place in a row of B next to C of the sum that `sum_over_channels` leaves in the lane."""
         count = self.tiling.states_per_lane
-        kind = self.lanes.lane_channel >> (count.bit_length() - 1)
+        kind = self.lanes.lane_channel >> log2(count)
         return kind * SLICE + self.lanes.state + (self.lanes.lane_channel & (count - 1))
 
     @property
@@ -280,15 +289,22 @@ class _Backward(Kernel):
     def write_matrix_sums(self, chunk: jax.Array, slice_index) -> None:
         """Adds up the warps' parts of the gradients of B and C and writes the block's."""
         geometry, thread = self.geometry, self.lanes.thread
-        token, place = thread >> 3, (thread & 7) * 4
+        # EDGE_LANES threads share the row of a token, B next to C.
+        count = 2 * SLICE // EDGE_LANES
+        token, place = thread >> log2(EDGE_LANES), (thread & (EDGE_LANES - 1)) * count
         index = token * (2 * SLICE) + place
         parts = [
-            self.w.load(self.shared["matrix_sums"], index, 4, offset=warp * CHUNK * 2 * SLICE) for warp in range(WARPS)
+            self.w.load(self.shared["matrix_sums"], index, count, offset=warp * CHUNK * 2 * SLICE)
+            for warp in range(WARPS)
         ]
         sums = [total(terms) for terms in zip(*parts, strict=True)]
         row = self.lanes.block * (geometry.batch * geometry.length) + self.lanes.batch * geometry.length
         row = row + (chunk * CHUNK + token)
-        column = (self.lanes.group * 2 + (place >> 4)) * geometry.states + slice_index * SLICE + (place & (SLICE - 1))
+        column = (
+            (self.lanes.group * 2 + (place >> log2(SLICE))) * geometry.states
+            + slice_index * SLICE
+            + (place & (SLICE - 1))
+        )
         pitch = geometry.groups * 2 * geometry.states
         self.w.store(self.outputs["dmatrices"], column, sums, row=row, pitch=pitch)
 

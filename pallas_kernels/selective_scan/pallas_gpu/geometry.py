@@ -8,6 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.warpgroup import LANES, THREADS, WARPS
 
+# Tokens between two stored states, and states of a channel that are worked on together. Both are powers of two that
+# divide the threads of a block; what follows from them is derived below, so that changing one changes all.
 CHUNK = 16
 SLICE = 16
 # Tokens whose sums over states are exchanged between lanes together.
@@ -16,14 +18,42 @@ GROUP = 4
 RESET = 3.0e38
 # Threads that share a token at the edges of a chunk.
 EDGE_LANES = THREADS // CHUNK
+# States of a token's row of B or C that each of them reads.
+EDGE_STATES = SLICE // EDGE_LANES
 # A row of B next to C in shared memory, padded so that rows start in different banks.
 MATRIX_PITCH = 2 * SLICE + 4
 # A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
 SLOT = 4
 
+# Of those tokens, so many have their pairs of values in one slot.
+PAIRED = SLOT // 2
+
 CONSTANTS = ("D", "dt_bias")
 # Keeps 16-byte accesses of neighbouring threads in different banks, and aligned.
 CONSTANT_PADDING = 4
+
+
+# 32 banks of 4 bytes hold eight slots.
+SLOTS_TOGETHER = LANES // SLOT
+
+
+def log2(number: int) -> int:
+    """The exponent of a power of two, for shifts in the kernels.
+
+    Raises:
+        ValueError: it is not one, so that the kernels cannot be built.
+    """
+    if number < 1 or number & (number - 1):
+        raise ValueError(f"the GPU kernels of the scan divide by shifts: {number} is not a power of two")
+    return number.bit_length() - 1
+
+
+for _size in (CHUNK, SLICE, GROUP, SLOT, PAIRED, EDGE_LANES, EDGE_STATES, LANES):
+    log2(_size)
+if SLOT != GROUP:
+    raise ValueError(
+        f"a slot holds a value of each token of a group: SLOT is {SLOT} and GROUP {GROUP}, make them equal"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +153,7 @@ def value_slots(tiling: Tiling) -> int:
 def slot_position(channel):
     """Position of a channel's slot in shared memory.
 
-    After every eight slots one is left free, so that both roles of threads hit different banks: the recurrence reads
-    neighbouring channels, the edges write channels that are EDGE_LANES or so apart.
+    After every SLOTS_TOGETHER slots one is left free, so that both roles of threads hit different banks: the recurrence
+    reads neighbouring channels, the edges write channels that are EDGE_LANES or so apart.
     """
-    return channel * SLOT + (channel >> 3) * SLOT
+    return channel * SLOT + (channel >> log2(SLOTS_TOGETHER)) * SLOT

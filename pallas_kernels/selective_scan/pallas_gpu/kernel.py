@@ -25,13 +25,16 @@ from pallas_kernels.selective_scan.pallas_gpu.geometry import (
     CONSTANT_PADDING,
     CONSTANTS,
     EDGE_LANES,
+    EDGE_STATES,
     GROUP,
     MATRIX_PITCH,
+    PAIRED,
     RESET,
     SLICE,
     SLOT,
     Geometry,
     Tiling,
+    log2,
     slot_position,
 )
 
@@ -55,13 +58,13 @@ class Lanes:
         self.thread = w.thread_index()
         zero = self.thread & 0
         self.zero = zero
-        self.warp = self.thread >> 5
+        self.warp = self.thread >> log2(LANES)
         self.lane = self.thread & (LANES - 1)
         self.channel_stride = LANES // tiling.lanes
-        self.lane_channel = self.lane >> (tiling.lanes.bit_length() - 1)
+        self.lane_channel = self.lane >> log2(tiling.lanes)
         self.share = self.lane & (tiling.lanes - 1)
         self.state = self.share * tiling.states_per_lane
-        self.token = self.thread >> 3
+        self.token = self.thread >> log2(EDGE_LANES)
         warp_channel = self.warp * tiling.channels_per_warp
         self.channel = warp_channel + self.lane_channel
         self.edge_channel = (self.thread & (EDGE_LANES - 1)) * tiling.edge_channels
@@ -70,7 +73,12 @@ class Lanes:
         self.block = zero + jax.lax.axis_index("block")
         self.first_channel = self.group * geometry.channels + self.block * tiling.channels_per_block
         # The lane's first sum among the GROUP that `sums_over_shares` spreads.
-        self.first_sum = (self.share * GROUP) >> (tiling.lanes.bit_length() - 1)
+        self.first_sum = (self.share * GROUP) >> log2(tiling.lanes)
+
+    @property
+    def edge_state(self) -> jax.Array:
+        """First state of the slice that the thread reads of its token's row of B or C."""
+        return (self.thread & (EDGE_LANES - 1)) * EDGE_STATES
 
 
 class Kernel:
@@ -213,14 +221,14 @@ class Kernel:
     def store_edge_values(self, name: str, values: Registers) -> None:
         """Writes a value for each of the thread's channels to shared memory, for `load_values`."""
         token = self.lanes.token
-        row = (token >> 2) * self.slots + (token & 3)
+        row = (token >> log2(GROUP)) * self.slots + (token & (GROUP - 1))
         for (slot, offset), value in zip(self.edge_slots(), values, strict=True):
             self.w.store(self.shared[name], row + slot, (value,), offset=offset)
 
     def load_edge_values(self, name: str) -> list[jax.Array]:
         """Reads what the recurrence wrote, for each of the thread's channels."""
         token = self.lanes.token
-        row = (token >> 2) * self.slots + (token & 3)
+        row = (token >> log2(GROUP)) * self.slots + (token & (GROUP - 1))
         return [self.w.load(self.shared[name], row + slot, 1, offset=offset)[0] for slot, offset in self.edge_slots()]
 
     def load_values(self, name: str, group) -> list[Registers]:
@@ -236,7 +244,9 @@ class Kernel:
     def add_sum_pairs(self, name: str, group, first: Registers, second: Registers, slot: tuple[jax.Array, int]) -> None:
         """The same for pairs of sums."""
         token = self.lanes.first_sum
-        index = (group * 2 + (token >> 1)) * self.slots + slot[0] + (token & 1) * 2
+        index = (
+            (group * (GROUP // PAIRED) + (token >> log2(PAIRED))) * self.slots + slot[0] + (token & (PAIRED - 1)) * 2
+        )
         self._write_sums(name, index, [value for pair in zip(first, second, strict=True) for value in pair], slot[1])
 
     def _write_sums(self, name: str, index: jax.Array, sums: Registers, offset: int) -> None:
@@ -247,14 +257,14 @@ class Kernel:
     def store_edge_pairs(self, name: str, first: Registers, second: Registers) -> None:
         """Writes a pair for each of the thread's channels to shared memory, for `load_pairs`."""
         token = self.lanes.token
-        row = (token >> 1) * self.slots + (token & 1) * 2
+        row = (token >> log2(PAIRED)) * self.slots + (token & (PAIRED - 1)) * 2
         for (slot, offset), pair in zip(self.edge_slots(), zip(first, second, strict=True), strict=True):
             self.w.store(self.shared[name], row + slot, pair, offset=offset)
 
     def load_edge_pairs(self, name: str) -> list[Registers]:
         """Reads what the recurrence wrote, for each of the thread's channels."""
         token = self.lanes.token
-        row = (token >> 1) * self.slots + (token & 1) * 2
+        row = (token >> log2(PAIRED)) * self.slots + (token & (PAIRED - 1)) * 2
         return [self.w.load(self.shared[name], row + slot, 2, offset=offset) for slot, offset in self.edge_slots()]
 
     def load_pairs(self, group) -> list[tuple[Registers, Registers]]:
@@ -269,14 +279,14 @@ class Kernel:
         return pairs
 
     def load_matrix(self, name: str, chunk: jax.Array, slice_index) -> Registers:
-        """Words of the thread's two states of the row of its token in B or C."""
-        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.thread & 7) * 2
+        """Words of the thread's EDGE_STATES states of the row of its token in B or C."""
+        column = self.lanes.group * self.geometry.states + slice_index * SLICE + self.lanes.edge_state
         pitch = self.geometry.groups * self.geometry.states
-        return self.w.load(self.inputs[name], column, 2, row=self.token_row(chunk), pitch=pitch)
+        return self.w.load(self.inputs[name], column, EDGE_STATES, row=self.token_row(chunk), pitch=pitch)
 
     def stage_matrix(self, name: str, words: Registers, *, offset: int) -> None:
         """Writes what `load_matrix` brought, in float32, to the block's copy of B (offset 0) or C (SLICE)."""
-        index = self.lanes.token * MATRIX_PITCH + (self.lanes.thread & 7) * 2
+        index = self.lanes.token * MATRIX_PITCH + self.lanes.edge_state
         self.w.store(self.shared["matrices"], index, widen(words, self.inputs[name].dtype), offset=offset)
 
     def load_rows(self, group, *, offset: int) -> list[Registers]:
