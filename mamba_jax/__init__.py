@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mamba_jax.evaluation.checkpoints import evaluate_checkpoint as evaluate
     from mamba_jax.experiment import ExperimentConfig as ExperimentConfig
     from mamba_jax.export.huggingface import save as save
+    from mamba_jax.generation.decoder import Decoder as Decoder
     from mamba_jax.generation.generate import generate as generate
     from mamba_jax.generation.sampling import SamplingConfig as SamplingConfig
     from mamba_jax.loaded import Model as Model
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Decoder",
     "ExperimentConfig",
     "LanguageModel",
     "Model",
@@ -40,6 +42,7 @@ __all__ = [
     "train",
 ]
 _PLACES = {
+    "Decoder": "mamba_jax.generation.decoder",
     "ExperimentConfig": "mamba_jax.experiment",
     "LanguageModel": "mamba_jax.models.language_model",
     "Model": "mamba_jax.loaded",

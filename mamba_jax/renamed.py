@@ -12,6 +12,7 @@ from typing import Any
 _HERE = "mamba_jax"
 _MIXERS = Path(__file__).parent / "models" / "mixers"
 _MOVED = {
+    "data.sources": "data.text_folder",
     "distributed": "run.distributed",
     "evaluation.report": "evaluation.checkpoints",
     "export.configs": "export.published_config",

@@ -10,7 +10,6 @@ from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.export import companions, huggingface
 from mamba_jax.export.files import require_new_folder
 from mamba_jax.export.load import load_model
-from mamba_jax.export.published_config import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Arguments:
 
     checkpoint: tyro.conf.Positional[str]
     out: tyro.conf.Positional[str]
-    layout: Layout = "hf"
+    layout: str = "hf"
     step: int | None = None
     weights: Literal["weights", "average"] = "weights"
 

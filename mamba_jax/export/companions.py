@@ -13,7 +13,6 @@ from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError, short
 from mamba_jax.export.files import read_file, read_json, require_file
-from mamba_jax.export.published_config import Layout
 from mamba_jax.models.config import ModelConfig
 
 _TOKENIZER = "tokenizer.json"
@@ -94,7 +93,7 @@ def copied(folder: Path) -> dict[str, bytes]:
     return {name: read_file(folder / name) for name in _OWN if lexists(folder / name)}
 
 
-def written(config: TokenizerConfig, model: ModelConfig, *, layout: Layout) -> dict[str, bytes]:
+def written(config: TokenizerConfig, model: ModelConfig, *, layout: str) -> dict[str, bytes]:
     """Files by which `transformers` reads the tokenizer of a training run and gives the same ids.
 
     Without `tokenizer_config.json` it would take another class for `MambaForCausalLM`, which replaces the

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mamba_jax.config_base import from_json
 from mamba_jax.errors import InputError
@@ -13,7 +13,6 @@ from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.declaration import MIXERS
 from mamba_jax.models.published import Format
 
-Layout = Literal["hf", "original"]
 _MESSAGE = 500
 # Formats besides those that mixers bring along, for whoever adds one to be read and written.
 FORMATS: list[Format] = []
@@ -46,7 +45,8 @@ def format_of(config: ModelConfig, layout: str) -> Format:
         InputError: there is none, because its mixers have no published names or none in this layout.
     """
     kinds = sorted({stack.mixer.kind for stack in config.stacks})
-    known = [found for found in formats() if [found.mixer] == kinds]
+    # The tables of tensors know a single stack of blocks, so a hybrid is refused even if all its mixers are of a kind.
+    known = [found for found in formats() if found.mixer == config.mixer.kind]
     if found := next((found for found in known if found.layout == layout), None):
         return found
     if known:

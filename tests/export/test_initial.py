@@ -21,7 +21,6 @@ from mamba_jax.config import (
 from mamba_jax.errors import InputError
 from mamba_jax.export import companions, huggingface
 from mamba_jax.export.initial import initial_params
-from mamba_jax.export.published_config import Layout
 from mamba_jax.models import parameters
 
 MODEL = ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=Mamba1Config(state_dim=2))
@@ -115,7 +114,7 @@ def test_epsilon_of_the_original_layout_is_read(params: parameters.Params, tmp_p
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
 def test_tokenizer_in_the_folder(
-    tokenizer_configs: dict[str, TokenizerConfig], params: parameters.Params, tmp_path: Path, layout: Layout
+    tokenizer_configs: dict[str, TokenizerConfig], params: parameters.Params, tmp_path: Path, layout: str
 ) -> None:
     """Compared by what it does to text, so the export of a run agrees with the run that wrote it."""
     for kind in ("bytes", "wordpiece"):
