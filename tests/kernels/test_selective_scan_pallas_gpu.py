@@ -60,7 +60,7 @@ LARGE_SPECS = (
     dataclasses.replace(FULL, name="one_token", length=1, states=16),
 )
 TILINGS = tuple(
-    (Tiling(lanes=lanes, rows=rows, parts=parts), Tiling(lanes=lanes, rows=rows, parts=parts))
+    (Tiling(lanes_per_channel=lanes, rows=rows, parts=parts), Tiling(lanes_per_channel=lanes, rows=rows, parts=parts))
     for lanes, rows in ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2))
     for parts in (1, 3)
 )
@@ -68,7 +68,7 @@ TILINGS = tuple(
 
 def call_name(value: object) -> str:
     if isinstance(value, tuple):
-        return "-".join(f"{tiling.lanes}x{tiling.rows}x{tiling.parts}" for tiling in value)
+        return "-".join(f"{tiling.lanes_per_channel}x{tiling.rows}x{tiling.parts}" for tiling in value)
     return getattr(value, "name", str(value))
 
 
@@ -95,7 +95,7 @@ def test_every_tiling(tilings: tuple[Tiling, Tiling], monkeypatch: pytest.Monkey
 
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three parts, one of them only half used, with different tilings in the two directions."""
-    tilings = Tiling(lanes=8, rows=1, parts=3), Tiling(lanes=4, rows=2, parts=2)
+    tilings = Tiling(lanes_per_channel=8, rows=1, parts=3), Tiling(lanes_per_channel=4, rows=2, parts=2)
     monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *shape: tilings)
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(dataclasses.replace(SMALL, length=69)))
 

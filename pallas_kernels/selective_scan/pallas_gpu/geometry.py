@@ -13,7 +13,7 @@ from pallas_kernels.common.warpgroup import LANES, THREADS, WARPS
 CHUNK = 16
 SLICE = 16
 # Tokens whose sums over states are exchanged between lanes together.
-GROUP = 4
+SPAN = 4
 # exp2(RESET * A) is exactly zero for every decay rate from `decay_rates`.
 RESET = 3.0e38
 # Threads that share a token at the edges of a chunk.
@@ -22,7 +22,7 @@ EDGE_LANES = THREADS // CHUNK
 EDGE_STATES = SLICE // EDGE_LANES
 # A row of B next to C in shared memory, padded so that rows start in different banks.
 MATRIX_PITCH = 2 * SLICE + 4
-# A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
+# A channel's slot in shared memory: a value of each of SPAN tokens, or two values of each of two tokens.
 SLOT = 4
 
 # Of those tokens, so many have their pairs of values in one slot.
@@ -48,12 +48,10 @@ def log2(number: int) -> int:
     return number.bit_length() - 1
 
 
-for _size in (CHUNK, SLICE, GROUP, SLOT, PAIRED, EDGE_LANES, EDGE_STATES, LANES):
+for _size in (CHUNK, SLICE, SPAN, SLOT, PAIRED, EDGE_LANES, EDGE_STATES, LANES):
     log2(_size)
-if SLOT != GROUP:
-    raise ValueError(
-        f"a slot holds a value of each token of a group: SLOT is {SLOT} and GROUP {GROUP}, make them equal"
-    )
+if SLOT != SPAN:
+    raise ValueError(f"a slot holds a value of each token of a group: SLOT is {SLOT} and SPAN {SPAN}, make them equal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,22 +59,22 @@ class Tiling:
     """How a kernel's work is spread over the chip.
 
     Attributes:
-        lanes: S, the lanes that share a channel: 2, 4 or 8.
+        lanes_per_channel: S, the lanes that share a channel: 2, 4 or 8.
         rows: R, the channels of a lane: 1 or 2.
         parts: pieces of the sequence that run at the same time.
     """
 
-    lanes: int
+    lanes_per_channel: int
     rows: int
     parts: int = 1
 
     @property
     def states_per_lane(self) -> int:
-        return SLICE // self.lanes
+        return SLICE // self.lanes_per_channel
 
     @property
     def channels_per_warp(self) -> int:
-        return LANES // self.lanes * self.rows
+        return LANES // self.lanes_per_channel * self.rows
 
     @property
     def channels_per_block(self) -> int:
@@ -147,7 +145,7 @@ def common_scratch(tiling: Tiling) -> dict[str, Any]:
 
 def value_slots(tiling: Tiling) -> int:
     """Floats of shared memory for a value for every token of a chunk and channel of a block."""
-    return CHUNK // GROUP * slot_position(tiling.channels_per_block)
+    return CHUNK // SPAN * slot_position(tiling.channels_per_block)
 
 
 def slot_position(channel):
