@@ -9,7 +9,8 @@ import jax
 
 from mamba_jax.checkpoint import Checkpointer
 from mamba_jax.data.batch import LMBatch
-from mamba_jax.data.pipeline import TrainBatches, evaluation_batches, open_source
+from mamba_jax.data.batches import Task
+from mamba_jax.data.pipeline import evaluation_batches, open_source, train_batches
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
@@ -95,8 +96,9 @@ def train(
         mesh = make_mesh(config.mesh, devices)
         check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
         program = TrainProgram(config.program, mesh)
-        dataset = open_source(config.data.train, config.data, tokenizer)
-        validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
+        dataset = open_source(config.data.train, tokenizer, config.data.cache_dir)
+        held_out = config.data.validation
+        validation = None if held_out is None else open_source(held_out, tokenizer, config.data.cache_dir)
         record = settle_run(config, dataset.identity, from_scratch=from_scratch)
         given = _Given(
             tokenizer=tokenizer,
@@ -165,8 +167,8 @@ class _Given:
     """
 
     tokenizer: Tokenizer
-    dataset: TokenDataset
-    validation: TokenDataset | None
+    dataset: TokenDataset | Task
+    validation: TokenDataset | Task | None
     record: RunRecord
     initial: Params | None
     from_scratch: bool
@@ -189,7 +191,7 @@ class _Run:
         self.stop, self.watchdog, self.hooks = stop, watchdog, hooks
         self.definition, self.mesh = program.definition, program.mesh
         index, count = process_rows(self.mesh)
-        self.batches = TrainBatches(
+        self.batches = train_batches(
             given.dataset, config.data, seed=config.seed, process_index=index, process_count=count
         )
         _check_runs_here(program)
@@ -343,7 +345,8 @@ class _Run:
         index, count = process_rows(self.mesh)
         batches = evaluation_batches(
             self.given.validation,
-            self.config.data,
+            seq_len=self.config.data.seq_len,
+            documents=self.config.data.documents,
             batch_size=self.config.evaluation_batch_size,
             max_batches=None if is_last else self.config.evaluation.max_batches,
             process_index=index,
@@ -354,7 +357,7 @@ class _Run:
             params,
             self._until_stopped(batches, f"evaluation of step {step}"),
             mesh=self.mesh,
-            tokens_per_byte=self.given.validation.num_tokens / self.given.validation.num_bytes,
+            tokens_per_byte=self.given.validation.tokens_per_byte,
             loss_chunk=self.config.train.loss_chunk,
         )
         if self.stop.requested():

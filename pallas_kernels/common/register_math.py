@@ -3,12 +3,13 @@
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.warpgroup import Warpgroup
+if TYPE_CHECKING:
+    from pallas_kernels.common.warpgroup import Warpgroup
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -52,6 +53,6 @@ def softplus(value: jax.Array, reciprocal: Callable[[jax.Array], jax.Array]) -> 
     return jnp.maximum(value, 0.0) + s * series
 
 
-def sigmoid(w: Warpgroup, value: jax.Array) -> jax.Array:
+def sigmoid(w: "Warpgroup", value: jax.Array) -> jax.Array:
     """1 / (1 + exp(-value))."""
     return w.reciprocal(1.0 + jnp.exp2(value * -LOG2_E))

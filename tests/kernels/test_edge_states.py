@@ -103,7 +103,7 @@ def test_kernels(spec: ScanSpec, implementation: str) -> None:
 
 
 def test_gpu_parts_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiling = Tiling(lanes=8, rows=1, parts=3)
+    tiling = Tiling(lanes_per_channel=8, rows=1, parts=3)
     monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *_: (tiling, tiling))
     check(make_call(dataclasses.replace(SMALL, length=37, name="parts")), "pallas_gpu")
 

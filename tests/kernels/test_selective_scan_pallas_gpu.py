@@ -6,6 +6,11 @@ Interpreting is slow, so without a GPU only small calls run, and the long ones a
 import dataclasses
 import functools
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +60,7 @@ LARGE_SPECS = (
     dataclasses.replace(FULL, name="one_token", length=1, states=16),
 )
 TILINGS = tuple(
-    (Tiling(lanes=lanes, rows=rows, parts=parts), Tiling(lanes=lanes, rows=rows, parts=parts))
+    (Tiling(lanes_per_channel=lanes, rows=rows, parts=parts), Tiling(lanes_per_channel=lanes, rows=rows, parts=parts))
     for lanes, rows in ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2))
     for parts in (1, 3)
 )
@@ -63,7 +68,7 @@ TILINGS = tuple(
 
 def call_name(value: object) -> str:
     if isinstance(value, tuple):
-        return "-".join(f"{tiling.lanes}x{tiling.rows}x{tiling.parts}" for tiling in value)
+        return "-".join(f"{tiling.lanes_per_channel}x{tiling.rows}x{tiling.parts}" for tiling in value)
     return getattr(value, "name", str(value))
 
 
@@ -90,7 +95,7 @@ def test_every_tiling(tilings: tuple[Tiling, Tiling], monkeypatch: pytest.Monkey
 
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three parts, one of them only half used, with different tilings in the two directions."""
-    tilings = Tiling(lanes=8, rows=1, parts=3), Tiling(lanes=4, rows=2, parts=2)
+    tilings = Tiling(lanes_per_channel=8, rows=1, parts=3), Tiling(lanes_per_channel=4, rows=2, parts=2)
     monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *shape: tilings)
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(dataclasses.replace(SMALL, length=69)))
 
@@ -242,3 +247,41 @@ def test_declines_half_precision() -> None:
 
 def test_gradients_of_padding_are_dropped() -> None:
     test_selective_scan.check_padding_leaves_no_trace("pallas_gpu", length=CHUNK + 1)
+
+
+CHUNKS = """
+import jax, numpy as np, pallas_kernels
+
+rng = np.random.default_rng(0)
+draw = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
+arrays = dict(x=draw(1, 70, 64), dt=draw(1, 70, 64) - 2, A=-np.exp(draw(64, 16)), B=draw(1, 70, 16), C=draw(1, 70, 16))
+
+def gradients(implementation):
+    loss = lambda a: (pallas_kernels.selective_scan(**a, dt_softplus=True, implementation=implementation).y ** 2).sum()
+    return jax.jit(jax.grad(loss))(arrays)
+
+for name, value in gradients("pallas_gpu").items():
+    expected = gradients("xla")[name]
+    # Sums of 70 x 16 terms in float32.
+    assert np.max(np.abs(value - expected)) <= 8 * 2**-24 * (70 * 16) ** 0.5 * np.max(np.abs(expected)), name
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="interpreted")
+def test_other_chunks_are_right_and_others_are_refused(tmp_path: Path) -> None:
+    """Everything that follows from the tokens of a chunk is derived from it."""
+    package = Path(__file__).parents[2] / "pallas_kernels"
+    for chunk, problem in ((32, None), (24, "24 is not a power of two")):
+        folder = tmp_path / str(chunk)
+        shutil.copytree(package, folder / "pallas_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        path = folder / "pallas_kernels" / "selective_scan" / "pallas_gpu" / "geometry.py"
+        path.write_text(path.read_text().replace("\nCHUNK = 16\n", f"\nCHUNK = {chunk}\n"))
+        done = subprocess.run(
+            [sys.executable, "-c", CHUNKS],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(folder)},
+            capture_output=True,
+        )
+        assert (done.returncode == 0) == (problem is None), done.stderr.decode()
+        assert problem is None or problem in done.stderr.decode()

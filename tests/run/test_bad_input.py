@@ -32,7 +32,7 @@ MakeConfig = Callable[..., ExperimentConfig]
 
 
 def write_shards(folder: Path, ids: np.ndarray) -> None:
-    with ShardWriter(folder, ByteTokenizer()) as writer:
+    with ShardWriter(folder, ByteTokenizer().vocabulary) as writer:
         writer.add(ids, num_bytes=len(ids), ends_document=True)
         writer.finish()
 

@@ -11,7 +11,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.register_math import LN_2, Registers, added, loop, sigmoid, total
 from pallas_kernels.common.warpgroup import THREADS, WARPS, Warpgroup, widen
 from pallas_kernels.selective_scan.kernel_inputs import Features
-from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, SLICE, Geometry, common_scratch, value_slots
+from pallas_kernels.selective_scan.pallas_gpu.geometry import (
+    CHUNK,
+    EDGE_LANES,
+    SLICE,
+    SPAN,
+    Geometry,
+    common_scratch,
+    log2,
+    value_slots,
+)
 from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 
 # Values that the lanes at the edges compute before the recurrence and need again after it.
@@ -72,9 +81,9 @@ class _Backward(Kernel):
         stop = jnp.minimum(first + geometry.chunks_per_part, geometry.chunks)
         self.keep_constants()
         self.history = (
-            self.lanes.warp * ((CHUNK + 1) * _history_pitch(geometry))
-            + self.lanes.lane_channel * SLICE
-            + self.lanes.state
+            self.place.warp * ((CHUNK + 1) * _history_pitch(geometry))
+            + self.place.lane_channel * SLICE
+            + self.place.state
         )
         states = ()
         if self.single:
@@ -92,7 +101,7 @@ class _Backward(Kernel):
 
         self.over_slices(lambda slice_index: self.write_states(part, slice_index, states))
         self.w.sync_block()
-        row = part * geometry.batch + self.lanes.batch
+        row = part * geometry.batch + self.place.batch
         for name, values in zip(("dD", "ddt_bias"), totals, strict=True):
             if name in self.outputs:
                 values = self.sums_over_tokens("matrix_sums", values)
@@ -100,7 +109,7 @@ class _Backward(Kernel):
 
     def initial_dstates(self, part, slice_index) -> list[Registers]:
         """Gradient of the state that the part ends with."""
-        dstates = self.load_states("dfinal_state", self.lanes.batch, slice_index)
+        dstates = self.load_states("dfinal_state", self.place.batch, slice_index)
         if self.tiling.parts > 1:
             rates = self.load_rates(slice_index)
             dstates = self.carried(dstates, self.tiling.parts - 1, part, rates, slice_index)
@@ -115,11 +124,11 @@ class _Backward(Kernel):
             dstates, dA = states
         else:
             dstates, dA = (self.load_shared_states(name, slice_index) for name in ("dstates", "dA"))
-        self.store_states("dA", part * self.geometry.batch + self.lanes.batch, slice_index, dA)
+        self.store_states("dA", part * self.geometry.batch + self.place.batch, slice_index, dA)
 
         @pl.when(part == 0)
         def _():
-            self.store_states("dinitial_state", self.lanes.batch, slice_index, dstates)
+            self.store_states("dinitial_state", self.place.batch, slice_index, dstates)
 
     def fetch(self, chunk: jax.Array) -> dict[str, Any]:
         """Starts to read a chunk."""
@@ -129,7 +138,7 @@ class _Backward(Kernel):
     def fetch_slice(self, chunk: jax.Array, slice_index) -> dict[str, Any]:
         """Starts to read a slice of B, C and the state at the start of a chunk."""
         words = {name: self.load_matrix(name, chunk, slice_index) for name in ("B", "C")}
-        leading = self.lanes.batch * self.geometry.chunks + chunk
+        leading = self.place.batch * self.geometry.chunks + chunk
         return words | {"states": self.load_states("checkpoints", leading, slice_index)}
 
     def walk_chunk(self, chunk: jax.Array, words: dict[str, Any], totals, states):
@@ -155,7 +164,7 @@ class _Backward(Kernel):
         return next_words, self.leave(chunk, words, totals), states
 
     def kept_index(self, name: str) -> jax.Array:
-        return (_KEPT.index(name) * THREADS + self.lanes.thread) * self.tiling.edge_channels
+        return (_KEPT.index(name) * THREADS + self.place.thread) * self.tiling.edge_channels
 
     def enter(self, chunk: jax.Array, words: dict[str, Any]) -> None:
         """Computes what the recurrence needs of the sequences."""
@@ -185,57 +194,57 @@ class _Backward(Kernel):
         states = self.recompute(words["states"], rates)
 
         def walk(i, carry):
-            return self.walk_group(CHUNK // GROUP - 1 - i, rates, *carry)
+            return self.walk_span(CHUNK // SPAN - 1 - i, rates, *carry)
 
-        dstates, dA, _ = loop(0, CHUNK // GROUP, walk, (dstates, dA, states))
+        dstates, dA, _ = loop(0, CHUNK // SPAN, walk, (dstates, dA, states))
         self.w.sync_block()
         self.write_matrix_sums(chunk, slice_index)
         return dstates, dA
 
     def history_offset(self, token: int, r: int) -> int:
-        return token * _history_pitch(self.geometry) + r * self.lanes.channel_stride * SLICE
+        return token * _history_pitch(self.geometry) + r * self.place.channel_stride * SLICE
 
     def recompute(self, states: Sequence[Registers], rates) -> Sequence[Registers]:
         """Runs the chunk forward and writes down the states before every token; returns the last."""
 
-        def walk(group, states):
-            pairs = self.load_pairs(group)
-            B = self.load_rows(group, offset=0)
-            base = self.history + group * (GROUP * _history_pitch(self.geometry))
+        def walk(span, states):
+            pairs = self.load_pairs(span)
+            B = self.load_rows(span, offset=0)
+            base = self.history + span * (SPAN * _history_pitch(self.geometry))
             results = []
             for r, (decay, dtx) in enumerate(pairs):
                 state = list(states[r])
-                for j in range(GROUP):
+                for j in range(SPAN):
                     self.w.store(self.shared["history"], base, state, offset=self.history_offset(j, r))
                     for n in range(self.tiling.states_per_lane):
                         state[n] = jnp.exp2(decay[j] * rates[r][n]) * state[n] + dtx[j] * B[j][n]
                 results.append(state)
             return results
 
-        return loop(0, CHUNK // GROUP, walk, states)
+        return loop(0, CHUNK // SPAN, walk, states)
 
-    def walk_group(self, group, rates, dstates, dA, states):
-        """Takes the gradient of the states back through GROUP tokens.
+    def walk_span(self, span, rates, dstates, dA, states):
+        """Takes the gradient of the states back through SPAN tokens.
 
         Args:
-            group: its index in the chunk.
+            span: its index in the chunk.
             rates: A.
             dstates: gradient of the states after the last token, for each channel of the lane.
             dA: gradient of A so far.
             states: the states after the last token.
         """
         tiling, count = self.tiling, self.tiling.states_per_lane
-        pairs = self.load_pairs(group)
-        dy = self.load_values("dy", group)
-        B, C = (self.load_rows(group, offset=offset) for offset in (0, SLICE))
-        base = self.history + group * (GROUP * _history_pitch(self.geometry))
+        pairs = self.load_pairs(span)
+        dy = self.load_values("dy", span)
+        B, C = (self.load_rows(span, offset=offset) for offset in (0, SLICE))
+        base = self.history + span * (SPAN * _history_pitch(self.geometry))
         before = [
-            [self.w.load(self.shared["history"], base, count, offset=self.history_offset(j, r)) for j in range(GROUP)]
+            [self.w.load(self.shared["history"], base, count, offset=self.history_offset(j, r)) for j in range(SPAN)]
             for r in range(tiling.rows)
         ]
         dstates, dA, states = ([list(values) for values in each] for each in (dstates, dA, states))
         sums: list[list[tuple]] = [[] for _ in range(tiling.rows)]
-        for j in reversed(range(GROUP)):
+        for j in reversed(range(SPAN)):
             dB: list[list] = [[] for _ in range(count)]
             dC: list[list] = [[] for _ in range(count)]
             for r, (decay, dtx) in enumerate(pairs):
@@ -254,23 +263,23 @@ class _Backward(Kernel):
                     dstates[r][n] = dstate
                 states[r] = list(before[r][j])
                 sums[r].insert(0, (total(y), total(ddtx), total(ddecay)))
-            index = (self.lanes.warp * CHUNK + group * GROUP) * (2 * SLICE) + self.matrix_sum_place()
+            index = (self.place.warp * CHUNK + span * SPAN) * (2 * SLICE) + self.matrix_sum_place()
             sum_over_channels = self.sum_over_channels([total(terms) for terms in dB + dC])
             self.w.store(self.shared["matrix_sums"], index, (sum_over_channels,), offset=j * 2 * SLICE)
-        # With a single slice the sums take the place of what the group has read, dy and the pairs.
+        # With a single slice the sums take the place of what the span has read, dy and the pairs.
         self.w.sync_warp()
         y_name, pair_name = self.sum_names
         for slot, each in zip(self.own_slots(), sums, strict=True):
             y, ddtx, ddecay = (self.sums_over_shares(values) for values in zip(*each, strict=True))
-            self.add_sums(y_name, group, y, slot)
-            self.add_sum_pairs(pair_name, group, ddtx, ddecay, slot)
+            self.add_sums(y_name, span, y, slot)
+            self.add_sum_pairs(pair_name, span, ddtx, ddecay, slot)
         return dstates, dA, states
 
     def matrix_sum_place(self) -> jax.Array:
         """Place in a row of B next to C of the sum that `sum_over_channels` leaves in the lane."""
         count = self.tiling.states_per_lane
-        kind = self.lanes.lane_channel >> (count.bit_length() - 1)
-        return kind * SLICE + self.lanes.state + (self.lanes.lane_channel & (count - 1))
+        kind = self.place.lane_channel >> log2(count)
+        return kind * SLICE + self.place.state + (self.place.lane_channel & (count - 1))
 
     @property
     def sum_names(self) -> tuple[str, str]:
@@ -279,16 +288,23 @@ class _Backward(Kernel):
 
     def write_matrix_sums(self, chunk: jax.Array, slice_index) -> None:
         """Adds up the warps' parts of the gradients of B and C and writes the block's."""
-        geometry, thread = self.geometry, self.lanes.thread
-        token, place = thread >> 3, (thread & 7) * 4
+        geometry, thread = self.geometry, self.place.thread
+        # EDGE_LANES threads share the row of a token, B next to C.
+        count = 2 * SLICE // EDGE_LANES
+        token, place = thread >> log2(EDGE_LANES), (thread & (EDGE_LANES - 1)) * count
         index = token * (2 * SLICE) + place
         parts = [
-            self.w.load(self.shared["matrix_sums"], index, 4, offset=warp * CHUNK * 2 * SLICE) for warp in range(WARPS)
+            self.w.load(self.shared["matrix_sums"], index, count, offset=warp * CHUNK * 2 * SLICE)
+            for warp in range(WARPS)
         ]
         sums = [total(terms) for terms in zip(*parts, strict=True)]
-        row = self.lanes.block * (geometry.batch * geometry.length) + self.lanes.batch * geometry.length
+        row = self.place.block * (geometry.batch * geometry.length) + self.place.batch * geometry.length
         row = row + (chunk * CHUNK + token)
-        column = (self.lanes.group * 2 + (place >> 4)) * geometry.states + slice_index * SLICE + (place & (SLICE - 1))
+        column = (
+            (self.place.group * 2 + (place >> log2(SLICE))) * geometry.states
+            + slice_index * SLICE
+            + (place & (SLICE - 1))
+        )
         pitch = geometry.groups * 2 * geometry.states
         self.w.store(self.outputs["dmatrices"], column, sums, row=row, pitch=pitch)
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.register_math import added, loop, sigmoid
 from pallas_kernels.common.warpgroup import THREADS, Warpgroup, widen
 from pallas_kernels.selective_scan.kernel_inputs import Features
-from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, RESET, SLICE, Geometry, common_scratch
+from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, RESET, SLICE, SPAN, Geometry, common_scratch
 from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 
 
@@ -25,7 +25,7 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PartKernel:
+class EdgeKernel:
     """A kernel that takes a zero state through parts of the sequence.
 
     Attributes:
@@ -34,7 +34,7 @@ class PartKernel:
     """
 
     inputs: tuple[str, ...]
-    body: type["_Parts"]
+    body: type["_EdgeState"]
 
     def run(
         self,
@@ -59,7 +59,7 @@ class PartKernel:
         self.body(geometry, features, w, inputs, outputs, shared).run()
 
 
-class _Parts(Kernel):
+class _EdgeState(Kernel):
     """The recurrence through one part of the sequence, whichever way; subclasses say which."""
 
     matrix_name: str
@@ -80,8 +80,8 @@ class _Parts(Kernel):
         """Tokens in the order of the recurrence."""
         raise NotImplementedError
 
-    def group(self, i: Any, groups: int) -> Any:
-        """The group of tokens that comes i-th in a chunk."""
+    def span(self, i: Any, spans: int) -> Any:
+        """The span of tokens that comes i-th in a chunk."""
         raise NotImplementedError
 
     def advanced(self, state: jax.Array, decay: jax.Array, more: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ class _Parts(Kernel):
 
     def leave(self, part: jax.Array, totals: list[jax.Array]) -> None:
         """Writes the states, and the sums of the step sizes, of the part."""
-        leading = part * self.geometry.batch + self.lanes.batch
+        leading = part * self.geometry.batch + self.place.batch
         self.over_slices(
             lambda slice_index: self.store_states(
                 "part_states", leading, slice_index, self.load_shared_states("states", slice_index)
@@ -120,7 +120,7 @@ class _Parts(Kernel):
             # A part with a reset in it passes nothing on, and infinity times a rate would not be a number.
             total = jnp.minimum(total, RESET)
             row = leading * self.geometry.width + (self.edge_columns() + i)
-            self.w.store(self.outputs["part_steps"], self.lanes.zero, (total,), row=row, pitch=1)
+            self.w.store(self.outputs["part_steps"], self.place.zero, (total,), row=row, pitch=1)
 
     def fetch(self, chunk: jax.Array) -> dict[str, Any]:
         """Starts to read a chunk."""
@@ -150,24 +150,24 @@ class _Parts(Kernel):
 
     def recur(self, slice_index, rates) -> None:
         """Takes the states of a slice through a chunk."""
-        groups = CHUNK // GROUP
+        spans = CHUNK // SPAN
 
         def walk(i, states):
             states = [list(values) for values in states]
-            group = self.group(i, groups)
-            rows = self.load_rows(group, offset=0)
-            for r, (decay, weights) in enumerate(self.load_pairs(group)):
-                for i in self.tokens(GROUP):
+            span = self.span(i, spans)
+            rows = self.load_rows(span, offset=0)
+            for r, (decay, weights) in enumerate(self.load_pairs(span)):
+                for i in self.tokens(SPAN):
                     for n in range(self.tiling.states_per_lane):
                         a = jnp.exp2(decay[i] * rates[r][n])
                         states[r][n] = self.advanced(states[r][n], a, weights[i] * rows[i][n])
             return states
 
-        states = loop(0, groups, walk, self.load_shared_states("states", slice_index))
+        states = loop(0, spans, walk, self.load_shared_states("states", slice_index))
         self.store_shared_states("states", slice_index, states)
 
 
-class _FinalStates(_Parts):
+class _FinalState(_EdgeState):
     """h_t = a_t h_{t-1} + dt_t x_t B_t through the first parts of the sequence, as many as the grid has."""
 
     matrix_name = "B"
@@ -185,14 +185,14 @@ class _FinalStates(_Parts):
     def tokens(self, count):
         return range(count)
 
-    def group(self, i, groups):
+    def span(self, i, spans):
         return i
 
     def advanced(self, state, decay, more):
         return decay * state + more
 
 
-class _InitialCotangents(_Parts):
+class _InitialCotangent(_EdgeState):
     """dh_{t-1} = a_t (dh_t + dy_t C_t), with dy before the gate, through the last parts of the sequence, backwards."""
 
     matrix_name = "C"
@@ -215,12 +215,12 @@ class _InitialCotangents(_Parts):
     def tokens(self, count):
         return reversed(range(count))
 
-    def group(self, i, groups):
-        return groups - 1 - i
+    def span(self, i, spans):
+        return spans - 1 - i
 
     def advanced(self, state, decay, more):
         return decay * (state + more)
 
 
-final_states = PartKernel(inputs=("x", "dt", "B", "A", "dt_bias", "starts"), body=_FinalStates)
-initial_cotangents = PartKernel(inputs=("dy", "z", "dt", "C", "A", "dt_bias", "starts"), body=_InitialCotangents)
+final_state = EdgeKernel(inputs=("x", "dt", "B", "A", "dt_bias", "starts"), body=_FinalState)
+initial_cotangent = EdgeKernel(inputs=("dy", "z", "dt", "C", "A", "dt_bias", "starts"), body=_InitialCotangent)

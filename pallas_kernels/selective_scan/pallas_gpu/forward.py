@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.register_math import Registers, added, loop, sigmoid, total
 from pallas_kernels.common.warpgroup import Warpgroup, widen
 from pallas_kernels.selective_scan.kernel_inputs import Features
-from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, SLICE, Geometry, common_scratch, value_slots
+from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, SPAN, Geometry, common_scratch, value_slots
 from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 
 
@@ -63,7 +63,7 @@ class _Forward(Kernel):
     def initialise(self, part, slice_index) -> None:
         states = self.zeros()
         if "initial_state" in self.inputs:
-            states = self.load_states("initial_state", self.lanes.batch, slice_index)
+            states = self.load_states("initial_state", self.place.batch, slice_index)
         if self.tiling.parts > 1:
             rates = self.load_rates(slice_index)
             states = self.carried(states, 0, part, rates, slice_index)
@@ -71,7 +71,7 @@ class _Forward(Kernel):
 
     def write_final_state(self, slice_index) -> None:
         states = self.load_shared_states("states", slice_index)
-        self.store_states("final_state", self.lanes.batch, slice_index, states)
+        self.store_states("final_state", self.place.batch, slice_index, states)
 
     def fetch(self, chunk: jax.Array) -> dict[str, Any]:
         """Starts to read a chunk."""
@@ -141,24 +141,24 @@ class _Forward(Kernel):
         """Runs the recurrence through a chunk and writes the sums over states."""
         states = self.load_shared_states("states", slice_index)
         if self.features.checkpoints:
-            leading = self.lanes.batch * self.geometry.chunks + chunk
+            leading = self.place.batch * self.geometry.chunks + chunk
             self.store_states("checkpoints", leading, slice_index, states)
 
-        def walk(group, states):
+        def walk(span, states):
             states = [list(values) for values in states]
-            pairs = self.load_pairs(group)
-            B, C = (self.load_rows(group, offset=offset) for offset in (0, SLICE))
+            pairs = self.load_pairs(span)
+            B, C = (self.load_rows(span, offset=offset) for offset in (0, SLICE))
             for r, (slot, (decay, dtx)) in enumerate(zip(self.own_slots(), pairs, strict=True)):
                 sums = []
-                for i in range(GROUP):
+                for i in range(SPAN):
                     terms = []
                     for n in range(self.tiling.states_per_lane):
                         a = jnp.exp2(decay[i] * rates[r][n])
                         states[r][n] = a * states[r][n] + dtx[i] * B[i][n]
                         terms.append(states[r][n] * C[i][n])
                     sums.append(total(terms))
-                self.add_sums("sums", group, self.sums_over_shares(sums), slot)
+                self.add_sums("sums", span, self.sums_over_shares(sums), slot)
             return states
 
-        states = loop(0, CHUNK // GROUP, walk, states)
+        states = loop(0, CHUNK // SPAN, walk, states)
         self.store_shared_states("states", slice_index, states)

@@ -8,22 +8,50 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.warpgroup import LANES, THREADS, WARPS
 
+# Tokens between two stored states, and states of a channel that are worked on together. Both are powers of two that
+# divide the threads of a block; what follows from them is derived below, so that changing one changes all.
 CHUNK = 16
 SLICE = 16
 # Tokens whose sums over states are exchanged between lanes together.
-GROUP = 4
+SPAN = 4
 # exp2(RESET * A) is exactly zero for every decay rate from `decay_rates`.
 RESET = 3.0e38
 # Threads that share a token at the edges of a chunk.
 EDGE_LANES = THREADS // CHUNK
+# States of a token's row of B or C that each of them reads.
+EDGE_STATES = SLICE // EDGE_LANES
 # A row of B next to C in shared memory, padded so that rows start in different banks.
 MATRIX_PITCH = 2 * SLICE + 4
-# A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
+# A channel's slot in shared memory: a value of each of SPAN tokens, or two values of each of two tokens.
 SLOT = 4
+
+# Of those tokens, so many have their pairs of values in one slot.
+PAIRED = SLOT // 2
 
 CONSTANTS = ("D", "dt_bias")
 # Keeps 16-byte accesses of neighbouring threads in different banks, and aligned.
 CONSTANT_PADDING = 4
+
+
+# 32 banks of 4 bytes hold eight slots.
+SLOTS_TOGETHER = LANES // SLOT
+
+
+def log2(number: int) -> int:
+    """The exponent of a power of two, for shifts in the kernels.
+
+    Raises:
+        ValueError: it is not one, so that the kernels cannot be built.
+    """
+    if number < 1 or number & (number - 1):
+        raise ValueError(f"the GPU kernels of the scan divide by shifts: {number} is not a power of two")
+    return number.bit_length() - 1
+
+
+for _size in (CHUNK, SLICE, SPAN, SLOT, PAIRED, EDGE_LANES, EDGE_STATES, LANES):
+    log2(_size)
+if SLOT != SPAN:
+    raise ValueError(f"a slot holds a value of each token of a group: SLOT is {SLOT} and SPAN {SPAN}, make them equal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,22 +59,22 @@ class Tiling:
     """How a kernel's work is spread over the chip.
 
     Attributes:
-        lanes: S, the lanes that share a channel: 2, 4 or 8.
+        lanes_per_channel: S, the lanes that share a channel: 2, 4 or 8.
         rows: R, the channels of a lane: 1 or 2.
         parts: pieces of the sequence that run at the same time.
     """
 
-    lanes: int
+    lanes_per_channel: int
     rows: int
     parts: int = 1
 
     @property
     def states_per_lane(self) -> int:
-        return SLICE // self.lanes
+        return SLICE // self.lanes_per_channel
 
     @property
     def channels_per_warp(self) -> int:
-        return LANES // self.lanes * self.rows
+        return LANES // self.lanes_per_channel * self.rows
 
     @property
     def channels_per_block(self) -> int:
@@ -117,13 +145,13 @@ def common_scratch(tiling: Tiling) -> dict[str, Any]:
 
 def value_slots(tiling: Tiling) -> int:
     """Floats of shared memory for a value for every token of a chunk and channel of a block."""
-    return CHUNK // GROUP * slot_position(tiling.channels_per_block)
+    return CHUNK // SPAN * slot_position(tiling.channels_per_block)
 
 
 def slot_position(channel):
     """Position of a channel's slot in shared memory.
 
-    After every eight slots one is left free, so that both roles of threads hit different banks: the recurrence reads
-    neighbouring channels, the edges write channels that are EDGE_LANES or so apart.
+    After every SLOTS_TOGETHER slots one is left free, so that both roles of threads hit different banks: the recurrence
+    reads neighbouring channels, the edges write channels that are EDGE_LANES or so apart.
     """
-    return channel * SLOT + (channel >> 3) * SLOT
+    return channel * SLOT + (channel >> log2(SLOTS_TOGETHER)) * SLOT

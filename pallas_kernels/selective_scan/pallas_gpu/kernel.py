@@ -25,18 +25,21 @@ from pallas_kernels.selective_scan.pallas_gpu.geometry import (
     CONSTANT_PADDING,
     CONSTANTS,
     EDGE_LANES,
-    GROUP,
+    EDGE_STATES,
     MATRIX_PITCH,
+    PAIRED,
     RESET,
     SLICE,
     SLOT,
+    SPAN,
     Geometry,
     Tiling,
+    log2,
     slot_position,
 )
 
 
-class Lanes:
+class Place:
     """Where each thread works, as int32 arrays of one value a thread.
 
     Attributes:
@@ -48,20 +51,20 @@ class Lanes:
         token: in the chunk, at the edges.
         edge_channel: first channel at the edges, counted in the block.
         first_channel: first channel of the block among all channels.
-        group, batch, block: those of the block.
+        group, batch, block: those of the block; a group of channels shares B and C.
     """
 
     def __init__(self, w: Warpgroup, tiling: Tiling, geometry: Geometry):
         self.thread = w.thread_index()
         zero = self.thread & 0
         self.zero = zero
-        self.warp = self.thread >> 5
+        self.warp = self.thread >> log2(LANES)
         self.lane = self.thread & (LANES - 1)
-        self.channel_stride = LANES // tiling.lanes
-        self.lane_channel = self.lane >> (tiling.lanes.bit_length() - 1)
-        self.share = self.lane & (tiling.lanes - 1)
+        self.channel_stride = LANES // tiling.lanes_per_channel
+        self.lane_channel = self.lane >> log2(tiling.lanes_per_channel)
+        self.share = self.lane & (tiling.lanes_per_channel - 1)
         self.state = self.share * tiling.states_per_lane
-        self.token = self.thread >> 3
+        self.token = self.thread >> log2(EDGE_LANES)
         warp_channel = self.warp * tiling.channels_per_warp
         self.channel = warp_channel + self.lane_channel
         self.edge_channel = (self.thread & (EDGE_LANES - 1)) * tiling.edge_channels
@@ -69,8 +72,13 @@ class Lanes:
         self.batch = zero + jax.lax.axis_index("batch")
         self.block = zero + jax.lax.axis_index("block")
         self.first_channel = self.group * geometry.channels + self.block * tiling.channels_per_block
-        # The lane's first sum among the GROUP that `sums_over_shares` spreads.
-        self.first_sum = (self.share * GROUP) >> (tiling.lanes.bit_length() - 1)
+        # The lane's first sum among the SPAN that `sums_over_shares` spreads.
+        self.first_sum = (self.share * SPAN) >> log2(tiling.lanes_per_channel)
+
+    @property
+    def edge_state(self) -> jax.Array:
+        """First state of the slice that the thread reads of its token's row of B or C."""
+        return (self.thread & (EDGE_LANES - 1)) * EDGE_STATES
 
 
 class Kernel:
@@ -95,7 +103,7 @@ class Kernel:
         self.w, self.geometry, self.features = w, geometry, features
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
         self.tiling = geometry.tiling
-        self.lanes = Lanes(w, self.tiling, geometry)
+        self.place = Place(w, self.tiling, geometry)
         self.single = geometry.slices == 1
 
     def over_slices(self, body: Callable[[Any], None]) -> None:
@@ -107,18 +115,18 @@ class Kernel:
 
     def token_row(self, chunk: jax.Array) -> jax.Array:
         """Row of the lane's token in sequences and matrices."""
-        return self.lanes.batch * self.geometry.length + (chunk * CHUNK + self.lanes.token)
+        return self.place.batch * self.geometry.length + (chunk * CHUNK + self.place.token)
 
     def edge_columns(self) -> jax.Array:
         """First channel of the lane at the edges, among all channels."""
-        return self.lanes.first_channel + self.lanes.edge_channel
+        return self.place.first_channel + self.place.edge_channel
 
     def keep_constants(self) -> None:
         """Copies D and dt_bias to shared memory, every thread its own channels, whichever are given."""
         count, pitch = self.tiling.edge_channels, self.geometry.width
         for i, name in enumerate(CONSTANTS):
             if name in self.inputs:
-                values = self.w.load(self.inputs[name], self.edge_columns(), count, row=self.lanes.zero, pitch=pitch)
+                values = self.w.load(self.inputs[name], self.edge_columns(), count, row=self.place.zero, pitch=pitch)
                 self.w.store(self.shared["constants"], self._constants_index(), values, offset=i * self._constants)
 
     def edge_constant(self, name: str) -> Registers | None:
@@ -133,7 +141,7 @@ class Kernel:
         return EDGE_LANES * (self.tiling.edge_channels + CONSTANT_PADDING)
 
     def _constants_index(self) -> jax.Array:
-        return (self.lanes.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + CONSTANT_PADDING)
+        return (self.place.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + CONSTANT_PADDING)
 
     def load_edge(self, chunk: jax.Array, names: Sequence[str]) -> dict[str, Registers]:
         """Words of a chunk of sequences; "starts" has one value a token, the others a row of channels."""
@@ -141,7 +149,7 @@ class Kernel:
         words: dict[str, Registers] = {}
         for name in names:
             if name == "starts":
-                words[name] = self.w.load(self.inputs[name], self.lanes.zero, 1, row=row, pitch=1)
+                words[name] = self.w.load(self.inputs[name], self.place.zero, 1, row=row, pitch=1)
             elif name in self.inputs:
                 count, pitch = self.tiling.edge_channels, self.geometry.width
                 words[name] = self.w.load(self.inputs[name], self.edge_columns(), count, row=row, pitch=pitch)
@@ -154,24 +162,24 @@ class Kernel:
 
     def state_rows(self, leading: jax.Array) -> list[jax.Array]:
         """Rows of the lane's channels in an array of states with an index before the channel."""
-        first = leading * self.geometry.width + (self.lanes.first_channel + self.lanes.channel)
-        return [first + r * self.lanes.channel_stride for r in range(self.tiling.rows)]
+        first = leading * self.geometry.width + (self.place.first_channel + self.place.channel)
+        return [first + r * self.place.channel_stride for r in range(self.tiling.rows)]
 
     def load_states(self, name: str, leading: jax.Array, slice_index) -> list[Registers]:
         """The lane's states of a slice from an input, for each of its channels."""
-        column = self.lanes.state + slice_index * SLICE
+        column = self.place.state + slice_index * SLICE
         count, pitch = self.tiling.states_per_lane, self.geometry.states
         rows = self.state_rows(leading)
         return [self.w.load(self.inputs[name], column, count, row=row, pitch=pitch) for row in rows]
 
     def load_rates(self, slice_index) -> list[Registers]:
         """A of the lane's states of a slice, in units of log2, for each of its channels."""
-        rates = self.load_states("A", self.lanes.zero, slice_index)
+        rates = self.load_states("A", self.place.zero, slice_index)
         return [[rate * LOG2_E for rate in values] for values in rates]
 
     def store_states(self, name: str, leading: jax.Array, slice_index, states: Sequence[Registers]) -> None:
         """Writes the lane's states of a slice to an output."""
-        column = self.lanes.state + slice_index * SLICE
+        column = self.place.state + slice_index * SLICE
         for row, values in zip(self.state_rows(leading), states, strict=True):
             self.w.store(self.outputs[name], column, values, row=row, pitch=self.geometry.states)
 
@@ -180,20 +188,20 @@ class Kernel:
         return [[self.w.full(0.0)] * self.tiling.states_per_lane for _ in range(self.tiling.rows)]
 
     def shared_states_index(self, slice_index) -> jax.Array:
-        lanes = self.lanes
-        return slice_index * (self.tiling.channels_per_block * SLICE) + lanes.channel * SLICE + lanes.state
+        place = self.place
+        return slice_index * (self.tiling.channels_per_block * SLICE) + place.channel * SLICE + place.state
 
     def load_shared_states(self, name: str, slice_index) -> list[Registers]:
         """The lane's states of a slice from shared memory."""
         index, count = self.shared_states_index(slice_index), self.tiling.states_per_lane
-        offsets = [r * self.lanes.channel_stride * SLICE for r in range(self.tiling.rows)]
+        offsets = [r * self.place.channel_stride * SLICE for r in range(self.tiling.rows)]
         return [self.w.load(self.shared[name], index, count, offset=offset) for offset in offsets]
 
     def store_shared_states(self, name: str, slice_index, states: Sequence[Registers]) -> None:
         """Writes the lane's states of a slice to shared memory."""
         index = self.shared_states_index(slice_index)
         for r, values in enumerate(states):
-            self.w.store(self.shared[name], index, values, offset=r * self.lanes.channel_stride * SLICE)
+            self.w.store(self.shared[name], index, values, offset=r * self.place.channel_stride * SLICE)
 
     @property
     def slots(self) -> int:
@@ -202,41 +210,41 @@ class Kernel:
 
     def own_slots(self) -> list[tuple[jax.Array, int]]:
         """Slots of the lane's channels in the recurrence, as a position and an offset known in advance."""
-        first = slot_position(self.lanes.channel)
-        return [(first, slot_position(r * self.lanes.channel_stride)) for r in range(self.tiling.rows)]
+        first = slot_position(self.place.channel)
+        return [(first, slot_position(r * self.place.channel_stride)) for r in range(self.tiling.rows)]
 
     def edge_slots(self) -> list[tuple[jax.Array, int]]:
         """The same for the thread's channels at the edges."""
-        first = slot_position(self.lanes.edge_channel)
+        first = slot_position(self.place.edge_channel)
         return [(first, slot_position(i)) for i in range(self.tiling.edge_channels)]
 
     def store_edge_values(self, name: str, values: Registers) -> None:
         """Writes a value for each of the thread's channels to shared memory, for `load_values`."""
-        token = self.lanes.token
-        row = (token >> 2) * self.slots + (token & 3)
+        token = self.place.token
+        row = (token >> log2(SPAN)) * self.slots + (token & (SPAN - 1))
         for (slot, offset), value in zip(self.edge_slots(), values, strict=True):
             self.w.store(self.shared[name], row + slot, (value,), offset=offset)
 
     def load_edge_values(self, name: str) -> list[jax.Array]:
         """Reads what the recurrence wrote, for each of the thread's channels."""
-        token = self.lanes.token
-        row = (token >> 2) * self.slots + (token & 3)
+        token = self.place.token
+        row = (token >> log2(SPAN)) * self.slots + (token & (SPAN - 1))
         return [self.w.load(self.shared[name], row + slot, 1, offset=offset)[0] for slot, offset in self.edge_slots()]
 
-    def load_values(self, name: str, group) -> list[Registers]:
-        """Values of the tokens of a group, for each of the lane's channels."""
-        row = group * self.slots
-        return [self.w.load(self.shared[name], row + slot, GROUP, offset=offset) for slot, offset in self.own_slots()]
+    def load_values(self, name: str, span) -> list[Registers]:
+        """Values of the tokens of a span, for each of the lane's channels."""
+        row = span * self.slots
+        return [self.w.load(self.shared[name], row + slot, SPAN, offset=offset) for slot, offset in self.own_slots()]
 
-    def add_sums(self, name: str, group, sums: Registers, slot: tuple[jax.Array, int]) -> None:
+    def add_sums(self, name: str, span, sums: Registers, slot: tuple[jax.Array, int]) -> None:
         """Writes the lane's sums over the states for one of its channels, or adds them to those of other slices."""
-        index = group * self.slots + slot[0] + self.lanes.first_sum
+        index = span * self.slots + slot[0] + self.place.first_sum
         self._write_sums(name, index, sums, slot[1])
 
-    def add_sum_pairs(self, name: str, group, first: Registers, second: Registers, slot: tuple[jax.Array, int]) -> None:
+    def add_sum_pairs(self, name: str, span, first: Registers, second: Registers, slot: tuple[jax.Array, int]) -> None:
         """The same for pairs of sums."""
-        token = self.lanes.first_sum
-        index = (group * 2 + (token >> 1)) * self.slots + slot[0] + (token & 1) * 2
+        token = self.place.first_sum
+        index = (span * (SPAN // PAIRED) + (token >> log2(PAIRED))) * self.slots + slot[0] + (token & (PAIRED - 1)) * 2
         self._write_sums(name, index, [value for pair in zip(first, second, strict=True) for value in pair], slot[1])
 
     def _write_sums(self, name: str, index: jax.Array, sums: Registers, offset: int) -> None:
@@ -246,22 +254,22 @@ class Kernel:
 
     def store_edge_pairs(self, name: str, first: Registers, second: Registers) -> None:
         """Writes a pair for each of the thread's channels to shared memory, for `load_pairs`."""
-        token = self.lanes.token
-        row = (token >> 1) * self.slots + (token & 1) * 2
+        token = self.place.token
+        row = (token >> log2(PAIRED)) * self.slots + (token & (PAIRED - 1)) * 2
         for (slot, offset), pair in zip(self.edge_slots(), zip(first, second, strict=True), strict=True):
             self.w.store(self.shared[name], row + slot, pair, offset=offset)
 
     def load_edge_pairs(self, name: str) -> list[Registers]:
         """Reads what the recurrence wrote, for each of the thread's channels."""
-        token = self.lanes.token
-        row = (token >> 1) * self.slots + (token & 1) * 2
+        token = self.place.token
+        row = (token >> log2(PAIRED)) * self.slots + (token & (PAIRED - 1)) * 2
         return [self.w.load(self.shared[name], row + slot, 2, offset=offset) for slot, offset in self.edge_slots()]
 
-    def load_pairs(self, group) -> list[tuple[Registers, Registers]]:
-        """The pairs of the tokens of a group, as first and second values for each of the lane's channels."""
+    def load_pairs(self, span) -> list[tuple[Registers, Registers]]:
+        """The pairs of the tokens of a span, as first and second values for each of the lane's channels."""
         pairs: list[tuple[Registers, Registers]] = []
         for slot, offset in self.own_slots():
-            index = group * (2 * self.slots) + slot
+            index = span * (2 * self.slots) + slot
             early, late = (
                 self.w.load(self.shared["pairs"], index, SLOT, offset=offset + i * self.slots) for i in range(2)
             )
@@ -269,28 +277,28 @@ class Kernel:
         return pairs
 
     def load_matrix(self, name: str, chunk: jax.Array, slice_index) -> Registers:
-        """Words of the thread's two states of the row of its token in B or C."""
-        column = self.lanes.group * self.geometry.states + slice_index * SLICE + (self.lanes.thread & 7) * 2
+        """Words of the thread's EDGE_STATES states of the row of its token in B or C."""
+        column = self.place.group * self.geometry.states + slice_index * SLICE + self.place.edge_state
         pitch = self.geometry.groups * self.geometry.states
-        return self.w.load(self.inputs[name], column, 2, row=self.token_row(chunk), pitch=pitch)
+        return self.w.load(self.inputs[name], column, EDGE_STATES, row=self.token_row(chunk), pitch=pitch)
 
     def stage_matrix(self, name: str, words: Registers, *, offset: int) -> None:
         """Writes what `load_matrix` brought, in float32, to the block's copy of B (offset 0) or C (SLICE)."""
-        index = self.lanes.token * MATRIX_PITCH + (self.lanes.thread & 7) * 2
+        index = self.place.token * MATRIX_PITCH + self.place.edge_state
         self.w.store(self.shared["matrices"], index, widen(words, self.inputs[name].dtype), offset=offset)
 
-    def load_rows(self, group, *, offset: int) -> list[Registers]:
-        """The lane's states of B (offset 0) or C (SLICE) for the tokens of a group."""
-        index = group * (GROUP * MATRIX_PITCH) + self.lanes.state
+    def load_rows(self, span, *, offset: int) -> list[Registers]:
+        """The lane's states of B (offset 0) or C (SLICE) for the tokens of a span."""
+        index = span * (SPAN * MATRIX_PITCH) + self.place.state
         count = self.tiling.states_per_lane
         matrices = self.shared["matrices"]
-        return [self.w.load(matrices, index, count, offset=offset + i * MATRIX_PITCH) for i in range(GROUP)]
+        return [self.w.load(matrices, index, count, offset=offset + i * MATRIX_PITCH) for i in range(SPAN)]
 
     def is_valid(self, chunk: jax.Array) -> jax.Array | None:
         """Whether the lane's token exists; None if all do."""
         if self.geometry.valid_length == self.geometry.length:
             return None
-        return chunk * CHUNK + self.lanes.token < self.geometry.valid_length
+        return chunk * CHUNK + self.place.token < self.geometry.valid_length
 
     def step_sizes(
         self, chunk: jax.Array, dt: Registers, starts: jax.Array | None
@@ -321,11 +329,11 @@ class Kernel:
 
         def advance(i, states):
             part = first + i * direction
-            leading = self.lanes.zero + part * self.geometry.batch + self.lanes.batch
+            leading = self.place.zero + part * self.geometry.batch + self.place.batch
             local = self.load_states("part_states", leading, slice_index)
             result = []
             for r, row in enumerate(self.state_rows(leading)):
-                (total,) = self.w.load(self.inputs["part_steps"], self.lanes.zero, 1, row=row, pitch=1)
+                (total,) = self.w.load(self.inputs["part_steps"], self.place.zero, 1, row=row, pitch=1)
                 moved = zip(rates[r], states[r], local[r], strict=True)
                 result.append([jnp.exp2(total * rate) * state + more for rate, state, more in moved])
             return result
@@ -333,18 +341,20 @@ class Kernel:
         return loop(0, count, advance, states)
 
     def sums_over_shares(self, values: Registers) -> list[jax.Array]:
-        """Sums GROUP values, one a token, over the lanes of a channel, and spreads the sums over those lanes.
+        """Sums SPAN values, one a token, over the lanes of a channel, and spreads the sums over those lanes.
 
         An exchange halves the values that a lane answers for, until one is left; further ones make copies of it.
 
         Returns:
             The sums of the tokens `lanes.first_sum` and following.
         """
-        return self._exchange(values, self.lanes.share, self.tiling.lanes)
+        return self._exchange(values, self.place.share, self.tiling.lanes_per_channel)
 
     def sum_over_channels(self, values: Registers) -> jax.Array:
         """Sums 32 / S values over the lanes of a warp that keep the same states; lane_channel i has the i-th sum."""
-        (total,) = self._exchange(values, self.lanes.lane_channel, LANES // self.tiling.lanes, scale=self.tiling.lanes)
+        (total,) = self._exchange(
+            values, self.place.lane_channel, LANES // self.tiling.lanes_per_channel, scale=self.tiling.lanes_per_channel
+        )
         return total
 
     def _exchange(self, values: Registers, position: jax.Array, lanes: int, *, scale: int = 1) -> list[jax.Array]:
@@ -371,9 +381,9 @@ class Kernel:
         for value in values:
             for mask in (8, 16):
                 value = value + self.w.shuffle_xor(value, mask)
-            self.w.store(self.shared[name], self.lanes.thread, (value,))
+            self.w.store(self.shared[name], self.place.thread, (value,))
             self.w.sync_block()
-            index = self.lanes.thread & (EDGE_LANES - 1)
+            index = self.place.thread & (EDGE_LANES - 1)
             parts = [self.w.load(self.shared[name], index, 1, offset=warp * LANES)[0] for warp in range(WARPS)]
             totals.append((parts[0] + parts[1]) + (parts[2] + parts[3]))
             self.w.sync_block()

@@ -20,9 +20,9 @@ _LEAST_TOKENS_OF_A_PART = 256
 # With more slices of states, lanes with two channels need too much shared memory.
 _MOST_SLICES_FOR_TWO_ROWS = 4
 
-_LARGE_SHARES = Tiling(lanes=4, rows=2)
-_SMALL_SHARES = Tiling(lanes=8, rows=2)
-_MANY_STATES = Tiling(lanes=4, rows=1)
+_LARGE_SHARES = Tiling(lanes_per_channel=4, rows=2)
+_SMALL_SHARES = Tiling(lanes_per_channel=8, rows=2)
+_MANY_STATES = Tiling(lanes_per_channel=4, rows=1)
 
 
 def choose_tilings(batch: int, length: int, channels: int, states: int) -> tuple[Tiling, Tiling]:

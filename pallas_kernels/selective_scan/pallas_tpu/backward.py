@@ -1,6 +1,6 @@
 """The backward kernel of the selective scan on TPUs.
 
-From the state before a group of tokens, its states and decays are computed again and kept on the chip; then the
+From the state before a span of tokens, its states and decays are computed again and kept on the chip; then the
 gradient of the state runs back through them. One tile's way forward is independent of another's way back, so the
 compiler's schedule has them side by side.
 """
@@ -11,15 +11,15 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common.register_math import LN_2
 from pallas_kernels.common.tpu_tiles import (
-    GROUP,
     LANES,
+    SPAN,
     SUBLANES,
     Refs,
     folded,
-    group_tokens,
     over,
     sequence,
     sigmoid,
+    span_tokens,
     tile_lanes,
 )
 from pallas_kernels.selective_scan.kernel_inputs import Features
@@ -42,16 +42,16 @@ TOGETHER = 2
 def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Shapes of float32 memory on the chip."""
     channels, states = geometry.tiling.channels, geometry.states
-    sums = geometry.tiling.tiles, GROUP * SUBLANES, LANES
-    of_group = GROUP, channels
+    sums = geometry.tiling.tiles, SPAN * SUBLANES, LANES
+    of_span = SPAN, channels
     return matrix_scratch(geometry) | {
-        "steps": of_group,
-        "decay_steps": of_group,
-        "inputs": of_group,
-        "dy_ungated": of_group,
-        "dz_factor": of_group,
-        "states": (GROUP, states, channels),
-        "decays": (GROUP, states, channels),
+        "steps": of_span,
+        "decay_steps": of_span,
+        "inputs": of_span,
+        "dy_ungated": of_span,
+        "dz_factor": of_span,
+        "states": (SPAN, states, channels),
+        "decays": (SPAN, states, channels),
         "dmatrix_lanes": (geometry.tiling.tokens, 2 * states, LANES),
         "dinputs_sums": sums,
         "dsteps_sums": sums,
@@ -66,7 +66,7 @@ def kernel(geometry: Geometry, features: Features, refs: Refs) -> None:
     over channels in "dmatrix_lanes" until the last block.
     """
     step, block = pl.program_id(2), pl.program_id(3)
-    groups = geometry.tiling.tokens // GROUP
+    spans = geometry.tiling.tokens // SPAN
 
     @pl.when(step == 0)
     def _():
@@ -80,43 +80,43 @@ def kernel(geometry: Geometry, features: Features, refs: Refs) -> None:
         refs["dmatrix_lanes"][...] = jnp.zeros_like(refs["dmatrix_lanes"])
 
     def go_back(index, carry):
-        _go_back(geometry, features, refs, groups - 1 - index, block)
+        _go_back(geometry, features, refs, spans - 1 - index, block)
         return carry
 
-    over(groups, go_back)
+    over(spans, go_back)
 
     @pl.when(block == geometry.blocks - 1)
     def _():
-        over(groups, lambda group, carry: _sum_lanes(geometry, refs, group) or carry)
+        over(spans, lambda span, carry: _sum_lanes(geometry, refs, span) or carry)
 
 
-def _go_back(geometry: Geometry, features: Features, refs: Refs, group, block) -> None:
-    """Takes the state's gradient back over a group of tokens."""
+def _go_back(geometry: Geometry, features: Features, refs: Refs, span, block) -> None:
+    """Takes the state's gradient back over a span of tokens."""
     tiles = [tile_lanes(tile) for tile in range(geometry.tiling.tiles)]
-    resets = turn_matrices(geometry, refs, group)
+    resets = turn_matrices(geometry, refs, span)
     for lanes in tiles:
-        _enter(features, refs, group, lanes, block, resets)
+        _enter(features, refs, span, lanes, block, resets)
     names = ("dinputs_sums", "dsteps_sums", *(("y_sums",) if "z" in refs else ()))
 
     def add_slice(index, sums):
         for first in range(0, len(tiles), TOGETHER):
-            _go_back_tiles(geometry, refs, group, block, index, numbered(tiles, first, TOGETHER))
+            _go_back_tiles(geometry, refs, span, block, index, numbered(tiles, first, TOGETHER))
         return [[sums[i][k] + row_sums(refs[name], i) for k, name in enumerate(names)] for i in range(len(tiles))]
 
-    zeros = [[jnp.zeros((GROUP, LANES))] * len(names)] * len(tiles)
+    zeros = [[jnp.zeros((SPAN, LANES))] * len(names)] * len(tiles)
     for lanes, sums in zip(tiles, over(geometry.slices, add_slice, zeros), strict=True):
-        _leave(features, refs, group, lanes, block, *sums)
+        _leave(features, refs, span, lanes, block, *sums)
 
 
-def _enter(features: Features, refs: Refs, group, lanes: slice, block, resets: jax.Array) -> None:
+def _enter(features: Features, refs: Refs, span, lanes: slice, block, resets: jax.Array) -> None:
     """What the recurrences need of the sequences, row by row."""
-    dt = step_size(features, refs, group, lanes, block)
+    dt = step_size(features, refs, span, lanes, block)
     refs["steps"][:, lanes] = dt
     refs["decay_steps"][:, lanes] = jnp.maximum(dt, resets)
-    refs["inputs"][:, lanes] = dt * sequence(refs, "x", group, lanes)
-    dy = sequence(refs, "dy", group, lanes)
+    refs["inputs"][:, lanes] = dt * sequence(refs, "x", span, lanes)
+    dy = sequence(refs, "dy", span, lanes)
     if "z" in refs:
-        z = sequence(refs, "z", group, lanes)
+        z = sequence(refs, "z", span, lanes)
         gate = sigmoid(z)
         dy = dy * gate
         refs["dz_factor"][:, lanes] = dy * (1.0 + z * (1.0 - gate))
@@ -124,11 +124,11 @@ def _enter(features: Features, refs: Refs, group, lanes: slice, block, resets: j
     refs["dy_ungated"][:, lanes] = dy
 
 
-def _restore(geometry: Geometry, refs: Refs, group, block, index, lanes: slice) -> jax.Array:
-    """Keeps the states before a group's tokens and the decays from there on; returns the state after the group."""
+def _restore(geometry: Geometry, refs: Refs, span, block, index, lanes: slice) -> jax.Array:
+    """Keeps the states before a span's tokens and the decays from there on; returns the state after the span."""
     rows = slice_rows(geometry, index)
-    rates, h = refs["A"][block, rows, lanes], refs["checkpoints"][group, rows, lanes]
-    for t in range(GROUP):
+    rates, h = refs["A"][block, rows, lanes], refs["checkpoints"][span, rows, lanes]
+    for t in range(SPAN):
         decay = jnp.exp2(refs["decay_steps"][t : t + 1, lanes] * rates)
         refs["decays"][t, rows, lanes] = decay
         refs["states"][t, rows, lanes] = h
@@ -136,13 +136,13 @@ def _restore(geometry: Geometry, refs: Refs, group, block, index, lanes: slice) 
     return h
 
 
-def _go_back_tiles(geometry: Geometry, refs: Refs, group, block, index, tiles: dict[int, slice]) -> None:
-    """The way back of a slice of states over a group of tokens, in a few tiles, given by number."""
+def _go_back_tiles(geometry: Geometry, refs: Refs, span, block, index, tiles: dict[int, slice]) -> None:
+    """The way back of a slice of states over a span of tokens, in a few tiles, given by number."""
     rows, second = slice_rows(geometry, index), slice_rows(geometry, index, offset=geometry.states)
-    after = {i: _restore(geometry, refs, group, block, index, lanes) for i, lanes in tiles.items()}
+    after = {i: _restore(geometry, refs, span, block, index, lanes) for i, lanes in tiles.items()}
     dh = {i: refs["dinitial_state"][block, rows, lanes] for i, lanes in tiles.items()}
     dA = {i: refs["dA"][block, rows, lanes] for i, lanes in tiles.items()}
-    for t in reversed(range(GROUP)):
+    for t in reversed(range(SPAN)):
         B, C = (column_of(geometry, refs, name, index, t) for name in ("B", "C"))
         dB, dC = jnp.zeros_like(B), jnp.zeros_like(C)
         place = slice(t * SUBLANES, (t + 1) * SUBLANES)
@@ -159,21 +159,21 @@ def _go_back_tiles(geometry: Geometry, refs: Refs, group, block, index, tiles: d
             dexponent = dh[i] * after[i]
             refs["dsteps_sums"][i, place, :] = folded(dexponent * refs["A"][block, rows, lanes])
             dA[i] += dexponent * refs["steps"][t : t + 1, lanes]
-        refs["dmatrix_lanes"][group * GROUP + t, rows, :] += dB
-        refs["dmatrix_lanes"][group * GROUP + t, second, :] += dC
+        refs["dmatrix_lanes"][span * SPAN + t, rows, :] += dB
+        refs["dmatrix_lanes"][span * SPAN + t, second, :] += dC
     for i, lanes in tiles.items():
         refs["dinitial_state"][block, rows, lanes] = dh[i]
         refs["dA"][block, rows, lanes] = dA[i]
 
 
-def _leave(features: Features, refs: Refs, group, lanes: slice, block, dinputs, dsteps, y=None) -> None:
-    """Writes the gradients of the sequences of a group of tokens and a tile.
+def _leave(features: Features, refs: Refs, span, lanes: slice, block, dinputs, dsteps, y=None) -> None:
+    """Writes the gradients of the sequences of a span of tokens and a tile.
 
     `dinputs` is the gradient of dt x; `dsteps` that of dt by way of the decays, over log2(e); `y` the output without
     skip connection and gate.
     """
-    tokens = group_tokens(group)
-    x, dy = sequence(refs, "x", group, lanes), refs["dy_ungated"][:, lanes]
+    tokens = span_tokens(span)
+    x, dy = sequence(refs, "x", span, lanes), refs["dy_ungated"][:, lanes]
     dx = dinputs * refs["steps"][:, lanes]
     if "D" in refs:
         skip = refs["D"][block, :, lanes]
@@ -185,17 +185,17 @@ def _leave(features: Features, refs: Refs, group, lanes: slice, block, dinputs, 
         refs["dz"][tokens, lanes] = (refs["dz_factor"][:, lanes] * y).astype(refs["dz"].dtype)
     ddt = dsteps * LN_2 + dinputs * x
     if features.softplus:
-        ddt = ddt * sigmoid(step_argument(refs, group, lanes, block))
+        ddt = ddt * sigmoid(step_argument(refs, span, lanes, block))
     refs["ddt"][tokens, lanes] = ddt.astype(refs["ddt"].dtype)
     if "ddt_bias" in refs:
         refs["ddt_bias"][block, :, lanes] += folded(ddt)
 
 
-def _sum_lanes(geometry: Geometry, refs: Refs, group) -> None:
-    """Writes the gradients of B and C of a group of tokens, from their sums over tiles and blocks."""
+def _sum_lanes(geometry: Geometry, refs: Refs, span) -> None:
+    """Writes the gradients of B and C of a span of tokens, from their sums over tiles and blocks."""
     columns = jnp.zeros((2 * geometry.states, LANES))
     lane = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
-    for t in range(GROUP):
-        total = jnp.sum(refs["dmatrix_lanes"][group * GROUP + t], axis=1, keepdims=True)
+    for t in range(SPAN):
+        total = jnp.sum(refs["dmatrix_lanes"][span * SPAN + t], axis=1, keepdims=True)
         columns = jnp.where(lane == t, total, columns)
-    refs["dmatrices"][group_tokens(group), :] = columns.T[:GROUP]
+    refs["dmatrices"][span_tokens(span), :] = columns.T[:SPAN]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, Refs, over, sequence, tile_lanes
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, Refs, over, sequence, tile_lanes
 from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_tpu.forward import TOGETHER
 from pallas_kernels.selective_scan.pallas_tpu.geometry import Geometry
@@ -25,8 +25,8 @@ from pallas_kernels.selective_scan.pallas_tpu.kernel import (
 
 def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Shapes of float32 memory on the chip."""
-    of_group = GROUP, geometry.tiling.tiles * LANES
-    return matrix_scratch(geometry) | {"steps": of_group, "inputs": of_group}
+    of_span = SPAN, geometry.tiling.tiles * LANES
+    return matrix_scratch(geometry) | {"steps": of_span, "inputs": of_span}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class _Direction:
     Attributes:
         state: name of the memory that holds it.
         order: of `count` things that follow each other in the sequence, the index of the i-th that is met.
-        weights: what multiplies the matrix, for a group of tokens and a tile: (refs, dt, group, lanes).
+        weights: what multiplies the matrix, for a span of tokens and a tile: (refs, dt, span, lanes).
         advanced: the state after a token: (state, decay, what the token brings).
     """
 
@@ -49,13 +49,13 @@ class _Direction:
 _FORWARD = _Direction(
     state="final_state",
     order=lambda i, count: i,
-    weights=lambda refs, dt, group, lanes: dt * sequence(refs, "x", group, lanes),
+    weights=lambda refs, dt, span, lanes: dt * sequence(refs, "x", span, lanes),
     advanced=lambda state, decay, more: decay * state + more,
 )
 _BACKWARD = _Direction(
     state="dinitial_state",
     order=lambda i, count: count - 1 - i,
-    weights=lambda refs, dt, group, lanes: gated(refs, sequence(refs, "dy", group, lanes), group, lanes),
+    weights=lambda refs, dt, span, lanes: gated(refs, sequence(refs, "dy", span, lanes), span, lanes),
     advanced=lambda state, decay, more: decay * (state + more),
 )
 
@@ -72,7 +72,7 @@ def initial_cotangent(geometry: Geometry, features: Features, refs: Refs) -> Non
 
 def _walk(direction: _Direction, geometry: Geometry, features: Features, refs: Refs) -> None:
     chunk, block = pl.program_id(2), pl.program_id(3)
-    groups = geometry.tiling.tokens // GROUP
+    spans = geometry.tiling.tokens // SPAN
     # It stays in the output from chunk to chunk.
     state = refs[direction.state]
 
@@ -81,19 +81,19 @@ def _walk(direction: _Direction, geometry: Geometry, features: Features, refs: R
         state[block] = jnp.zeros_like(state[block])
 
     def advance(index, carry):
-        _advance(direction, geometry, features, refs, direction.order(index, groups), block)
+        _advance(direction, geometry, features, refs, direction.order(index, spans), block)
         return carry
 
-    over(groups, advance)
+    over(spans, advance)
 
 
-def _advance(direction: _Direction, geometry: Geometry, features: Features, refs: Refs, group, block) -> None:
-    """A group of tokens."""
+def _advance(direction: _Direction, geometry: Geometry, features: Features, refs: Refs, span, block) -> None:
+    """A span of tokens."""
     tiles = [tile_lanes(tile) for tile in range(geometry.tiling.tiles)]
-    resets = turn_matrices(geometry, refs, group)
+    resets = turn_matrices(geometry, refs, span)
     for lanes in tiles:
-        dt = enter_steps(features, refs, group, lanes, block, resets)
-        refs["inputs"][:, lanes] = direction.weights(refs, dt, group, lanes)
+        dt = enter_steps(features, refs, span, lanes, block, resets)
+        refs["inputs"][:, lanes] = direction.weights(refs, dt, span, lanes)
 
     def advance_slice(index, carry):
         for first in range(0, len(tiles), TOGETHER):
@@ -111,8 +111,8 @@ def _advance_tiles(
     rows = slice_rows(geometry, index)
     h = {i: state[block, rows, lanes] for i, lanes in tiles.items()}
     rates = {i: refs["A"][block, rows, lanes] for i, lanes in tiles.items()}
-    for i_token in range(GROUP):
-        t = direction.order(i_token, GROUP)
+    for i_token in range(SPAN):
+        t = direction.order(i_token, SPAN)
         # There is one matrix only, which has the places of both B and C.
         column = column_of(geometry, refs, "B", index, t)
         for i, lanes in tiles.items():

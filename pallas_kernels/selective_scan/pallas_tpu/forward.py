@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.tpu_tiles import (
-    GROUP,
     LANES,
+    SPAN,
     SUBLANES,
     Refs,
     folded,
-    group_tokens,
     over,
     sequence,
+    span_tokens,
     tile_lanes,
 )
 from pallas_kernels.selective_scan.kernel_inputs import Features
@@ -35,11 +35,11 @@ TOGETHER = 4
 def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Shapes of float32 memory on the chip."""
     tiles = geometry.tiling.tiles
-    of_group = GROUP, tiles * LANES
+    of_span = SPAN, tiles * LANES
     return matrix_scratch(geometry) | {
-        "steps": of_group,
-        "inputs": of_group,
-        "y_sums": (tiles, GROUP * SUBLANES, LANES),
+        "steps": of_span,
+        "inputs": of_span,
+        "y_sums": (tiles, SPAN * SUBLANES, LANES),
     }
 
 
@@ -52,42 +52,42 @@ def kernel(geometry: Geometry, features: Features, refs: Refs) -> None:
         state = refs["final_state"]
         state[block] = refs["initial_state"][block] if "initial_state" in refs else jnp.zeros_like(state[block])
 
-    def advance(group, carry):
-        _advance(geometry, features, refs, group, block)
+    def advance(span, carry):
+        _advance(geometry, features, refs, span, block)
         return carry
 
-    over(geometry.tiling.tokens // GROUP, advance)
+    over(geometry.tiling.tokens // SPAN, advance)
 
 
-def _advance(geometry: Geometry, features: Features, refs: Refs, group, block) -> None:
-    """A group of tokens."""
+def _advance(geometry: Geometry, features: Features, refs: Refs, span, block) -> None:
+    """A span of tokens."""
     tiles = [tile_lanes(tile) for tile in range(geometry.tiling.tiles)]
-    resets = turn_matrices(geometry, refs, group)
+    resets = turn_matrices(geometry, refs, span)
     for lanes in tiles:
-        dt = enter_steps(features, refs, group, lanes, block, resets)
-        refs["inputs"][:, lanes] = dt * sequence(refs, "x", group, lanes)
+        dt = enter_steps(features, refs, span, lanes, block, resets)
+        refs["inputs"][:, lanes] = dt * sequence(refs, "x", span, lanes)
 
     def add_slice(index, y):
         for first in range(0, len(tiles), TOGETHER):
-            _advance_tiles(geometry, features, refs, group, block, index, numbered(tiles, first, TOGETHER))
+            _advance_tiles(geometry, features, refs, span, block, index, numbered(tiles, first, TOGETHER))
         return [sums + row_sums(refs["y_sums"], i) for i, sums in enumerate(y)]
 
-    zeros = [jnp.zeros((GROUP, LANES))] * len(tiles)
+    zeros = [jnp.zeros((SPAN, LANES))] * len(tiles)
     for lanes, y in zip(tiles, over(geometry.slices, add_slice, zeros), strict=True):
-        _leave(refs, group, lanes, block, y)
+        _leave(refs, span, lanes, block, y)
 
 
 def _advance_tiles(
-    geometry: Geometry, features: Features, refs: Refs, group, block, index, tiles: dict[int, slice]
+    geometry: Geometry, features: Features, refs: Refs, span, block, index, tiles: dict[int, slice]
 ) -> None:
-    """The way of a slice of states over a group of tokens, in a few tiles, given by number."""
+    """The way of a slice of states over a span of tokens, in a few tiles, given by number."""
     rows = slice_rows(geometry, index)
     h = {i: refs["final_state"][block, rows, lanes] for i, lanes in tiles.items()}
     rates = {i: refs["A"][block, rows, lanes] for i, lanes in tiles.items()}
     if features.checkpoints:
         for i, lanes in tiles.items():
-            refs["checkpoints"][group, rows, lanes] = h[i]
-    for t in range(GROUP):
+            refs["checkpoints"][span, rows, lanes] = h[i]
+    for t in range(SPAN):
         B, C = (column_of(geometry, refs, name, index, t) for name in ("B", "C"))
         for i, lanes in tiles.items():
             decay = jnp.exp2(refs["steps"][t : t + 1, lanes] * rates[i])
@@ -97,8 +97,8 @@ def _advance_tiles(
         refs["final_state"][block, rows, lanes] = h[i]
 
 
-def _leave(refs: Refs, group, lanes: slice, block, y: jax.Array) -> None:
-    """Writes y of a group of tokens and a tile, with skip connection and gate."""
+def _leave(refs: Refs, span, lanes: slice, block, y: jax.Array) -> None:
+    """Writes y of a span of tokens and a tile, with skip connection and gate."""
     if "D" in refs:
-        y = y + refs["D"][block, :, lanes] * sequence(refs, "x", group, lanes)
-    refs["y"][group_tokens(group), lanes] = gated(refs, y, group, lanes).astype(refs["y"].dtype)
+        y = y + refs["D"][block, :, lanes] * sequence(refs, "x", span, lanes)
+    refs["y"][span_tokens(span), lanes] = gated(refs, y, span, lanes).astype(refs["y"].dtype)

@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, SUBLANES
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES
 
 # States that are carried in registers at the same time.
 SLICE = 16
@@ -17,7 +17,7 @@ class Tiling:
     """How a kernel's work is cut into blocks.
 
     Attributes:
-        tokens: of a block, a multiple of GROUP.
+        tokens: of a block, a multiple of SPAN.
         tiles: registers' widths of channels in a block.
     """
 
@@ -101,7 +101,7 @@ class Geometry:
             "channels": (per_block, 1, channels),
             "state": (self.batch, per_block, self.states, channels),
             "rows": (self.batch, per_block, SUBLANES, channels),
-            "checkpoints": (self.batch, self.length // GROUP, per_block, self.states, channels),
+            "checkpoints": (self.batch, self.length // SPAN, per_block, self.states, channels),
         }[kind]
 
     def spec(self, kind: str, *, is_reversed: bool) -> pl.BlockSpec:
@@ -126,7 +126,7 @@ class Geometry:
             "state": ((None, blocks, states, channels), lambda b, s, t, d: (b, s, 0, 0)),
             "rows": ((None, blocks, SUBLANES, channels), lambda b, s, t, d: (b, s, 0, 0)),
             "checkpoints": (
-                (None, tokens // GROUP, None, states, channels),
+                (None, tokens // SPAN, None, states, channels),
                 lambda b, s, t, d: (b, chunk(t), s * blocks + d, 0, 0),
             ),
         }[kind]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.register_math import softplus
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, SUBLANES, Refs, group_tokens, reciprocal, sequence, sigmoid
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES, Refs, reciprocal, sequence, sigmoid, span_tokens
 from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_tpu.geometry import RESET, Geometry
 
@@ -21,15 +21,15 @@ def matrix_scratch(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     return {"columns": (2 * geometry.states, LANES)}
 
 
-def turn_matrices(geometry: Geometry, refs: Refs, group) -> jax.Array:
-    """Turns B_t and C_t of a group of tokens into columns; returns RESET in the rows where a segment starts."""
-    matrices = refs["matrices"][group_tokens(group), :].astype(jnp.float32)
-    refs["columns"][:, :GROUP] = matrices[:, : 2 * geometry.states].T
-    return jnp.broadcast_to(matrices[:, 2 * geometry.states :] * RESET, (GROUP, LANES))
+def turn_matrices(geometry: Geometry, refs: Refs, span) -> jax.Array:
+    """Turns B_t and C_t of a span of tokens into columns; returns RESET in the rows where a segment starts."""
+    matrices = refs["matrices"][span_tokens(span), :].astype(jnp.float32)
+    refs["columns"][:, :SPAN] = matrices[:, : 2 * geometry.states].T
+    return jnp.broadcast_to(matrices[:, 2 * geometry.states :] * RESET, (SPAN, LANES))
 
 
 def column_of(geometry: Geometry, refs: Refs, name: str, index, t: int) -> jax.Array:
-    """A slice of B_t or C_t of a token of the group, copied into all lanes.
+    """A slice of B_t or C_t of a token of the span, copied into all lanes.
 
     The exchange between lanes is done by a unit that has nothing else to do.
     """
@@ -53,35 +53,35 @@ def row_sums(ref: Any, tile: int) -> jax.Array:
 
     Reading every eighth row puts tokens along rows, so that the sum needs no exchange between rows.
     """
-    parts = [ref[tile, pl.ds(row, GROUP, stride=SUBLANES), :] for row in range(SUBLANES)]
+    parts = [ref[tile, pl.ds(row, SPAN, stride=SUBLANES), :] for row in range(SUBLANES)]
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
 
 
-def step_argument(refs: Refs, group, lanes: slice, block) -> jax.Array:
-    """Dt of a group of tokens, before softplus."""
-    dt = sequence(refs, "dt", group, lanes)
+def step_argument(refs: Refs, span, lanes: slice, block) -> jax.Array:
+    """Dt of a span of tokens, before softplus."""
+    dt = sequence(refs, "dt", span, lanes)
     return dt + refs["dt_bias"][block, :, lanes] if "dt_bias" in refs else dt
 
 
-def step_size(features: Features, refs: Refs, group, lanes: slice, block) -> jax.Array:
-    """Dt of a group of tokens."""
-    dt = step_argument(refs, group, lanes, block)
+def step_size(features: Features, refs: Refs, span, lanes: slice, block) -> jax.Array:
+    """Dt of a span of tokens."""
+    dt = step_argument(refs, span, lanes, block)
     return softplus(dt, reciprocal) if features.softplus else dt
 
 
-def enter_steps(features: Features, refs: Refs, group, lanes: slice, block, resets: jax.Array) -> jax.Array:
-    """Leaves the steps of the decays of a group of tokens in "steps"; returns Dt."""
-    dt = step_size(features, refs, group, lanes, block)
+def enter_steps(features: Features, refs: Refs, span, lanes: slice, block, resets: jax.Array) -> jax.Array:
+    """Leaves the steps of the decays of a span of tokens in "steps"; returns Dt."""
+    dt = step_size(features, refs, span, lanes, block)
     # Rows are read back one at a time, each into all rows of a register.
     refs["steps"][:, lanes] = jnp.maximum(dt, resets)
     return dt
 
 
-def gated(refs: Refs, values: jax.Array, group, lanes: slice) -> jax.Array:
-    """Values of a group of tokens times silu(z), if there is a gate."""
+def gated(refs: Refs, values: jax.Array, span, lanes: slice) -> jax.Array:
+    """Values of a span of tokens times silu(z), if there is a gate."""
     if "z" not in refs:
         return values
-    z = sequence(refs, "z", group, lanes)
+    z = sequence(refs, "z", span, lanes)
     return values * (z * sigmoid(z))

@@ -7,7 +7,7 @@ recurrences fill each other's waiting times, as long as they do not need more re
 import dataclasses
 
 from pallas_kernels.common.channels import round_up
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, choose_tiles
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, choose_tiles
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
 
 # States of all tokens of a block; sums of 128 numbers for each of them, for B and for C, stay on the chip.
@@ -61,7 +61,7 @@ def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, c
         states: N.
     """
     states = round_up(states, SLICE if states > SLICE // 2 else SLICE // 2)
-    tokens = min(chip.tokens, round_up(length, GROUP), max(1, _BLOCK_STATES // (states * GROUP)) * GROUP)
+    tokens = min(chip.tokens, round_up(length, SPAN), max(1, _BLOCK_STATES // (states * SPAN)) * SPAN)
     strips = max(-(-channels * states * 4 // chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
     tiles_of_strip = -(-channels // (strips * LANES))
     tiles = choose_tiles(tiles_of_strip, most=min(chip.tiles, max(1, chip.tiles * SLICE // states)))
