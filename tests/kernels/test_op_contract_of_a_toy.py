@@ -1,6 +1,7 @@
 """An op that the library does not know passes the contract of ops, and models call it over devices by its table."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -78,3 +79,10 @@ def test_over_devices() -> None:
         y = moving_average(**(call.arrays | {"x": x})).y
     assert jax.typeof(y).sharding.spec == jax.sharding.PartitionSpec("rows", None, "channels")
     np.testing.assert_allclose(y, expected.y, rtol=0, atol=1e-6)
+
+
+def test_the_page_shows_the_op() -> None:
+    root = Path(__file__).parents[2]
+    op = (root / "tests" / "toys" / "op.py").read_text()
+    assert f"```python\n{op}```" in (root / "docs" / "add_an_op.md").read_text()
+    assert op.count("\n") < 60

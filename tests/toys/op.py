@@ -33,8 +33,7 @@ def _with(scan, given: AverageArguments) -> AverageOutput:
         a = jnp.where(segment_starts(given.segment_ids)[:, :, None], 0, a)
     if given.initial_state is not None:
         u = u.at[:, 0].add(a[:, 0] * given.initial_state.astype(dtype))
-    h = scan(a, u)
-    return AverageOutput(y=h.astype(given.x.dtype), final_state=h[:, -1])
+    return AverageOutput(y=(h := scan(a, u)).astype(given.x.dtype), final_state=h[:, -1])
 
 
 def _reference(a, u):
