@@ -55,7 +55,7 @@ class Cores:
     kernel_cycles: dict[str, float]
 
     def kernel_seconds(self, elements: Mapping[str, int]) -> float:
-        """Time of kernels that work on so many tokens times channels each."""
+        """Time of kernels, given the number of tokens times channels that each works on."""
         cycles = sum(self.kernel_cycles[name] * count / 1024 for name, count in elements.items())
         return cycles / self.number / self.clock_hz
 

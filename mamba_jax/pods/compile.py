@@ -63,7 +63,7 @@ def print_report(config: ExperimentConfig, topology: str | None, num_slices: str
     """What `train.py --compile-only` does; returns its exit status.
 
     Args:
-        config: of the run.
+        config: the resolved experiment.
         topology: as given; None if it was not.
         num_slices: as given.
 

@@ -1,4 +1,4 @@
-"""What a compiled program runs, read from its text (HLO).
+"""Reads what a compiled program runs from its text (HLO).
 
 A program is a list of computations, one of which is its entry; each is a list of instructions, one a line:
 

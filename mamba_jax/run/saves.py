@@ -1,4 +1,4 @@
-"""When a run saves, and what it says of it."""
+"""Decides when a run saves, and logs what comes of it."""
 
 import contextlib
 import dataclasses
@@ -28,9 +28,9 @@ class Saves:
         """Takes what it works with.
 
         Args:
-            config: of the run.
-            checkpointer: of its directory.
-            record: of the run; it is stored anew when a checkpoint is complete.
+            config: stored in every checkpoint.
+            checkpointer: writes to the run directory.
+            record: which run this is; stored again when a checkpoint is complete.
             log: where every save and failure is written.
         """
         self._config, self._checkpointer, self._record, self._log = config, checkpointer, record, log
