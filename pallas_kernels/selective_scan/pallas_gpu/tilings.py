@@ -11,8 +11,8 @@ import dataclasses
 
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, Tiling
 
-# Blocks that an H100 runs at once: its 132 multiprocessors, times the blocks that registers and shared memory leave
-# room for in each.
+# Blocks that an H100 runs at once: in each of its 132 multiprocessors, registers and shared memory have room for four
+# of the forward kernel and two of the backward kernel (docs/kernels.md, "Tried").
 _FORWARD_BLOCKS = 4 * 132
 _BACKWARD_BLOCKS = 2 * 132
 # With at most this many batch x channel pairs, cut the sequence into parts; with at least this many, use the largest
