@@ -255,6 +255,7 @@ import jax, numpy as np, pallas_kernels
 rng = np.random.default_rng(0)
 draw = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
 arrays = dict(x=draw(1, 70, 64), dt=draw(1, 70, 64) - 2, A=-np.exp(draw(64, 16)), B=draw(1, 70, 16), C=draw(1, 70, 16))
+arrays |= dict(D=draw(64), dt_bias=draw(64))
 
 def gradients(implementation):
     loss = lambda a: (pallas_kernels.selective_scan(**a, dt_softplus=True, implementation=implementation).y ** 2).sum()
@@ -272,7 +273,7 @@ for name, value in gradients("pallas_gpu").items():
 def test_other_chunks_are_right_and_others_are_refused(tmp_path: Path) -> None:
     """Everything that follows from the tokens of a chunk is derived from it."""
     package = Path(__file__).parents[2] / "pallas_kernels"
-    for chunk, problem in ((32, None), (24, "24 is not a power of two")):
+    for chunk, problem in ((32, None), (24, "24 is not a power of two"), (8, "make CHUNK (8) larger")):
         folder = tmp_path / str(chunk)
         shutil.copytree(package, folder / "pallas_kernels", ignore=shutil.ignore_patterns("__pycache__"))
         path = folder / "pallas_kernels" / "selective_scan" / "pallas_gpu" / "geometry.py"

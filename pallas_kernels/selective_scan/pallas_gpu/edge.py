@@ -1,4 +1,8 @@
-"""The kernel that lets parts of a sequence run at the same time: what each part makes of the state by itself."""
+"""The edge kernels of the selective scan on NVIDIA GPUs: what a part of the sequence makes of a state of zero.
+
+One runs equation 4 forward and leaves h' of equation 21, the other runs equations 10 and 11 backwards and leaves the
+same for the gradient. Neither computes outputs. With them, parts of a sequence can run at the same time.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -20,13 +24,14 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
     channels = geometry.tiling.channels_per_block
     return common_scratch(geometry.tiling) | {
         "states": plgpu.SMEM((geometry.slices * channels * SLICE,), jnp.float32),
+        # For `sums_over_tokens`.
         "steps": plgpu.SMEM((THREADS,), jnp.float32),
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EdgeKernel:
-    """A kernel that takes a zero state through parts of the sequence.
+    """A kernel that takes a state of zero through parts of the sequence.
 
     Attributes:
         inputs: names of the arrays that it reads, where they are given.
@@ -60,12 +65,12 @@ class EdgeKernel:
 
 
 class _EdgeState(Kernel):
-    """The recurrence through one part of the sequence, whichever way; subclasses say which."""
+    """The recurrence through one part of the sequence; a subclass says in which direction, and of what."""
 
     matrix_name: str
 
     def part(self) -> jax.Array:
-        """Number of the part."""
+        """Number of the part that the block works on, counted from the start of the sequence."""
         raise NotImplementedError
 
     def order(self, i: Any, first: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +78,7 @@ class _EdgeState(Kernel):
         raise NotImplementedError
 
     def weights(self, words: dict[str, Any], steps: list[jax.Array]) -> list[jax.Array]:
-        """What multiplies the matrix of each token, by channel at the edges."""
+        """The factor of B_t (dt x, equation 3) or of C_t (equation 8), for each channel of the thread at the edges."""
         raise NotImplementedError
 
     def tokens(self, count: int) -> Iterable[int]:
@@ -93,6 +98,7 @@ class _EdgeState(Kernel):
         first = part * self.geometry.chunks_per_part
         stop = jnp.minimum(first + self.geometry.chunks_per_part, self.geometry.chunks)
         self.keep_constants()
+        # Started from zero; what came before the part is added later, by equation 21.
         self.over_slices(lambda slice_index: self.store_shared_states("states", slice_index, self.zeros()))
         if self.single:
             self.rates = self.load_rates(0)
@@ -100,6 +106,7 @@ class _EdgeState(Kernel):
         def walk(i, carry):
             words, totals = carry
             chunk, following = self.order(i, first, stop)
+            # The next chunk's loads have a whole recurrence's time to arrive.
             next_words = self.fetch(following)
             return next_words, added(totals, self.walk_chunk(chunk, words))
 
@@ -109,7 +116,7 @@ class _EdgeState(Kernel):
         self.leave(part, totals)
 
     def leave(self, part: jax.Array, totals: list[jax.Array]) -> None:
-        """Writes the states, and the sums of the step sizes, of the part."""
+        """Writes h' and s of equation 21."""
         leading = part * self.geometry.batch + self.place.batch
         self.over_slices(
             lambda slice_index: self.store_states(
@@ -130,12 +137,13 @@ class _EdgeState(Kernel):
         return words
 
     def walk_chunk(self, chunk: jax.Array, words: dict[str, Any]) -> list[jax.Array]:
-        """Takes the states through a chunk; returns its step sizes, by channel at the edges."""
+        """Takes the states through a chunk; returns its steps, huge at resets, for each channel at the edges."""
         dt = widen(words["dt"], self.inputs["dt"].dtype)
         starts = words["starts"][0] if "starts" in words else None
         steps, decay = self.step_sizes(chunk, added(dt, self.edge_constant("dt_bias")), starts)
         self.store_edge_pairs("pairs", decay, self.weights(words, steps))
 
+        # The pairs serve all slices; only the matrix and the rates change from one to the next.
         def walk_slice(slice_index):
             matrix = words["matrix"] if self.single else self.load_matrix(self.matrix_name, chunk, slice_index)
             rates = self.rates if self.single else self.load_rates(slice_index)
@@ -159,6 +167,7 @@ class _EdgeState(Kernel):
             for r, (decay, weights) in enumerate(self.load_pairs(span)):
                 for i in self.tokens(SPAN):
                     for n in range(self.tiling.states_per_lane):
+                        # Equation 2, then 4 or 10 and 11.
                         a = jnp.exp2(decay[i] * rates[r][n])
                         states[r][n] = self.advanced(states[r][n], a, weights[i] * rows[i][n])
             return states
@@ -168,7 +177,7 @@ class _EdgeState(Kernel):
 
 
 class _FinalState(_EdgeState):
-    """h_t = a_t h_{t-1} + dt_t x_t B_t through the first parts of the sequence, as many as the grid has."""
+    """Equation 4, h_t = a_t h_{t-1} + dt_t x_t B_t, through as many of the first parts as the grid has."""
 
     matrix_name = "B"
 
@@ -193,11 +202,12 @@ class _FinalState(_EdgeState):
 
 
 class _InitialCotangent(_EdgeState):
-    """dh_{t-1} = a_t (dh_t + dy_t C_t), with dy before the gate, through the last parts of the sequence, backwards."""
+    """Equations 10 and 11, g_{t-1} = a_t (g_t + dp_t C_t), backwards through the grid's number of last parts."""
 
     matrix_name = "C"
 
     def part(self) -> jax.Array:
+        # The first part's gradient leaves the sequence: a grid of fewer parts covers the last ones.
         return jax.lax.axis_index("part") + (self.geometry.tiling.parts - jax.lax.axis_size("part"))
 
     def order(self, i, first, stop):
@@ -205,6 +215,7 @@ class _InitialCotangent(_EdgeState):
         return chunk, jnp.maximum(chunk - 1, 0)
 
     def weights(self, words, steps):
+        # Equation 8 by itself: C_t has no step.
         del steps
         weights = widen(words["dy"], self.inputs["dy"].dtype)
         if "z" not in words:
