@@ -26,7 +26,7 @@ import jax
 
 from pallas_kernels import selective_scan
 from pallas_kernels.common.ahead_of_time import compile_for, cuda_devices
-from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, Tiling
+from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SPAN, Tiling
 from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
 
 SHAPES = ("8x2048x1536x16", "8x2048x5120x16", "1x2048x2048x16", "1x131072x2048x16", "64x512x1536x16")
@@ -133,7 +133,7 @@ def cost_of(ptx: Path, tiling: Tiling) -> Cost:
     times = [1] * len(instructions)
     for first, last in set(loops):
         if start < first and last < stop:
-            times[first:last] = [CHUNK // GROUP] * (last - first)
+            times[first:last] = [CHUNK // SPAN] * (last - first)
     work = tiling.states_per_lane * tiling.rows * CHUNK
     counts: collections.Counter[str] = collections.Counter()
     cycles = 0
@@ -194,7 +194,7 @@ def main() -> None:
             for name, ptx in compile_kernels(shape, options.dtype, Path(folder)).items():
                 tiling = backward if "backward" in name else forward
                 cost = cost_of(ptx, tiling)
-                cells = [text, name, f"{tiling.lanes}, {tiling.rows}, {tiling.parts}"]
+                cells = [text, name, f"{tiling.lanes_per_channel}, {tiling.rows}, {tiling.parts}"]
                 cells += [f"{cost.instructions.get(pipe, 0):.2f}" for pipe in pipes]
                 cells += [f"{cost.memory_cycles:.2f}", str(cost.registers)]
                 cells += [f"{milliseconds:.3f}" for milliseconds in bounds(cost, shape).values()]

@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from mamba_jax.pods import estimate as step_report
+from mamba_jax.pods import chips
 from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.common.tpu_tiles import GROUP, LANES
+from pallas_kernels.common.tpu_tiles import LANES, SPAN
 from pallas_kernels.selective_scan.arguments import ScanArguments
 from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
 from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, choose_geometry, generation
@@ -66,14 +66,14 @@ class Chip:
     """
 
     topology: str
-    figures: step_report.Cores
+    figures: chips.Cores
     bytes_per_second: float
 
 
 CHIPS = {
-    "v4": Chip(topology="v4:1x1x1", figures=step_report.CORES["TPU v4"], bytes_per_second=1228e9),
-    "v5e": Chip(topology="v5e:1x1", figures=step_report.CORES["TPU v5 lite"], bytes_per_second=819e9),
-    "v5p": Chip(topology="v5p:1x1x1", figures=step_report.CORES["TPU v5"], bytes_per_second=2765e9),
+    "v4": Chip(topology="v4:1x1x1", figures=chips.CORES["TPU v4"], bytes_per_second=1228e9),
+    "v5e": Chip(topology="v5e:1x1", figures=chips.CORES["TPU v5 lite"], bytes_per_second=819e9),
+    "v5p": Chip(topology="v5p:1x1x1", figures=chips.CORES["TPU v5"], bytes_per_second=2765e9),
 }
 
 
@@ -121,14 +121,14 @@ class Work:
 
     Attributes:
         steps: of its grid.
-        groups: of tokens in a step.
+        spans: of tokens in a step.
         size: tokens times channels, in units of 1024.
         memory: bytes that it reads and writes; the last axis of an array takes whole registers.
-        last_loop: how often the last loop runs, by step and group; 1 unless it is for the last block only.
+        last_loop: how often the last loop runs, by step and span; 1 unless it is for the last block only.
     """
 
     steps: int
-    groups: int
+    spans: int
     size: float
     memory: int
     last_loop: float = 1.0
@@ -149,7 +149,7 @@ def scan_work(op: str, shape: tuple[int, ...], chip: Generation) -> dict[str, Wo
     return {
         direction: Work(
             steps=math.prod(geometry.grid),
-            groups=geometry.tiling.tokens // GROUP,
+            spans=geometry.tiling.tokens // SPAN,
             size=batch * length * channels / 1024,
             memory=sum(
                 count * array_bytes(geometry.shape(kind), 2 if kind in ("sequence", "matrices") else 4)
@@ -168,7 +168,7 @@ def convolution_work(shape: tuple[int, ...]) -> dict[str, Work]:
     return {
         direction: Work(
             steps=math.prod(geometry.grid),
-            groups=geometry.groups,
+            spans=geometry.spans,
             size=batch * length * channels / 1024,
             memory=sequences * array_bytes(geometry.shape("sequence"), 2),
         )
@@ -298,9 +298,9 @@ def cycles_of_xla(text: str) -> float:
 
 
 def passes(work: Work, schedule: Schedule, cores: int) -> list[float]:
-    """How often each loop's bundles run in a core: once, for every step of the grid, for every group of tokens."""
+    """How often each loop's bundles run in a core: once, for every step of the grid, for every span of tokens."""
     steps = work.steps / cores
-    counts = [1.0 if loop.depth == 0 else steps if loop.depth == 1 else steps * work.groups for loop in schedule.loops]
+    counts = [1.0 if loop.depth == 0 else steps if loop.depth == 1 else steps * work.spans for loop in schedule.loops]
     return [*counts[:-1], counts[-1] * work.last_loop]
 
 

@@ -63,7 +63,7 @@ def tilings_for(shape: tuple[int, int, int]) -> list[Tiling]:
     tilings = []
     for lanes, rows in FORMS:
         for parts in PARTS:
-            tiling = Tiling(lanes=lanes, rows=rows, parts=parts)
+            tiling = Tiling(lanes_per_channel=lanes, rows=rows, parts=parts)
             blocks = batch * parts * (channels // tiling.channels_per_block)
             fits = LEAST_BLOCKS <= blocks <= MOST_BLOCKS and length // parts >= LEAST_TOKENS_OF_A_PART
             if fits or (parts == 1 and blocks >= LEAST_BLOCKS):
@@ -139,7 +139,9 @@ def main() -> None:
         reason = compiled.exception()
         time_taken = f"{milliseconds(function, arrays):.4f}" if reason is None else type(reason).__name__
         mark = "*" if is_chosen else ""
-        lines.append(f"| {text} | {kind} | {tiling.lanes} | {tiling.rows} | {tiling.parts} | {time_taken}{mark} |")
+        lines.append(
+            f"| {text} | {kind} | {tiling.lanes_per_channel} | {tiling.rows} | {tiling.parts} | {time_taken}{mark} |"
+        )
         print(lines[-1], flush=True)
     path = options.output / f"scan_tilings_{datetime.date.today()}.md"
     path.write_text("\n".join(lines) + "\n")

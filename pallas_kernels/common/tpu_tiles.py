@@ -1,7 +1,7 @@
 """Registers of a TPU's vector unit in Pallas kernels.
 
 A register holds 8 rows of 128 lanes. In blocks of sequences tokens lie along rows and channels along lanes: 128
-channels are a tile, and 16 tokens, the rows of a bfloat16 register, are a group.
+channels are a tile, and 16 tokens, the rows of a bfloat16 register, are a span.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,11 @@ from pallas_kernels.common.register_math import LOG2_E
 
 LANES = 128
 SUBLANES = 8
-GROUP = 16
-# What a step over a group of tokens costs besides its tiles, in the time of a tile.
+SPAN = 16
+# What a step over a span of tokens costs besides its tiles, in the time of a tile. The schedules of a scan with blocks
+# of 12 and 6 tiles say 1.1 (4.741 and 5.146 million cycles, `benchmarks/results/tpu_static_2026-11-24.md`). A number
+# below 1 never pads by a tile to save a step, and so moves no more bytes than it must; 0.5 chooses the
+# same for up to 64 tiles in blocks of 12.
 _OVERHEAD = 0.7
 
 Refs = dict[str, Any]
@@ -29,9 +32,9 @@ def choose_tiles(count: int, *, most: int) -> int:
     return min(candidates, key=lambda tiles: (-(-count // tiles) * (tiles + _OVERHEAD), -tiles))
 
 
-def group_tokens(group) -> pl.Slice:
-    """Rows of a group of tokens in a block."""
-    return pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
+def span_tokens(span) -> pl.Slice:
+    """Rows of a span of tokens in a block."""
+    return pl.ds(pl.multiple_of(span * SPAN, SPAN), SPAN)
 
 
 def tile_lanes(tile: int) -> slice:
@@ -39,9 +42,9 @@ def tile_lanes(tile: int) -> slice:
     return slice(tile * LANES, (tile + 1) * LANES)
 
 
-def sequence(refs: Refs, name: str, group, lanes: slice) -> jax.Array:
-    """A group of tokens of a tile, in float32."""
-    return refs[name][group_tokens(group), lanes].astype(jnp.float32)
+def sequence(refs: Refs, name: str, span, lanes: slice) -> jax.Array:
+    """A span of tokens of a tile, in float32."""
+    return refs[name][span_tokens(span), lanes].astype(jnp.float32)
 
 
 def over(count: int, body: Callable[[Any, Any], Any], carry: Any = 0) -> Any:

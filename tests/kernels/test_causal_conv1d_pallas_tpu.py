@@ -14,7 +14,7 @@ from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as pallas_tpu_geometry
 from pallas_kernels.causal_conv1d.pallas_tpu import op as pallas_tpu
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.common.tpu_tiles import GROUP
+from pallas_kernels.common.tpu_tiles import SPAN
 from tests.kernels import op_contract
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_causal_conv1d import OP, UNSEGMENTED
@@ -32,7 +32,7 @@ def test_ends_anywhere_in_a_group(length: int) -> None:
 
 
 def test_many_blocks_without_races(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pallas_tpu_geometry, "TOKENS", GROUP)
+    monkeypatch.setattr(pallas_tpu_geometry, "TOKENS", SPAN)
     monkeypatch.setattr(pallas_tpu_geometry, "TILES", 1)
     monkeypatch.setattr(pallas_tpu, "INTERPRETER", pltpu.InterpretParams(detect_races=True))
     call = make_call(dataclasses.replace(FULL, length=45, channels=200))

@@ -55,8 +55,12 @@ def expected(call: Call) -> tuple[np.ndarray, np.ndarray, jax.Array]:
             )
             return output.y, output.final_state
 
-        (_, final), vjp = jax.vjp(scan, start)
-        (cotangent,) = vjp((widen(dy), jnp.zeros_like(final)))
+        @jax.jit
+        def edges(start: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+            (_, final), vjp = jax.vjp(scan, start)
+            return final, vjp((dy, jnp.zeros_like(final)))[0]
+
+        final, cotangent = edges(start, widen(dy))
         return np.asarray(final), np.asarray(cotangent), dy
 
 
@@ -103,7 +107,7 @@ def test_kernels(spec: ScanSpec, implementation: str) -> None:
 
 
 def test_gpu_parts_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiling = Tiling(lanes=8, rows=1, parts=3)
+    tiling = Tiling(lanes_per_channel=8, rows=1, parts=3)
     monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *_: (tiling, tiling))
     check(make_call(dataclasses.replace(SMALL, length=37, name="parts")), "pallas_gpu")
 

@@ -60,7 +60,7 @@ LARGE_SPECS = (
     dataclasses.replace(FULL, name="one_token", length=1, states=16),
 )
 TILINGS = tuple(
-    (Tiling(lanes=lanes, rows=rows, parts=parts), Tiling(lanes=lanes, rows=rows, parts=parts))
+    (Tiling(lanes_per_channel=lanes, rows=rows, parts=parts), Tiling(lanes_per_channel=lanes, rows=rows, parts=parts))
     for lanes, rows in ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2))
     for parts in (1, 3)
 )
@@ -68,7 +68,7 @@ TILINGS = tuple(
 
 def call_name(value: object) -> str:
     if isinstance(value, tuple):
-        return "-".join(f"{tiling.lanes}x{tiling.rows}x{tiling.parts}" for tiling in value)
+        return "-".join(f"{tiling.lanes_per_channel}x{tiling.rows}x{tiling.parts}" for tiling in value)
     return getattr(value, "name", str(value))
 
 
@@ -95,7 +95,7 @@ def test_every_tiling(tilings: tuple[Tiling, Tiling], monkeypatch: pytest.Monkey
 
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three parts, one of them only half used, with different tilings in the two directions."""
-    tilings = Tiling(lanes=8, rows=1, parts=3), Tiling(lanes=4, rows=2, parts=2)
+    tilings = Tiling(lanes_per_channel=8, rows=1, parts=3), Tiling(lanes_per_channel=4, rows=2, parts=2)
     monkeypatch.setattr(pallas_gpu, "choose_tilings", lambda *shape: tilings)
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(dataclasses.replace(SMALL, length=69)))
 
@@ -255,6 +255,7 @@ import jax, numpy as np, pallas_kernels
 rng = np.random.default_rng(0)
 draw = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
 arrays = dict(x=draw(1, 70, 64), dt=draw(1, 70, 64) - 2, A=-np.exp(draw(64, 16)), B=draw(1, 70, 16), C=draw(1, 70, 16))
+arrays |= dict(D=draw(64), dt_bias=draw(64))
 
 def gradients(implementation):
     loss = lambda a: (pallas_kernels.selective_scan(**a, dt_softplus=True, implementation=implementation).y ** 2).sum()
@@ -272,7 +273,7 @@ for name, value in gradients("pallas_gpu").items():
 def test_other_chunks_are_right_and_others_are_refused(tmp_path: Path) -> None:
     """Everything that follows from the tokens of a chunk is derived from it."""
     package = Path(__file__).parents[2] / "pallas_kernels"
-    for chunk, problem in ((32, None), (24, "24 is not a power of two")):
+    for chunk, problem in ((32, None), (24, "24 is not a power of two"), (8, "make CHUNK (8) larger")):
         folder = tmp_path / str(chunk)
         shutil.copytree(package, folder / "pallas_kernels", ignore=shutil.ignore_patterns("__pycache__"))
         path = folder / "pallas_kernels" / "selective_scan" / "pallas_gpu" / "geometry.py"

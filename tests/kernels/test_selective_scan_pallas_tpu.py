@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import selective_scan
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.common.tpu_tiles import GROUP
+from pallas_kernels.common.tpu_tiles import SPAN
 from pallas_kernels.selective_scan.arg_specs import FULL, ScanSpec
 from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE
@@ -26,7 +26,7 @@ needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
 )
 # Small blocks: several along every axis of the grid.
-TINY = Generation(tokens=GROUP, tiles=1, strip_bytes=2**20, vmem_bytes=2**20, cores=2)
+TINY = Generation(tokens=SPAN, tiles=1, strip_bytes=2**20, vmem_bytes=2**20, cores=2)
 BLOCKS = dataclasses.replace(FULL, name="blocks", batch=1, length=37, channels=400, states=3)
 
 
@@ -77,7 +77,7 @@ def test_relative_error(dtype: str, limit: float) -> None:
 
 
 def test_padding_leaves_no_trace() -> None:
-    test_selective_scan.check_padding_leaves_no_trace("pallas_tpu", length=GROUP + 1)
+    test_selective_scan.check_padding_leaves_no_trace("pallas_tpu", length=SPAN + 1)
 
 
 def test_zero_step_keeps_the_state() -> None:

@@ -34,7 +34,7 @@ REAL_SPECS = tuple(spec for spec in SPECS if not spec.is_complex)
 UNSEGMENTED = dataclasses.replace(FULL, length=67, has_segments=False)
 # Few and large tiles, because the interpreter takes as long for a small operation as for a large one.
 LARGE = Tiling(
-    lanes=1,
+    lanes_per_channel=1,
     states=4,
     chunk=32,
     forward=Tile(tokens=16, channels=8, warps=1),
@@ -42,7 +42,7 @@ LARGE = Tiling(
 )
 # Blocks that do not divide a group, and more than one state of a channel in a lane and more than one lane for it.
 NARROW = Tiling(
-    lanes=2,
+    lanes_per_channel=2,
     states=2,
     chunk=8,
     forward=Tile(tokens=2, channels=2, warps=1),
@@ -323,7 +323,7 @@ def test_declines_what_the_kernels_do_not_do() -> None:
 @pytest.mark.parametrize("batch_channels", [1, 2**20])
 def test_default_tiling_fits(states: int, batch_channels: int) -> None:
     tiling = triton_backend.default_tiling(states, batch_channels=batch_channels)
-    assert states <= tiling.lanes * tiling.states < 2 * states or states == 1
+    assert states <= tiling.lanes_per_channel * tiling.states < 2 * states or states == 1
     for tile in (tiling.forward, tiling.backward):
         assert tiling.chunk % tile.tokens == 0
-        assert tile.channels * tiling.lanes % (32 * tile.warps) == 0
+        assert tile.channels * tiling.lanes_per_channel % (32 * tile.warps) == 0

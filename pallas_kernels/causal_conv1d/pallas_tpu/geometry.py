@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, SUBLANES, choose_tiles
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES, choose_tiles
 
 # The most of a block.
 TOKENS, TILES = 256, 8
@@ -39,9 +39,9 @@ class Geometry:
         return self.length // self.tokens
 
     @property
-    def groups(self) -> int:
+    def spans(self) -> int:
         """Groups of a block."""
-        return self.tokens // GROUP
+        return self.tokens // SPAN
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -49,16 +49,16 @@ class Geometry:
         return self.batch, self.channels // (self.tiles * LANES), self.chunks
 
     @property
-    def last_group(self) -> int:
-        """The group of the whole sequence that has its last token."""
-        return (self.valid_length - 1) // GROUP
+    def last_span(self) -> int:
+        """The span of the whole sequence that has its last token."""
+        return (self.valid_length - 1) // SPAN
 
     def shape(self, kind: str) -> tuple[int, ...]:
         """Shape of an array: x, the tokens before it or the first ones, its end, taps, sums for them, masks."""
         return {
             "sequence": (self.batch, self.length, self.channels),
             "before": (self.batch, SUBLANES, self.channels),
-            "tail": (self.batch, 2 * GROUP, self.channels),
+            "tail": (self.batch, 2 * SPAN, self.channels),
             "taps": (self.width + 1, self.channels),
             "sums": (self.batch, self.width + 1, SUBLANES, self.channels),
             "masks": (self.batch, self.length, 2 * self.past),
@@ -73,12 +73,12 @@ class Geometry:
 
         block_shape, index = {
             "sequence": ((None, self.tokens, lanes), lambda b, e, t: (b, chunk(t), e)),
-            "group before": (
-                (None, GROUP, lanes),
-                lambda b, e, t: (b, jnp.maximum(chunk(t) * self.groups - 1, 0), e),
+            "span before": (
+                (None, SPAN, lanes),
+                lambda b, e, t: (b, jnp.maximum(chunk(t) * self.spans - 1, 0), e),
             ),
             "before": ((None, SUBLANES, lanes), lambda b, e, t: (b, 0, e)),
-            "tail": ((None, 2 * GROUP, lanes), lambda b, e, t: (b, 0, e)),
+            "tail": ((None, 2 * SPAN, lanes), lambda b, e, t: (b, 0, e)),
             "taps": ((self.width + 1, lanes), lambda b, e, t: (0, e)),
             "sums": ((None, self.width + 1, SUBLANES, lanes), lambda b, e, t: (b, 0, 0, e)),
             "masks": ((None, self.tokens, 2 * self.past), lambda b, e, t: (b, chunk(t), 0)),
@@ -88,7 +88,7 @@ class Geometry:
 
 def choose_geometry(*, batch: int, length: int, channels: int, width: int) -> Geometry:
     """How a convolution is cut into blocks."""
-    tokens = min(TOKENS, -(-length // GROUP) * GROUP)
+    tokens = min(TOKENS, -(-length // SPAN) * SPAN)
     count = -(-channels // LANES)
     tiles = choose_tiles(count, most=TILES)
     return Geometry(

@@ -24,7 +24,7 @@ from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.common.devices import target_platform
 from pallas_kernels.common.partitioning import result_type
 from pallas_kernels.common.segments import count_segments
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, SUBLANES, Refs
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES, Refs
 
 Arrays = dict[str, jax.Array]
 INTERPRETER = pltpu.InterpretParams()
@@ -52,7 +52,7 @@ def _convolve_forward(interpreted: bool, arguments: ConvArguments) -> tuple[Conv
     assert window is not None
     geometry, inputs, kinds = _prepare(arguments)
     outputs = {"y": ("sequence", x.dtype)}
-    scratch = {"inputs": (geometry.tiles, SUBLANES + GROUP, LANES)}
+    scratch = {"inputs": (geometry.tiles, SUBLANES + SPAN, LANES)}
     run = _kernel(kernel.forward, arguments.activation, geometry, interpreted, is_reversed=False)
     results = run(inputs, kinds, outputs, scratch)
     y = results["y"][:, : x.shape[1], : x.shape[2]]
@@ -64,16 +64,16 @@ def _convolve_backward(interpreted: bool, arguments: ConvArguments, kept: None, 
     x, weight, window, ids = arguments.x, arguments.weight, arguments.initial_window, arguments.segment_ids
     assert window is not None
     geometry, inputs, kinds = _prepare(arguments)
-    inputs |= {"dy": _padded(geometry, cotangents.y), "group_before": inputs["x"]}
-    kinds |= {"dy": "sequence", "group_before": "group before"}
+    inputs |= {"dy": _padded(geometry, cotangents.y), "span_before": inputs["x"]}
+    kinds |= {"dy": "sequence", "span_before": "span before"}
     outputs = {
         "dx": ("sequence", x.dtype),
         "dtaps": ("sums", jnp.float32),
         "dfirst": ("before", jnp.float32),
         "dtail": ("tail", jnp.float32),
     }
-    around = geometry.tiles, SUBLANES + GROUP, LANES
-    scratch = {"inputs": around, "gradients": around, "dx_of_group": (GROUP, geometry.tiles * LANES)}
+    around = geometry.tiles, SUBLANES + SPAN, LANES
+    scratch = {"inputs": around, "gradients": around, "dx_of_span": (SPAN, geometry.tiles * LANES)}
     run = _kernel(kernel.backward, arguments.activation, geometry, interpreted, is_reversed=True)
     results = run(inputs, kinds, outputs, scratch)
     length, channels = x.shape[1:]
@@ -81,7 +81,7 @@ def _convolve_backward(interpreted: bool, arguments: ConvArguments, kept: None, 
     dwindow = jnp.zeros(window.shape, jnp.float32)
     if geometry.past:
         dwindow = _gradient_of_window(results["dfirst"][:, :, :channels], weight, ids)
-        first = max(0, length - geometry.past) - GROUP * (geometry.last_group - 1)
+        first = max(0, length - geometry.past) - SPAN * (geometry.last_span - 1)
         dtail = results["dtail"][:, first : first + min(length, geometry.past), :channels]
         dtail = jnp.pad(dtail, ((0, 0), (geometry.past - dtail.shape[1], 0), (0, 0)))
         dx, dwindow = add_gradient_of_final_window(dx, dtail, dwindow, cotangents.final_window, ids)

@@ -1,4 +1,8 @@
-"""The kernel that lets parts of a sequence run at the same time: what each part makes of the state by itself."""
+"""The edge kernels of the selective scan on NVIDIA GPUs: what a part of the sequence makes of a state of zero.
+
+One runs equation 4 forward and leaves h' of equation 21, the other runs equations 10 and 11 backwards and leaves the
+same for the gradient. Neither computes outputs. With them, parts of a sequence can run at the same time.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.register_math import added, loop, sigmoid
 from pallas_kernels.common.warpgroup import THREADS, Warpgroup, widen
 from pallas_kernels.selective_scan.kernel_inputs import Features
-from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, GROUP, RESET, SLICE, Geometry, common_scratch
+from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, RESET, SLICE, SPAN, Geometry, common_scratch
 from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 
 
@@ -20,13 +24,14 @@ def scratch_types(geometry: Geometry) -> dict[str, Any]:
     channels = geometry.tiling.channels_per_block
     return common_scratch(geometry.tiling) | {
         "states": plgpu.SMEM((geometry.slices * channels * SLICE,), jnp.float32),
+        # For `sums_over_tokens`.
         "steps": plgpu.SMEM((THREADS,), jnp.float32),
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PartKernel:
-    """A kernel that takes a zero state through parts of the sequence.
+class EdgeKernel:
+    """A kernel that takes a state of zero through parts of the sequence.
 
     Attributes:
         inputs: names of the arrays that it reads, where they are given.
@@ -34,7 +39,7 @@ class PartKernel:
     """
 
     inputs: tuple[str, ...]
-    body: type["_Parts"]
+    body: type["_EdgeState"]
 
     def run(
         self,
@@ -59,13 +64,13 @@ class PartKernel:
         self.body(geometry, features, w, inputs, outputs, shared).run()
 
 
-class _Parts(Kernel):
-    """The recurrence through one part of the sequence, whichever way; subclasses say which."""
+class _EdgeState(Kernel):
+    """The recurrence through one part of the sequence; a subclass says in which direction, and of what."""
 
     matrix_name: str
 
     def part(self) -> jax.Array:
-        """Number of the part."""
+        """Number of the part that the block works on, counted from the start of the sequence."""
         raise NotImplementedError
 
     def order(self, i: Any, first: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -73,15 +78,15 @@ class _Parts(Kernel):
         raise NotImplementedError
 
     def weights(self, words: dict[str, Any], steps: list[jax.Array]) -> list[jax.Array]:
-        """What multiplies the matrix of each token, by channel at the edges."""
+        """The factor of B_t (dt x, equation 3) or of C_t (equation 8), for each channel of the thread at the edges."""
         raise NotImplementedError
 
     def tokens(self, count: int) -> Iterable[int]:
         """Tokens in the order of the recurrence."""
         raise NotImplementedError
 
-    def group(self, i: Any, groups: int) -> Any:
-        """The group of tokens that comes i-th in a chunk."""
+    def span(self, i: Any, spans: int) -> Any:
+        """The span of tokens that comes i-th in a chunk."""
         raise NotImplementedError
 
     def advanced(self, state: jax.Array, decay: jax.Array, more: jax.Array) -> jax.Array:
@@ -93,6 +98,7 @@ class _Parts(Kernel):
         first = part * self.geometry.chunks_per_part
         stop = jnp.minimum(first + self.geometry.chunks_per_part, self.geometry.chunks)
         self.keep_constants()
+        # Started from zero; what came before the part is added later, by equation 21.
         self.over_slices(lambda slice_index: self.store_shared_states("states", slice_index, self.zeros()))
         if self.single:
             self.rates = self.load_rates(0)
@@ -100,6 +106,7 @@ class _Parts(Kernel):
         def walk(i, carry):
             words, totals = carry
             chunk, following = self.order(i, first, stop)
+            # The next chunk's loads have a whole recurrence's time to arrive.
             next_words = self.fetch(following)
             return next_words, added(totals, self.walk_chunk(chunk, words))
 
@@ -109,8 +116,8 @@ class _Parts(Kernel):
         self.leave(part, totals)
 
     def leave(self, part: jax.Array, totals: list[jax.Array]) -> None:
-        """Writes the states, and the sums of the step sizes, of the part."""
-        leading = part * self.geometry.batch + self.lanes.batch
+        """Writes h' and s of equation 21."""
+        leading = part * self.geometry.batch + self.place.batch
         self.over_slices(
             lambda slice_index: self.store_states(
                 "part_states", leading, slice_index, self.load_shared_states("states", slice_index)
@@ -120,7 +127,7 @@ class _Parts(Kernel):
             # A part with a reset in it passes nothing on, and infinity times a rate would not be a number.
             total = jnp.minimum(total, RESET)
             row = leading * self.geometry.width + (self.edge_columns() + i)
-            self.w.store(self.outputs["part_steps"], self.lanes.zero, (total,), row=row, pitch=1)
+            self.w.store(self.outputs["part_steps"], self.place.zero, (total,), row=row, pitch=1)
 
     def fetch(self, chunk: jax.Array) -> dict[str, Any]:
         """Starts to read a chunk."""
@@ -130,12 +137,13 @@ class _Parts(Kernel):
         return words
 
     def walk_chunk(self, chunk: jax.Array, words: dict[str, Any]) -> list[jax.Array]:
-        """Takes the states through a chunk; returns its step sizes, by channel at the edges."""
+        """Takes the states through a chunk; returns its steps, huge at resets, for each channel at the edges."""
         dt = widen(words["dt"], self.inputs["dt"].dtype)
         starts = words["starts"][0] if "starts" in words else None
         steps, decay = self.step_sizes(chunk, added(dt, self.edge_constant("dt_bias")), starts)
         self.store_edge_pairs("pairs", decay, self.weights(words, steps))
 
+        # The pairs serve all slices; only the matrix and the rates change from one to the next.
         def walk_slice(slice_index):
             matrix = words["matrix"] if self.single else self.load_matrix(self.matrix_name, chunk, slice_index)
             rates = self.rates if self.single else self.load_rates(slice_index)
@@ -150,25 +158,26 @@ class _Parts(Kernel):
 
     def recur(self, slice_index, rates) -> None:
         """Takes the states of a slice through a chunk."""
-        groups = CHUNK // GROUP
+        spans = CHUNK // SPAN
 
         def walk(i, states):
             states = [list(values) for values in states]
-            group = self.group(i, groups)
-            rows = self.load_rows(group, offset=0)
-            for r, (decay, weights) in enumerate(self.load_pairs(group)):
-                for i in self.tokens(GROUP):
+            span = self.span(i, spans)
+            rows = self.load_rows(span, offset=0)
+            for r, (decay, weights) in enumerate(self.load_pairs(span)):
+                for i in self.tokens(SPAN):
                     for n in range(self.tiling.states_per_lane):
+                        # Equation 2, then 4 or 10 and 11.
                         a = jnp.exp2(decay[i] * rates[r][n])
                         states[r][n] = self.advanced(states[r][n], a, weights[i] * rows[i][n])
             return states
 
-        states = loop(0, groups, walk, self.load_shared_states("states", slice_index))
+        states = loop(0, spans, walk, self.load_shared_states("states", slice_index))
         self.store_shared_states("states", slice_index, states)
 
 
-class _FinalStates(_Parts):
-    """h_t = a_t h_{t-1} + dt_t x_t B_t through the first parts of the sequence, as many as the grid has."""
+class _FinalState(_EdgeState):
+    """Equation 4, h_t = a_t h_{t-1} + dt_t x_t B_t, through as many of the first parts as the grid has."""
 
     matrix_name = "B"
 
@@ -185,19 +194,20 @@ class _FinalStates(_Parts):
     def tokens(self, count):
         return range(count)
 
-    def group(self, i, groups):
+    def span(self, i, spans):
         return i
 
     def advanced(self, state, decay, more):
         return decay * state + more
 
 
-class _InitialCotangents(_Parts):
-    """dh_{t-1} = a_t (dh_t + dy_t C_t), with dy before the gate, through the last parts of the sequence, backwards."""
+class _InitialCotangent(_EdgeState):
+    """Equations 10 and 11, g_{t-1} = a_t (g_t + dp_t C_t), backwards through the grid's number of last parts."""
 
     matrix_name = "C"
 
     def part(self) -> jax.Array:
+        # The first part's gradient leaves the sequence: a grid of fewer parts covers the last ones.
         return jax.lax.axis_index("part") + (self.geometry.tiling.parts - jax.lax.axis_size("part"))
 
     def order(self, i, first, stop):
@@ -205,6 +215,7 @@ class _InitialCotangents(_Parts):
         return chunk, jnp.maximum(chunk - 1, 0)
 
     def weights(self, words, steps):
+        # Equation 8 by itself: C_t has no step.
         del steps
         weights = widen(words["dy"], self.inputs["dy"].dtype)
         if "z" not in words:
@@ -215,12 +226,12 @@ class _InitialCotangents(_Parts):
     def tokens(self, count):
         return reversed(range(count))
 
-    def group(self, i, groups):
-        return groups - 1 - i
+    def span(self, i, spans):
+        return spans - 1 - i
 
     def advanced(self, state, decay, more):
         return decay * (state + more)
 
 
-final_states = PartKernel(inputs=("x", "dt", "B", "A", "dt_bias", "starts"), body=_FinalStates)
-initial_cotangents = PartKernel(inputs=("dy", "z", "dt", "C", "A", "dt_bias", "starts"), body=_InitialCotangents)
+final_state = EdgeKernel(inputs=("x", "dt", "B", "A", "dt_bias", "starts"), body=_FinalState)
+initial_cotangent = EdgeKernel(inputs=("dy", "z", "dt", "C", "A", "dt_bias", "starts"), body=_InitialCotangent)

@@ -9,12 +9,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.warpgroup import LANES, THREADS, WARPS
 
 # Tokens between two stored states, and states of a channel that are worked on together. Both are powers of two that
-# divide the threads of a block; what follows from them is derived below, so that changing one changes all.
+# divide the threads of a block; the sizes below are derived from them.
 CHUNK = 16
 SLICE = 16
-# Tokens whose sums over states are exchanged between lanes together.
-GROUP = 4
-# exp2(RESET * A) is exactly zero for every decay rate from `decay_rates`.
+# Consecutive tokens whose sums over states are exchanged between lanes together: as many as one access of 16 bytes
+# holds.
+SPAN = 4
+# Step that stands for a reset (README.md, "Exponentials"): finite, and exp2(RESET * A) is exactly zero for every decay
+# rate from `decay_rates`.
 RESET = 3.0e38
 # Threads that share a token at the edges of a chunk.
 EDGE_LANES = THREADS // CHUNK
@@ -22,18 +24,15 @@ EDGE_LANES = THREADS // CHUNK
 EDGE_STATES = SLICE // EDGE_LANES
 # A row of B next to C in shared memory, padded so that rows start in different banks.
 MATRIX_PITCH = 2 * SLICE + 4
-# A channel's slot in shared memory: a value of each of GROUP tokens, or two values of each of two tokens.
+# Floats of a channel's slot in shared memory: a value of each of SPAN tokens, or a pair of values of each of PAIRED
+# tokens.
 SLOT = 4
-
-# Of those tokens, so many have their pairs of values in one slot.
 PAIRED = SLOT // 2
 
 CONSTANTS = ("D", "dt_bias")
-# Keeps 16-byte accesses of neighbouring threads in different banks, and aligned.
+# Floats between the constants of two threads: keeps their 16-byte accesses in different banks, and aligned.
 CONSTANT_PADDING = 4
-
-
-# 32 banks of 4 bytes hold eight slots.
+# Shared memory has as many banks of 4 bytes as a warp has lanes: eight slots of 4 floats cover all of them once.
 SLOTS_TOGETHER = LANES // SLOT
 
 
@@ -48,12 +47,15 @@ def log2(number: int) -> int:
     return number.bit_length() - 1
 
 
-for _size in (CHUNK, SLICE, GROUP, SLOT, PAIRED, EDGE_LANES, EDGE_STATES, LANES):
+for _size in (CHUNK, SLICE, SPAN, SLOT, PAIRED, EDGE_LANES, EDGE_STATES, LANES):
     log2(_size)
-if SLOT != GROUP:
+# A bfloat16 word holds two states of a row of B or C, so a thread at the edges must read at least two.
+if EDGE_STATES < 2:
     raise ValueError(
-        f"a slot holds a value of each token of a group: SLOT is {SLOT} and GROUP {GROUP}, make them equal"
+        f"a thread at the edges reads {EDGE_STATES} states of a row, at least 2 are needed: make CHUNK ({CHUNK}) larger"
     )
+if SLOT != SPAN:
+    raise ValueError(f"a slot holds a value of each token of a span: SLOT is {SLOT} and SPAN {SPAN}, make them equal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,22 +63,22 @@ class Tiling:
     """How a kernel's work is spread over the chip.
 
     Attributes:
-        lanes: S, the lanes that share a channel: 2, 4 or 8.
+        lanes_per_channel: S, the lanes that share a channel: 2, 4 or 8.
         rows: R, the channels of a lane: 1 or 2.
-        parts: pieces of the sequence that run at the same time.
+        parts: pieces of the sequence that run at the same time; more than one needs the edge kernel first.
     """
 
-    lanes: int
+    lanes_per_channel: int
     rows: int
     parts: int = 1
 
     @property
     def states_per_lane(self) -> int:
-        return SLICE // self.lanes
+        return SLICE // self.lanes_per_channel
 
     @property
     def channels_per_warp(self) -> int:
-        return LANES // self.lanes * self.rows
+        return LANES // self.lanes_per_channel * self.rows
 
     @property
     def channels_per_block(self) -> int:
@@ -119,6 +121,7 @@ class Geometry:
 
     @property
     def chunks_per_part(self) -> int:
+        """Chunks of every part but the last, which may have fewer."""
         return -(-self.chunks // self.tiling.parts)
 
     @property
@@ -138,8 +141,11 @@ class Geometry:
 def common_scratch(tiling: Tiling) -> dict[str, Any]:
     """Shared memory that every kernel has, in float32."""
     floats = {
+        # D and dt_bias, see `keep_constants`.
         "constants": len(CONSTANTS) * EDGE_LANES * (tiling.edge_channels + CONSTANT_PADDING),
-        "pairs": CHUNK // 2 * slot_position(tiling.channels_per_block),
+        # A step for the exponent and dt x, per token and channel.
+        "pairs": CHUNK // PAIRED * slot_position(tiling.channels_per_block),
+        # A slice of B and C of a chunk, in float32.
         "matrices": CHUNK * MATRIX_PITCH,
     }
     return {name: plgpu.SMEM((count,), jnp.float32) for name, count in floats.items()}
@@ -147,7 +153,7 @@ def common_scratch(tiling: Tiling) -> dict[str, Any]:
 
 def value_slots(tiling: Tiling) -> int:
     """Floats of shared memory for a value for every token of a chunk and channel of a block."""
-    return CHUNK // GROUP * slot_position(tiling.channels_per_block)
+    return CHUNK // SPAN * slot_position(tiling.channels_per_block)
 
 
 def slot_position(channel):

@@ -1,14 +1,6 @@
-"""What the GPU kernels of the selective scan share: geometry, the roles of threads, and staging through shared memory.
+"""What the GPU kernels of the selective scan share: access to memory in each of a thread's two roles (`place.py`).
 
-A block owns some channels and walks its part of the sequence in chunks of CHUNK tokens. Its threads have two roles:
-
-- In the recurrence, a warp has CW = 32 / S * R channels. S lanes share R of them, and each lane keeps SLICE / S states
-  of every one of its channels in registers. (More than SLICE states are worked off slice by slice.)
-- At the edges of a chunk, where sequences are read and written and softplus and gates are computed, EDGE_LANES
-  neighbouring threads share a token, and each has an equal share of the block's channels, so that memory is accessed
-  in whole lines.
-
-The roles exchange values through shared memory.
+The roles exchange values through shared memory. Numbers of equations are those of README.md one folder up.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,59 +18,17 @@ from pallas_kernels.selective_scan.pallas_gpu.geometry import (
     CONSTANTS,
     EDGE_LANES,
     EDGE_STATES,
-    GROUP,
     MATRIX_PITCH,
     PAIRED,
     RESET,
     SLICE,
     SLOT,
+    SPAN,
     Geometry,
-    Tiling,
     log2,
     slot_position,
 )
-
-
-class Lanes:
-    """Where each thread works, as int32 arrays of one value a thread.
-
-    Attributes:
-        thread, warp, lane: indices of the thread in the block, its warp, and the lane in the warp.
-        channel: first channel of the lane in the recurrence, counted in the block; the others are `channel_stride`
-            apart.
-        share: index among the lanes of that channel.
-        state: first state of the slice that the lane keeps.
-        token: in the chunk, at the edges.
-        edge_channel: first channel at the edges, counted in the block.
-        first_channel: first channel of the block among all channels.
-        group, batch, block: those of the block.
-    """
-
-    def __init__(self, w: Warpgroup, tiling: Tiling, geometry: Geometry):
-        self.thread = w.thread_index()
-        zero = self.thread & 0
-        self.zero = zero
-        self.warp = self.thread >> log2(LANES)
-        self.lane = self.thread & (LANES - 1)
-        self.channel_stride = LANES // tiling.lanes
-        self.lane_channel = self.lane >> log2(tiling.lanes)
-        self.share = self.lane & (tiling.lanes - 1)
-        self.state = self.share * tiling.states_per_lane
-        self.token = self.thread >> log2(EDGE_LANES)
-        warp_channel = self.warp * tiling.channels_per_warp
-        self.channel = warp_channel + self.lane_channel
-        self.edge_channel = (self.thread & (EDGE_LANES - 1)) * tiling.edge_channels
-        self.group = zero + jax.lax.axis_index("group")
-        self.batch = zero + jax.lax.axis_index("batch")
-        self.block = zero + jax.lax.axis_index("block")
-        self.first_channel = self.group * geometry.channels + self.block * tiling.channels_per_block
-        # The lane's first sum among the GROUP that `sums_over_shares` spreads.
-        self.first_sum = (self.share * GROUP) >> log2(tiling.lanes)
-
-    @property
-    def edge_state(self) -> jax.Array:
-        """First state of the slice that the thread reads of its token's row of B or C."""
-        return (self.thread & (EDGE_LANES - 1)) * EDGE_STATES
+from pallas_kernels.selective_scan.pallas_gpu.place import Place
 
 
 class Kernel:
@@ -88,7 +38,7 @@ class Kernel:
         geometry, features, w, inputs, outputs, shared: what the kernel was called with.
         tiling: that of the geometry.
         lanes: roles of the threads.
-        single: all states fit into one slice.
+        single: all states fit into one slice; then states, A, B and C stay where they are from chunk to chunk.
     """
 
     def __init__(
@@ -103,11 +53,12 @@ class Kernel:
         self.w, self.geometry, self.features = w, geometry, features
         self.inputs, self.outputs, self.shared = inputs, outputs, shared
         self.tiling = geometry.tiling
-        self.lanes = Lanes(w, self.tiling, geometry)
+        self.place = Place(w, self.tiling, geometry)
         self.single = geometry.slices == 1
 
     def over_slices(self, body: Callable[[Any], None]) -> None:
         """Calls body(slice_index) for every slice."""
+        # A static index lets the usual case, N <= SLICE, compile without a loop and with constant addresses.
         if self.single:
             body(0)
         else:
@@ -115,18 +66,20 @@ class Kernel:
 
     def token_row(self, chunk: jax.Array) -> jax.Array:
         """Row of the lane's token in sequences and matrices."""
-        return self.lanes.batch * self.geometry.length + (chunk * CHUNK + self.lanes.token)
+        return self.place.batch * self.geometry.length + (chunk * CHUNK + self.place.token)
 
     def edge_columns(self) -> jax.Array:
         """First channel of the lane at the edges, among all channels."""
-        return self.lanes.first_channel + self.lanes.edge_channel
+        return self.place.first_channel + self.place.edge_channel
 
     def keep_constants(self) -> None:
         """Copies D and dt_bias to shared memory, every thread its own channels, whichever are given."""
+        # In registers they would be alive during the recurrence, which has none to spare. No barrier: a thread reads
+        # back only what it has written itself.
         count, pitch = self.tiling.edge_channels, self.geometry.width
         for i, name in enumerate(CONSTANTS):
             if name in self.inputs:
-                values = self.w.load(self.inputs[name], self.edge_columns(), count, row=self.lanes.zero, pitch=pitch)
+                values = self.w.load(self.inputs[name], self.edge_columns(), count, row=self.place.zero, pitch=pitch)
                 self.w.store(self.shared["constants"], self._constants_index(), values, offset=i * self._constants)
 
     def edge_constant(self, name: str) -> Registers | None:
@@ -141,15 +94,16 @@ class Kernel:
         return EDGE_LANES * (self.tiling.edge_channels + CONSTANT_PADDING)
 
     def _constants_index(self) -> jax.Array:
-        return (self.lanes.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + CONSTANT_PADDING)
+        return (self.place.thread & (EDGE_LANES - 1)) * (self.tiling.edge_channels + CONSTANT_PADDING)
 
     def load_edge(self, chunk: jax.Array, names: Sequence[str]) -> dict[str, Registers]:
         """Words of a chunk of sequences; "starts" has one value a token, the others a row of channels."""
         row = self.token_row(chunk)
         words: dict[str, Registers] = {}
         for name in names:
+            # One number serves all channels of a token: every one of its EDGE_LANES threads reads it.
             if name == "starts":
-                words[name] = self.w.load(self.inputs[name], self.lanes.zero, 1, row=row, pitch=1)
+                words[name] = self.w.load(self.inputs[name], self.place.zero, 1, row=row, pitch=1)
             elif name in self.inputs:
                 count, pitch = self.tiling.edge_channels, self.geometry.width
                 words[name] = self.w.load(self.inputs[name], self.edge_columns(), count, row=row, pitch=pitch)
@@ -161,25 +115,25 @@ class Kernel:
         self.w.store(self.outputs[name], self.edge_columns(), values, row=row, pitch=self.geometry.width)
 
     def state_rows(self, leading: jax.Array) -> list[jax.Array]:
-        """Rows of the lane's channels in an array of states with an index before the channel."""
-        first = leading * self.geometry.width + (self.lanes.first_channel + self.lanes.channel)
-        return [first + r * self.lanes.channel_stride for r in range(self.tiling.rows)]
+        """Rows of the lane's channels in an array (leading, G F, N), such as (B, G F, N) or (B chunks, G F, N)."""
+        first = leading * self.geometry.width + (self.place.first_channel + self.place.channel)
+        return [first + r * self.place.channel_stride for r in range(self.tiling.rows)]
 
     def load_states(self, name: str, leading: jax.Array, slice_index) -> list[Registers]:
         """The lane's states of a slice from an input, for each of its channels."""
-        column = self.lanes.state + slice_index * SLICE
+        column = self.place.state + slice_index * SLICE
         count, pitch = self.tiling.states_per_lane, self.geometry.states
         rows = self.state_rows(leading)
         return [self.w.load(self.inputs[name], column, count, row=row, pitch=pitch) for row in rows]
 
     def load_rates(self, slice_index) -> list[Registers]:
-        """A of the lane's states of a slice, in units of log2, for each of its channels."""
-        rates = self.load_states("A", self.lanes.zero, slice_index)
+        """A log2(e) of the lane's states of a slice, for each of its channels: equation 2 is then exp2(dt * rate)."""
+        rates = self.load_states("A", self.place.zero, slice_index)
         return [[rate * LOG2_E for rate in values] for values in rates]
 
     def store_states(self, name: str, leading: jax.Array, slice_index, states: Sequence[Registers]) -> None:
         """Writes the lane's states of a slice to an output."""
-        column = self.lanes.state + slice_index * SLICE
+        column = self.place.state + slice_index * SLICE
         for row, values in zip(self.state_rows(leading), states, strict=True):
             self.w.store(self.outputs[name], column, values, row=row, pitch=self.geometry.states)
 
@@ -188,20 +142,21 @@ class Kernel:
         return [[self.w.full(0.0)] * self.tiling.states_per_lane for _ in range(self.tiling.rows)]
 
     def shared_states_index(self, slice_index) -> jax.Array:
-        lanes = self.lanes
-        return slice_index * (self.tiling.channels_per_block * SLICE) + lanes.channel * SLICE + lanes.state
+        """Place of the lane's states of a slice: shared memory holds (slices, channels of the block, SLICE)."""
+        place = self.place
+        return slice_index * (self.tiling.channels_per_block * SLICE) + place.channel * SLICE + place.state
 
     def load_shared_states(self, name: str, slice_index) -> list[Registers]:
         """The lane's states of a slice from shared memory."""
         index, count = self.shared_states_index(slice_index), self.tiling.states_per_lane
-        offsets = [r * self.lanes.channel_stride * SLICE for r in range(self.tiling.rows)]
+        offsets = [r * self.place.channel_stride * SLICE for r in range(self.tiling.rows)]
         return [self.w.load(self.shared[name], index, count, offset=offset) for offset in offsets]
 
     def store_shared_states(self, name: str, slice_index, states: Sequence[Registers]) -> None:
         """Writes the lane's states of a slice to shared memory."""
         index = self.shared_states_index(slice_index)
         for r, values in enumerate(states):
-            self.w.store(self.shared[name], index, values, offset=r * self.lanes.channel_stride * SLICE)
+            self.w.store(self.shared[name], index, values, offset=r * self.place.channel_stride * SLICE)
 
     @property
     def slots(self) -> int:
@@ -210,68 +165,70 @@ class Kernel:
 
     def own_slots(self) -> list[tuple[jax.Array, int]]:
         """Slots of the lane's channels in the recurrence, as a position and an offset known in advance."""
-        first = slot_position(self.lanes.channel)
-        return [(first, slot_position(r * self.lanes.channel_stride)) for r in range(self.tiling.rows)]
+        first = slot_position(self.place.channel)
+        return [(first, slot_position(r * self.place.channel_stride)) for r in range(self.tiling.rows)]
 
     def edge_slots(self) -> list[tuple[jax.Array, int]]:
         """The same for the thread's channels at the edges."""
-        first = slot_position(self.lanes.edge_channel)
+        first = slot_position(self.place.edge_channel)
         return [(first, slot_position(i)) for i in range(self.tiling.edge_channels)]
 
     def store_edge_values(self, name: str, values: Registers) -> None:
         """Writes a value for each of the thread's channels to shared memory, for `load_values`."""
-        token = self.lanes.token
-        row = (token >> log2(GROUP)) * self.slots + (token & (GROUP - 1))
+        # The SPAN values of a channel's span are neighbours, so the recurrence reads them in one access of 16 bytes.
+        token = self.place.token
+        row = (token >> log2(SPAN)) * self.slots + (token & (SPAN - 1))
         for (slot, offset), value in zip(self.edge_slots(), values, strict=True):
             self.w.store(self.shared[name], row + slot, (value,), offset=offset)
 
     def load_edge_values(self, name: str) -> list[jax.Array]:
         """Reads what the recurrence wrote, for each of the thread's channels."""
-        token = self.lanes.token
-        row = (token >> log2(GROUP)) * self.slots + (token & (GROUP - 1))
+        token = self.place.token
+        row = (token >> log2(SPAN)) * self.slots + (token & (SPAN - 1))
         return [self.w.load(self.shared[name], row + slot, 1, offset=offset)[0] for slot, offset in self.edge_slots()]
 
-    def load_values(self, name: str, group) -> list[Registers]:
-        """Values of the tokens of a group, for each of the lane's channels."""
-        row = group * self.slots
-        return [self.w.load(self.shared[name], row + slot, GROUP, offset=offset) for slot, offset in self.own_slots()]
+    def load_values(self, name: str, span) -> list[Registers]:
+        """Values of the tokens of a span, for each of the lane's channels."""
+        row = span * self.slots
+        return [self.w.load(self.shared[name], row + slot, SPAN, offset=offset) for slot, offset in self.own_slots()]
 
-    def add_sums(self, name: str, group, sums: Registers, slot: tuple[jax.Array, int]) -> None:
-        """Writes the lane's sums over the states for one of its channels, or adds them to those of other slices."""
-        index = group * self.slots + slot[0] + self.lanes.first_sum
+    def add_sums(self, name: str, span, sums: Registers, slot: tuple[jax.Array, int]) -> None:
+        """Writes the lane's sums over states for one of its channels, or adds them to those of other slices."""
+        index = span * self.slots + slot[0] + self.place.first_sum
         self._write_sums(name, index, sums, slot[1])
 
-    def add_sum_pairs(self, name: str, group, first: Registers, second: Registers, slot: tuple[jax.Array, int]) -> None:
-        """The same for pairs of sums."""
-        token = self.lanes.first_sum
-        index = (
-            (group * (GROUP // PAIRED) + (token >> log2(PAIRED))) * self.slots + slot[0] + (token & (PAIRED - 1)) * 2
-        )
+    def add_sum_pairs(self, name: str, span, first: Registers, second: Registers, slot: tuple[jax.Array, int]) -> None:
+        """Writes or adds the lane's pairs of sums, the two of a token next to each other, for `load_edge_pairs`."""
+        token = self.place.first_sum
+        index = (span * (SPAN // PAIRED) + (token >> log2(PAIRED))) * self.slots + slot[0] + (token & (PAIRED - 1)) * 2
         self._write_sums(name, index, [value for pair in zip(first, second, strict=True) for value in pair], slot[1])
 
     def _write_sums(self, name: str, index: jax.Array, sums: Registers, offset: int) -> None:
+        # Equation 5 sums over all states: a later slice adds to what the earlier ones left. Memory was zeroed before
+        # the first, and only this lane (or copies of it, with equal values) touches the address.
         if not self.single:
             sums = added(sums, self.w.load(self.shared[name], index, len(sums), offset=offset))
         self.w.store(self.shared[name], index, sums, offset=offset)
 
     def store_edge_pairs(self, name: str, first: Registers, second: Registers) -> None:
         """Writes a pair for each of the thread's channels to shared memory, for `load_pairs`."""
-        token = self.lanes.token
+        token = self.place.token
         row = (token >> log2(PAIRED)) * self.slots + (token & (PAIRED - 1)) * 2
         for (slot, offset), pair in zip(self.edge_slots(), zip(first, second, strict=True), strict=True):
             self.w.store(self.shared[name], row + slot, pair, offset=offset)
 
     def load_edge_pairs(self, name: str) -> list[Registers]:
         """Reads what the recurrence wrote, for each of the thread's channels."""
-        token = self.lanes.token
+        token = self.place.token
         row = (token >> log2(PAIRED)) * self.slots + (token & (PAIRED - 1)) * 2
         return [self.w.load(self.shared[name], row + slot, 2, offset=offset) for slot, offset in self.edge_slots()]
 
-    def load_pairs(self, group) -> list[tuple[Registers, Registers]]:
-        """The pairs of the tokens of a group, as first and second values for each of the lane's channels."""
+    def load_pairs(self, span) -> list[tuple[Registers, Registers]]:
+        """The pairs of the tokens of a span, as first and second values for each of the lane's channels."""
         pairs: list[tuple[Registers, Registers]] = []
         for slot, offset in self.own_slots():
-            index = group * (2 * self.slots) + slot
+            # Two accesses of 16 bytes bring four tokens; in each, first and second values alternate.
+            index = span * (2 * self.slots) + slot
             early, late = (
                 self.w.load(self.shared["pairs"], index, SLOT, offset=offset + i * self.slots) for i in range(2)
             )
@@ -280,32 +237,35 @@ class Kernel:
 
     def load_matrix(self, name: str, chunk: jax.Array, slice_index) -> Registers:
         """Words of the thread's EDGE_STATES states of the row of its token in B or C."""
-        column = self.lanes.group * self.geometry.states + slice_index * SLICE + self.lanes.edge_state
+        # Read once per block in the edge role, then shared by all its channels: `stage_matrix`.
+        column = self.place.group * self.geometry.states + slice_index * SLICE + self.place.edge_state
         pitch = self.geometry.groups * self.geometry.states
         return self.w.load(self.inputs[name], column, EDGE_STATES, row=self.token_row(chunk), pitch=pitch)
 
     def stage_matrix(self, name: str, words: Registers, *, offset: int) -> None:
         """Writes what `load_matrix` brought, in float32, to the block's copy of B (offset 0) or C (SLICE)."""
-        index = self.lanes.token * MATRIX_PITCH + self.lanes.edge_state
+        index = self.place.token * MATRIX_PITCH + self.place.edge_state
         self.w.store(self.shared["matrices"], index, widen(words, self.inputs[name].dtype), offset=offset)
 
-    def load_rows(self, group, *, offset: int) -> list[Registers]:
-        """The lane's states of B (offset 0) or C (SLICE) for the tokens of a group."""
-        index = group * (GROUP * MATRIX_PITCH) + self.lanes.state
+    def load_rows(self, span, *, offset: int) -> list[Registers]:
+        """The lane's states of B (offset 0) or C (SLICE) for the tokens of a span."""
+        # Lanes that share a state read the same address, which shared memory serves to all of them at once.
+        index = span * (SPAN * MATRIX_PITCH) + self.place.state
         count = self.tiling.states_per_lane
         matrices = self.shared["matrices"]
-        return [self.w.load(matrices, index, count, offset=offset + i * MATRIX_PITCH) for i in range(GROUP)]
+        return [self.w.load(matrices, index, count, offset=offset + i * MATRIX_PITCH) for i in range(SPAN)]
 
     def is_valid(self, chunk: jax.Array) -> jax.Array | None:
         """Whether the lane's token exists; None if all do."""
+        # A sequence of whole chunks needs no masks, and the kernel is compiled without them.
         if self.geometry.valid_length == self.geometry.length:
             return None
-        return chunk * CHUNK + self.lanes.token < self.geometry.valid_length
+        return chunk * CHUNK + self.place.token < self.geometry.valid_length
 
     def step_sizes(
         self, chunk: jax.Array, dt: Registers, starts: jax.Array | None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Step sizes after softplus, zero for tokens that do not exist; and the same, huge where a segment starts.
+        """The steps of equation 1, zero for tokens that do not exist; and the same, huge where a segment starts.
 
         Args:
             chunk: index of the chunk.
@@ -313,29 +273,32 @@ class Kernel:
             starts: not zero where a segment starts; None if there are none.
         """
         steps = [softplus(value, self.w.reciprocal) if self.features.softplus else value for value in dt]
+        # A step of zero gives a = 1 and u = 0 in equations 2 and 3: padding leaves the state as it is.
         valid = self.is_valid(chunk)
         if valid is not None:
             steps = [jnp.where(valid, step, self.w.full(0.0)) for step in steps]
         if starts is None:
             return steps, steps
+        # Equation 2's a = 0 as an exponent that underflows; equation 3 still takes the true step.
         return steps, [jnp.where(starts != 0, self.w.full(RESET), step) for step in steps]
 
     def carried(self, states: list[Registers], first, last, rates: Sequence[Registers], slice_index) -> list[Registers]:
         """States after the parts first, first + 1, .., last - 1 of the sequence (or first, first - 1, .., last + 1).
 
-        A part of length T turns h into exp2(A sum_t dt_t) h + h', where h' is what it makes of a zero state; sums and
-        h' come from the kernel in `pallas_gpu_parts`.
+        Equation 21, part by part. The edge kernel has written h' to "part_states" and s to "part_steps". Every block
+        takes the parts in the same order, so the result does not depend on which block runs when.
         """
         count = jnp.abs(last - first)
         direction = jnp.where(last > first, 1, -1)
 
         def advance(i, states):
             part = first + i * direction
-            leading = self.lanes.zero + part * self.geometry.batch + self.lanes.batch
+            # The order of parts is the same in either direction of time; only the way through them differs.
+            leading = self.place.zero + part * self.geometry.batch + self.place.batch
             local = self.load_states("part_states", leading, slice_index)
             result = []
             for r, row in enumerate(self.state_rows(leading)):
-                (total,) = self.w.load(self.inputs["part_steps"], self.lanes.zero, 1, row=row, pitch=1)
+                (total,) = self.w.load(self.inputs["part_steps"], self.place.zero, 1, row=row, pitch=1)
                 moved = zip(rates[r], states[r], local[r], strict=True)
                 result.append([jnp.exp2(total * rate) * state + more for rate, state, more in moved])
             return result
@@ -343,25 +306,33 @@ class Kernel:
         return loop(0, count, advance, states)
 
     def sums_over_shares(self, values: Registers) -> list[jax.Array]:
-        """Sums GROUP values, one a token, over the lanes of a channel, and spreads the sums over those lanes.
+        """The sum over states in equation 5 (or 15, 17): SPAN values, one a token, over the lanes of a channel.
 
-        An exchange halves the values that a lane answers for, until one is left; further ones make copies of it.
+        Each exchange halves the number of values that a lane is responsible for, until one is left; further exchanges
+        make copies of it. For SPAN = S = 4 that is 3 shuffles for 4 sums, where a sum by itself takes 2.
 
         Returns:
             The sums of the tokens `lanes.first_sum` and following.
         """
-        return self._exchange(values, self.lanes.share, self.tiling.lanes)
+        return self._exchange(values, self.place.share, self.tiling.lanes_per_channel)
 
     def sum_over_channels(self, values: Registers) -> jax.Array:
         """Sums 32 / S values over the lanes of a warp that keep the same states; lane_channel i has the i-th sum."""
-        (total,) = self._exchange(values, self.lanes.lane_channel, LANES // self.tiling.lanes, scale=self.tiling.lanes)
+        (total,) = self._exchange(
+            values, self.place.lane_channel, LANES // self.tiling.lanes_per_channel, scale=self.tiling.lanes_per_channel
+        )
         return total
 
     def _exchange(self, values: Registers, position: jax.Array, lanes: int, *, scale: int = 1) -> list[jax.Array]:
+        """Sums values over `lanes` lanes, `scale` apart, of which the thread is number `position`.
+
+        The lane with position p ends with the p-th of equally many shares of the sums.
+        """
         values = list(values)
         mask = lanes // 2
         while mask:
             half = len(values) // 2
+            # A lane keeps the half that its bit of `position` names, and gives the other half to its partner.
             if half:
                 upper = (position & mask) != 0
                 kept = [jnp.where(upper, values[half + i], values[i]) for i in range(half)]
@@ -379,12 +350,15 @@ class Kernel:
         """
         totals = []
         for value in values:
-            for mask in (8, 16):
+            # Threads with equal thread % EDGE_LANES have the same channels: first within the warp, over the bits of the
+            # lane's number from EDGE_LANES up, then over the warps by way of shared memory.
+            for mask in (1 << bit for bit in range(log2(EDGE_LANES), log2(LANES))):
                 value = value + self.w.shuffle_xor(value, mask)
-            self.w.store(self.shared[name], self.lanes.thread, (value,))
+            self.w.store(self.shared[name], self.place.thread, (value,))
             self.w.sync_block()
-            index = self.lanes.thread & (EDGE_LANES - 1)
+            index = self.place.thread & (EDGE_LANES - 1)
             parts = [self.w.load(self.shared[name], index, 1, offset=warp * LANES)[0] for warp in range(WARPS)]
             totals.append((parts[0] + parts[1]) + (parts[2] + parts[3]))
+            # The next value is written where this one is read.
             self.w.sync_block()
         return totals

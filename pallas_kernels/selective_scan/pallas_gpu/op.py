@@ -94,14 +94,14 @@ def initial_cotangent(arguments: InitialCotangentArguments) -> EdgeState:
 def _final_state(options: _Options, arguments: FinalStateArguments) -> jax.Array:
     geometry, padded = _prepare(options, options.forward, arguments)
     parts = geometry.tiling.parts
-    ends = _ends_of_parts(geometry, _run_parts(options, geometry, edge.final_states, arguments, padded, parts))
+    ends = _ends_of_parts(geometry, _run_parts(options, geometry, edge.final_state, arguments, padded, parts))
     return _through_parts(geometry, arguments, padded, ends)
 
 
 def _initial_cotangent(options: _Options, arguments: InitialCotangentArguments) -> jax.Array:
     geometry, padded = _prepare(options, options.backward, arguments)
     parts = geometry.tiling.parts
-    starts = _ends_of_parts(geometry, _run_parts(options, geometry, edge.initial_cotangents, arguments, padded, parts))
+    starts = _ends_of_parts(geometry, _run_parts(options, geometry, edge.initial_cotangent, arguments, padded, parts))
     return _through_parts(geometry, arguments, padded, list(reversed(starts)))
 
 
@@ -151,7 +151,7 @@ def _run_forward(options: _Options, arguments: ScanArguments, *, checkpoints: bo
     geometry, padded = _prepare(options, options.forward, arguments)
     parts = geometry.tiling.parts
     if parts > 1:
-        padded |= _run_parts(options, geometry, edge.final_states, arguments, padded, parts - 1)
+        padded |= _run_parts(options, geometry, edge.final_state, arguments, padded, parts - 1)
     outputs = {
         "y": jax.ShapeDtypeStruct(padded["x"].shape, arguments.x.dtype),
         "final_state": jax.ShapeDtypeStruct((geometry.batch * geometry.width, geometry.states), jnp.float32),
@@ -174,7 +174,7 @@ def _scan_backward(
     padded["dy"] = _padded_sequence(geometry, cotangents.y)
     parts = geometry.tiling.parts
     if parts > 1:
-        padded |= _run_parts(options, geometry, edge.initial_cotangents, arguments, padded, parts - 1)
+        padded |= _run_parts(options, geometry, edge.initial_cotangent, arguments, padded, parts - 1)
     padded["checkpoints"] = checkpoints
     padded["dfinal_state"] = _padded_state(geometry, cotangents.final_state)
     outputs = _gradient_types(geometry, arguments, padded)
@@ -214,7 +214,7 @@ _scan = differentiable_op(
 def _run_parts(
     options: _Options,
     geometry: Geometry,
-    kernel: edge.PartKernel,
+    kernel: edge.EdgeKernel,
     arguments: AnyScanArguments,
     padded: Arrays,
     parts: int,

@@ -1,4 +1,7 @@
-"""The kernel for TPUs that takes a state, or its gradient, through all tokens and leaves only what comes out."""
+"""The edge kernels of the selective scan on TPUs: the final state of a sequence, and the gradient of its initial state.
+
+Both start from zero and compute no outputs: h' of equation 21 in README.md, and its counterpart for the gradient.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, Refs, over, sequence, tile_lanes
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, Refs, over, sequence, tile_lanes
 from pallas_kernels.selective_scan.kernel_inputs import Features
 from pallas_kernels.selective_scan.pallas_tpu.forward import TOGETHER
 from pallas_kernels.selective_scan.pallas_tpu.geometry import Geometry
@@ -25,8 +28,8 @@ from pallas_kernels.selective_scan.pallas_tpu.kernel import (
 
 def scratch_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Shapes of float32 memory on the chip."""
-    of_group = GROUP, geometry.tiling.tiles * LANES
-    return matrix_scratch(geometry) | {"steps": of_group, "inputs": of_group}
+    of_span = SPAN, geometry.tiling.tiles * LANES
+    return matrix_scratch(geometry) | {"steps": of_span, "inputs": of_span}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,8 @@ class _Direction:
     Attributes:
         state: name of the memory that holds it.
         order: of `count` things that follow each other in the sequence, the index of the i-th that is met.
-        weights: what multiplies the matrix, for a group of tokens and a tile: (refs, dt, group, lanes).
-        advanced: the state after a token: (state, decay, what the token brings).
+        weights: (refs, dt, span, lanes) -> the factor of B_t or C_t, for a span of tokens and a tile.
+        advanced: (state, decay, what the token adds) -> the state after the token.
     """
 
     state: str
@@ -46,16 +49,18 @@ class _Direction:
     advanced: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+# Equation 4: the state decays, then the token adds to it.
 _FORWARD = _Direction(
     state="final_state",
     order=lambda i, count: i,
-    weights=lambda refs, dt, group, lanes: dt * sequence(refs, "x", group, lanes),
+    weights=lambda refs, dt, span, lanes: dt * sequence(refs, "x", span, lanes),
     advanced=lambda state, decay, more: decay * state + more,
 )
+# Equations 10 and 11: the token adds dp_t C_t first, then the sum decays.
 _BACKWARD = _Direction(
     state="dinitial_state",
     order=lambda i, count: count - 1 - i,
-    weights=lambda refs, dt, group, lanes: gated(refs, sequence(refs, "dy", group, lanes), group, lanes),
+    weights=lambda refs, dt, span, lanes: gated(refs, sequence(refs, "dy", span, lanes), span, lanes),
     advanced=lambda state, decay, more: decay * (state + more),
 )
 
@@ -66,14 +71,16 @@ def final_state(geometry: Geometry, features: Features, refs: Refs) -> None:
 
 
 def initial_cotangent(geometry: Geometry, features: Features, refs: Refs) -> None:
-    """dh_{t-1} = a_t (dh_t + dy_t C_t), with dy before the gate, from the last chunk on, into "dinitial_state"."""
+    """g_{t-1} = a_t (g_t + dp_t C_t) for a block of channels and a chunk of tokens, into "dinitial_state"."""
     _walk(_BACKWARD, geometry, features, refs)
 
 
 def _walk(direction: _Direction, geometry: Geometry, features: Features, refs: Refs) -> None:
+    """Takes the state through a chunk, span by span, in the order of the direction."""
+    # The index maps turn time around for the gradient, so step 0 is the chunk at which either direction starts.
     chunk, block = pl.program_id(2), pl.program_id(3)
-    groups = geometry.tiling.tokens // GROUP
-    # It stays in the output from chunk to chunk.
+    spans = geometry.tiling.tokens // SPAN
+    # It stays in the output's block from chunk to chunk.
     state = refs[direction.state]
 
     @pl.when(chunk == 0)
@@ -81,19 +88,20 @@ def _walk(direction: _Direction, geometry: Geometry, features: Features, refs: R
         state[block] = jnp.zeros_like(state[block])
 
     def advance(index, carry):
-        _advance(direction, geometry, features, refs, direction.order(index, groups), block)
+        _advance(direction, geometry, features, refs, direction.order(index, spans), block)
         return carry
 
-    over(groups, advance)
+    over(spans, advance)
 
 
-def _advance(direction: _Direction, geometry: Geometry, features: Features, refs: Refs, group, block) -> None:
-    """A group of tokens."""
+def _advance(direction: _Direction, geometry: Geometry, features: Features, refs: Refs, span, block) -> None:
+    """Takes all tiles of the block through a span of tokens."""
     tiles = [tile_lanes(tile) for tile in range(geometry.tiling.tiles)]
-    resets = turn_matrices(geometry, refs, group)
+    resets = turn_matrices(geometry, refs, span)
+    # Steps and weights go through memory, from which a load copies a row into all rows of a register.
     for lanes in tiles:
-        dt = enter_steps(features, refs, group, lanes, block, resets)
-        refs["inputs"][:, lanes] = direction.weights(refs, dt, group, lanes)
+        dt = enter_steps(features, refs, span, lanes, block, resets)
+        refs["inputs"][:, lanes] = direction.weights(refs, dt, span, lanes)
 
     def advance_slice(index, carry):
         for first in range(0, len(tiles), TOGETHER):
@@ -111,11 +119,12 @@ def _advance_tiles(
     rows = slice_rows(geometry, index)
     h = {i: state[block, rows, lanes] for i, lanes in tiles.items()}
     rates = {i: refs["A"][block, rows, lanes] for i, lanes in tiles.items()}
-    for i_token in range(GROUP):
-        t = direction.order(i_token, GROUP)
+    for i_token in range(SPAN):
+        t = direction.order(i_token, SPAN)
         # There is one matrix only, which has the places of both B and C.
         column = column_of(geometry, refs, "B", index, t)
         for i, lanes in tiles.items():
+            # Equation 2, then 4 or 10 and 11.
             decay = jnp.exp2(refs["steps"][t : t + 1, lanes] * rates[i])
             more = refs["inputs"][t : t + 1, lanes] * column
             h[i] = direction.advanced(h[i], decay, more)

@@ -4,11 +4,12 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, SUBLANES
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES
 
-# States that are carried in registers at the same time.
+# States that are carried in registers at the same time: two registers of 8 rows for a tile of channels.
 SLICE = 16
-# exp2(RESET * A) is exactly zero for every decay rate from `decay_rates`.
+# Step that stands for a reset (README.md, "Exponentials"): finite, and exp2(RESET * A) is exactly zero for every decay
+# rate from `decay_rates`.
 RESET = 3.0e38
 
 
@@ -17,8 +18,8 @@ class Tiling:
     """How a kernel's work is cut into blocks.
 
     Attributes:
-        tokens: of a block, a multiple of GROUP.
-        tiles: registers' widths of channels in a block.
+        tokens: of a block, a multiple of SPAN.
+        tiles: of LANES channels each, in a block.
     """
 
     tokens: int
@@ -34,8 +35,9 @@ class Tiling:
 class Geometry:
     """Sizes of a scan as the kernels see it: everything is padded to whole blocks.
 
-    The grid is (batch, strip, chunk, block). A strip is a group of channels with the same B and C, or a piece of one;
-    strips are independent of each other, the blocks of a strip meet in the gradients of B and C.
+    The grid is (batch, strip, chunk, block), the last changing fastest. A strip is a group of channels with the same B
+    and C, or a piece of one. Strips are independent of each other; the blocks of a strip add to the same gradients of B
+    and C.
 
     Attributes:
         batch, length, states: sizes, padded.
@@ -91,6 +93,7 @@ class Geometry:
 
     def shape(self, kind: str) -> tuple[int, ...]:
         """Shape of an array: x, B with C, their gradients, A, D, a state, a sum over time, states of groups."""
+        # Arrays by channel have the blocks in front, so that the kernel picks its own with an index of the first axis.
         per_block = self.strips * self.blocks
         channels = self.tiling.channels
         return {
@@ -101,19 +104,21 @@ class Geometry:
             "channels": (per_block, 1, channels),
             "state": (self.batch, per_block, self.states, channels),
             "rows": (self.batch, per_block, SUBLANES, channels),
-            "checkpoints": (self.batch, self.length // GROUP, per_block, self.states, channels),
+            "checkpoints": (self.batch, self.length // SPAN, per_block, self.states, channels),
         }[kind]
 
     def spec(self, kind: str, *, is_reversed: bool) -> pl.BlockSpec:
         """The part of an array that a step of the grid sees; time runs backwards if `is_reversed`.
 
-        What belongs to a strip stays on the chip while the strip is worked off.
+        The index of what belongs to a strip depends on neither chunk nor block, so Pallas fetches it once for the strip
+        and writes it back once: state and sums over time stay on the chip in between.
         """
         tokens, channels, states, blocks = self.tiling.tokens, self.tiling.channels, self.states, self.blocks
 
         def chunk(step):
             return self.chunks - 1 - step if is_reversed else step
 
+        # The letters are the grid's: batch, strip, time (chunk), and d for the block.
         block_shape, index = {
             "sequence": ((None, tokens, channels), lambda b, s, t, d: (b, chunk(t), s * blocks + d)),
             "matrices": (
@@ -126,7 +131,7 @@ class Geometry:
             "state": ((None, blocks, states, channels), lambda b, s, t, d: (b, s, 0, 0)),
             "rows": ((None, blocks, SUBLANES, channels), lambda b, s, t, d: (b, s, 0, 0)),
             "checkpoints": (
-                (None, tokens // GROUP, None, states, channels),
+                (None, tokens // SPAN, None, states, channels),
                 lambda b, s, t, d: (b, chunk(t), s * blocks + d, 0, 0),
             ),
         }[kind]

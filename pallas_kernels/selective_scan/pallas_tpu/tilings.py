@@ -1,16 +1,18 @@
 """Choice of the blocks of the TPU kernels, by generation of the chip.
 
-The compiler's schedules say what is best (`python benchmarks/run_tpu_static.py`): many tiles together, because their
-recurrences fill each other's waiting times, as long as they do not need more registers than there are.
+The compiler's schedules say what is best: many tiles in a block, because what a span costs besides its tiles is then
+paid once for all of them. `python benchmarks/run_tpu_static.py --variants` makes the schedules; their figures are in
+`benchmarks/results/tpu_static_2026-11-24.md`.
 """
 
 import dataclasses
 
 from pallas_kernels.common.channels import round_up
-from pallas_kernels.common.tpu_tiles import GROUP, LANES, choose_tiles
+from pallas_kernels.common.tpu_tiles import LANES, SPAN, choose_tiles
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
 
-# States of all tokens of a block; sums of 128 numbers for each of them, for B and for C, stay on the chip.
+# Tokens x states of a block, at most. The backward kernel keeps 2 x 128 float32 sums on the chip for each of them, the
+# lanes of the gradients of B and C: 4 MiB.
 _BLOCK_STATES = 2**12
 
 
@@ -34,7 +36,7 @@ class Generation:
 
 
 _V5E = Generation(tokens=128, tiles=12, strip_bytes=2**19, vmem_bytes=48 * 2**20, cores=1)
-# By what a device's kind contains.
+# By what `device.device_kind` contains; the first match counts, so "v5 lite" stands before "v5" (v5p).
 GENERATIONS = {
     "v4": Generation(tokens=64, tiles=6, strip_bytes=2**18, vmem_bytes=15 * 2**20, cores=2),
     "v5 lite": _V5E,
@@ -60,10 +62,13 @@ def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, c
         channels: of a group.
         states: N.
     """
+    # 8 rows are a register: fewer states than that gain nothing, and 9 to 16 take a whole slice.
     states = round_up(states, SLICE if states > SLICE // 2 else SLICE // 2)
-    tokens = min(chip.tokens, round_up(length, GROUP), max(1, _BLOCK_STATES // (states * GROUP)) * GROUP)
+    tokens = min(chip.tokens, round_up(length, SPAN), max(1, _BLOCK_STATES // (states * SPAN)) * SPAN)
+    # As many strips as make their state fit, and work for every core.
     strips = max(-(-channels * states * 4 // chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
     tiles_of_strip = -(-channels // (strips * LANES))
+    # Twice the states, half the tiles: the memory of a block stays the same.
     tiles = choose_tiles(tiles_of_strip, most=min(chip.tiles, max(1, chip.tiles * SLICE // states)))
     return Geometry(
         batch=batch,

@@ -17,13 +17,10 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.selective_scan.triton.tiles import (
-    LN_2,
     LOG2_E,
     adjoint_scan,
     block_of_program,
-    decay,
-    gain,
-    gain_by_A,
+    coefficients,
     load_channels,
     load_matrix,
     load_sequence,
@@ -39,6 +36,8 @@ from pallas_kernels.selective_scan.triton.tiles import (
     store_matrix,
     store_sequence,
     sum_states,
+    through_coefficients,
+    through_gate,
 )
 
 
@@ -123,12 +122,9 @@ def forward(
         valid_T = first + time_T < LENGTH
         x32_TE = x_TE.to(tl.float32)
         step_TE, _slope_TE = step_size(dt_TE, bias_E, valid_T, SOFTPLUS)
-        step_T1E1 = per_state(step_TE)
-        inflow_T1E1 = per_state(x32_TE if ZOH else step_TE * x32_TE)
-        a_TREP = decay(step_T1E1, A_REP, starts_T, HAS_SEGMENTS)
-        u_TREP = inflow_T1E1 * matrix_tile(B_tile, B_GROUPS)
-        if ZOH:
-            u_TREP *= gain(step_T1E1, A_REP)
+        a_TREP, u_TREP, _gain_TREP, _step_T1E1, _inflow_T1E1 = coefficients(
+            x32_TE, step_TE, A_REP, B_tile, starts_T, B_GROUPS, ZOH, HAS_SEGMENTS
+        )
         _before_TREP, after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
         y_TE = sum_states(after_TREP * matrix_tile(C_tile, C_GROUPS)) + D_E[None] * x32_TE
         if HAS_Z:
@@ -242,12 +238,9 @@ def backward(
             next_early_starts_T = load_starts(segment_ids, row, next_first, LENGTH, T, HAS_SEGMENTS)
             step_TE, _slope_TE = step_size(early_dt_TE, bias_E, first + time_T < LENGTH, SOFTPLUS)
             x32_TE = early_x_TE.to(tl.float32)
-            step_T1E1 = per_state(step_TE)
-            inflow_T1E1 = per_state(x32_TE if ZOH else step_TE * x32_TE)
-            a_TREP = decay(step_T1E1, A_REP, early_starts_T, HAS_SEGMENTS)
-            u_TREP = inflow_T1E1 * matrix_tile(early_B, B_GROUPS)
-            if ZOH:
-                u_TREP *= gain(step_T1E1, A_REP)
+            a_TREP, u_TREP, _gain_TREP, _step_T1E1, _inflow_T1E1 = coefficients(
+                x32_TE, step_TE, A_REP, early_B, early_starts_T, B_GROUPS, ZOH, HAS_SEGMENTS
+            )
             _before_TREP, _after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
             tl.store(scratch + kept_REP + index * (E * R * P), h_REP)
             early_x_TE, early_dt_TE, early_starts_T = next_early_x_TE, next_early_dt_TE, next_early_starts_T
@@ -273,44 +266,26 @@ def backward(
             step_TE, slope_TE = step_size(dt_TE, bias_E, first + time_T < LENGTH, SOFTPLUS)
             B_TREP = matrix_tile(B_tile, B_GROUPS)
             C_TREP = matrix_tile(C_tile, C_GROUPS)
-            step_T1E1 = per_state(step_TE)
-            inflow_T1E1 = per_state(x32_TE if ZOH else step_TE * x32_TE)
-            a_TREP = decay(step_T1E1, A_REP, starts_T, HAS_SEGMENTS)
-            u_TREP = inflow_T1E1 * B_TREP
-            if ZOH:
-                gain_TREP = gain(step_T1E1, A_REP)
-                u_TREP *= gain_TREP
+            a_TREP, u_TREP, gain_TREP, step_T1E1, inflow_T1E1 = coefficients(
+                x32_TE, step_TE, A_REP, B_tile, starts_T, B_GROUPS, ZOH, HAS_SEGMENTS
+            )
             before_TREP, after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
 
             # Through the gate and the output.
             dout_TE = dy_TE.to(tl.float32)
             if HAS_Z:
-                z32_TE = z_TE.to(tl.float32)
-                open_TE = sigmoid(z32_TE)
                 out_TE = sum_states(after_TREP * C_TREP) + D_E[None] * x32_TE
-                dz_TE = dout_TE * out_TE * (open_TE * (1 + z32_TE * (1 - open_TE)))
+                dout_TE, dz_TE = through_gate(dout_TE, out_TE, z_TE)
                 store_sequence(dz, dz_TE, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
-                dout_TE = dout_TE * (z32_TE * open_TE)
             dD_TE += dout_TE * x32_TE
             dout_T1E1 = per_state(dout_TE)
 
             # Through the recurrence: du is the cotangent of u and of the state after, flow of the state before a token.
             du_TREP, flow_TREP, carry_REP = adjoint_scan(a_TREP, dout_T1E1 * C_TREP, carry_REP, T)
-            dlog_a_TREP = flow_TREP * before_TREP
-            dA_TREP = dlog_a_TREP * step_T1E1
-            dB_TREP = du_TREP * inflow_T1E1
+            dx_TE, dstep_TE, dA_TREP, dB_TREP = through_coefficients(
+                flow_TREP * before_TREP, du_TREP, x32_TE, step_TE, A_REP, B_TREP, gain_TREP, step_T1E1, inflow_T1E1, ZOH
+            )
             dC_TREP = dout_T1E1 * after_TREP
-            dstep_TE = sum_states(dlog_a_TREP * A_REP[None]) * LN_2
-            if ZOH:
-                dgain_TREP = du_TREP * B_TREP
-                dx_TE = sum_states(dgain_TREP * gain_TREP)
-                dstep_TE += x32_TE * sum_states(dgain_TREP * tl.exp2(step_T1E1 * A_REP[None]))
-                dA_TREP += dgain_TREP * inflow_T1E1 * gain_by_A(step_T1E1, A_REP)
-                dB_TREP *= gain_TREP
-            else:
-                dinflow_TE = sum_states(du_TREP * B_TREP)
-                dx_TE = dinflow_TE * step_TE
-                dstep_TE += dinflow_TE * x32_TE
             dx_TE += D_E[None] * dout_TE
             ddt_TE = dstep_TE * slope_TE
             ddt_bias_TE += ddt_TE

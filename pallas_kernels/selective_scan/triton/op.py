@@ -55,13 +55,13 @@ class Tiling:
     """How the kernels cut the arguments up; sizes are powers of two.
 
     Attributes:
-        lanes: that share a channel.
+        lanes_per_channel: that share a channel.
         states: of a channel that a lane holds.
         chunk: tokens from one stored state to the next.
         forward, backward: tiles of the kernels.
     """
 
-    lanes: int
+    lanes_per_channel: int
     states: int
     chunk: int
     forward: Tile
@@ -102,7 +102,7 @@ def default_tiling(states: int, *, batch_channels: int) -> Tiling:
     if states == 16 and batch_channels >= 2**15:
         backward = Tile(tokens=4, channels=64, warps=4)
     return Tiling(
-        lanes=lanes,
+        lanes_per_channel=lanes,
         states=states // lanes,
         chunk=64 if backward.tokens >= 4 else 32,
         forward=Tile(tokens=tokens, channels=channels, warps=channels * lanes // _LANES),
@@ -178,7 +178,7 @@ def _gradient_types(tiling: Tiling, arguments: ScanArguments) -> dict[str, jax.S
     types |= {f"d{name}": _float32(batch, channels) if name in given else None for name in ("D", "dt_bias")}
     types["dinitial_state"] = _float32(batch, channels, states)
     kept = tiling.chunk // tile.tokens
-    types["scratch"] = _float32(batch * blocks, kept, tile.channels, tiling.lanes * tiling.states)
+    types["scratch"] = _float32(batch * blocks, kept, tile.channels, tiling.lanes_per_channel * tiling.states)
     return types
 
 
@@ -211,7 +211,7 @@ def _call(
         "T": tile.tokens,
         "R": tiling.states,
         "E": tile.channels,
-        "P": tiling.lanes,
+        "P": tiling.lanes_per_channel,
         "CHUNK": tiling.chunk // tile.tokens,
     }
     return triton_call.call(

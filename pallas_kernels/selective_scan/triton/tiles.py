@@ -310,3 +310,61 @@ def adjoint_scan(a_TREP, dh_TREP, carry_REP, T: tl.constexpr):
         carry_REP *= at(a_TREP, token_T, token)
         before_TREP = replaced(before_TREP, token_T, token, carry_REP)
     return after_TREP, before_TREP, carry_REP
+
+
+@triton.jit
+@no_type_check
+def coefficients(
+    x_TE, step_TE, A_REP, B_tile, starts_T, B_GROUPS: tl.constexpr, ZOH: tl.constexpr, HAS_SEGMENTS: tl.constexpr
+):
+    """Equations 2 and 3: a, u, and what u was made of, which its transpose needs: gain, step and inflow.
+
+    The gain is that of equation 20 for "zoh"; for "euler" the step is part of the inflow, and the gain is not read.
+    """
+    step_T1E1 = per_state(step_TE)
+    inflow_T1E1 = per_state(x_TE if ZOH else step_TE * x_TE)
+    a_TREP = decay(step_T1E1, A_REP, starts_T, HAS_SEGMENTS)
+    u_TREP = inflow_T1E1 * matrix_tile(B_tile, B_GROUPS)
+    gain_TREP = a_TREP
+    if ZOH:
+        gain_TREP = gain(step_T1E1, A_REP)
+        u_TREP *= gain_TREP
+    return a_TREP, u_TREP, gain_TREP, step_T1E1, inflow_T1E1
+
+
+@triton.jit
+@no_type_check
+def through_coefficients(
+    dexponent_TREP, du_TREP, x_TE, step_TE, A_REP, B_TREP, gain_TREP, step_T1E1, inflow_T1E1, ZOH: tl.constexpr
+):
+    """The transpose of `coefficients`: x's gradient without the skip, the step's, A's by token, and B's by channel.
+
+    `dexponent_TREP` is e of equation 12.
+    """
+    # Equations 13 and 14, and the sum of 17; ln 2 because A_REP is A log2(e).
+    dA_TREP = dexponent_TREP * step_T1E1
+    dB_TREP = du_TREP * inflow_T1E1
+    dstep_TE = sum_states(dexponent_TREP * A_REP[None]) * LN_2
+    if ZOH:
+        # Equation 20 and the terms after it.
+        dgain_TREP = du_TREP * B_TREP
+        dx_TE = sum_states(dgain_TREP * gain_TREP)
+        dstep_TE += x_TE * sum_states(dgain_TREP * tl.exp2(step_T1E1 * A_REP[None]))
+        dA_TREP += dgain_TREP * inflow_T1E1 * gain_by_A(step_T1E1, A_REP)
+        dB_TREP *= gain_TREP
+    else:
+        # Equation 15, then the terms of 16 and 17 that follow from it.
+        dinflow_TE = sum_states(du_TREP * B_TREP)
+        dx_TE = dinflow_TE * step_TE
+        dstep_TE += dinflow_TE * x_TE
+    return dx_TE, dstep_TE, dA_TREP, dB_TREP
+
+
+@triton.jit
+@no_type_check
+def through_gate(dy_TE, out_TE, z_TE):
+    """Equations 8 and 9: the gradients of the output before the gate, which is `out_TE`, and of z."""
+    z_TE = z_TE.to(tl.float32)
+    open_TE = sigmoid(z_TE)
+    dz_TE = dy_TE * out_TE * (open_TE * (1 + z_TE * (1 - open_TE)))
+    return dy_TE * (z_TE * open_TE), dz_TE
