@@ -4,7 +4,7 @@ BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 export TPU_SKIP_MDS_QUERY ?= 1
 
-.PHONY: setup quickstart test test-slow check format benchmark clean
+.PHONY: setup quickstart test test-slow check format hooks benchmark clean
 
 setup: .venv/.ready
 
@@ -40,6 +40,12 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# From now on `git commit` runs what `make check` runs, by .pre-commit-config.yaml or, without pre-commit, by a script.
+hooks: setup
+	if command -v pre-commit > /dev/null; then pre-commit install; \
+	else printf '#!/bin/sh\nexec make check\n' > "$$(git rev-parse --git-path hooks)/pre-commit" && \
+	chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"; fi
 
 benchmark: setup
 	$(BIN)/python benchmarks/run_ops.py

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from mamba_jax.pods import estimate as step_report
+from mamba_jax.pods import chips
 from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
@@ -66,14 +66,14 @@ class Chip:
     """
 
     topology: str
-    figures: step_report.Cores
+    figures: chips.Cores
     bytes_per_second: float
 
 
 CHIPS = {
-    "v4": Chip(topology="v4:1x1x1", figures=step_report.CORES["TPU v4"], bytes_per_second=1228e9),
-    "v5e": Chip(topology="v5e:1x1", figures=step_report.CORES["TPU v5 lite"], bytes_per_second=819e9),
-    "v5p": Chip(topology="v5p:1x1x1", figures=step_report.CORES["TPU v5"], bytes_per_second=2765e9),
+    "v4": Chip(topology="v4:1x1x1", figures=chips.CORES["TPU v4"], bytes_per_second=1228e9),
+    "v5e": Chip(topology="v5e:1x1", figures=chips.CORES["TPU v5 lite"], bytes_per_second=819e9),
+    "v5p": Chip(topology="v5p:1x1x1", figures=chips.CORES["TPU v5"], bytes_per_second=2765e9),
 }
 
 

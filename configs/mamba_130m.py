@@ -20,20 +20,27 @@ from mamba_jax.config import (
 )
 
 
-def get_config() -> ExperimentConfig:
+def recipe(
+    name: str, *, d_model: int, num_layers: int, peak_lr: float, num_steps: int, global_batch: int = 256
+) -> ExperimentConfig:
+    """The paper's run of a model of this size; configs/mamba_370m.py and its like hold the other rows of its table."""
     return ExperimentConfig(
-        name="mamba_130m",
-        model=ModelConfig(vocab_size=50277, d_model=768, num_layers=24),
+        name=name,
+        model=ModelConfig(vocab_size=50277, d_model=d_model, num_layers=num_layers),
         data=DataConfig(
             train=TfdsSource(name="c4/en", split="train"),
             validation=TfdsSource(name="c4/en", split="validation"),
             tokenizer=TokenizerConfig(kind="hf_json", path="20B_tokenizer.json"),
             seq_len=2048,
-            global_batch=256,
+            global_batch=global_batch,
             documents="concatenated",
         ),
-        optimizer=OptimizerConfig(peak_lr=3e-3, schedule=CosineSchedule(warmup_fraction=0.1, final_lr=1e-5)),
-        train=TrainConfig(num_steps=4800, run_dir="runs/mamba_130m", sample_every=500),
+        optimizer=OptimizerConfig(peak_lr=peak_lr, schedule=CosineSchedule(warmup_fraction=0.1, final_lr=1e-5)),
+        train=TrainConfig(num_steps=num_steps, run_dir=f"runs/{name}", sample_every=500),
         checkpoint=CheckpointConfig(every=500),
         evaluation=EvaluationConfig(every=500, max_batches=16),
     )
+
+
+def get_config() -> ExperimentConfig:
+    return recipe("mamba_130m", d_model=768, num_layers=24, peak_lr=3e-3, num_steps=4800)

@@ -6,19 +6,9 @@ Data:      as in configs/mamba_130m.py.
 Expected:  1,372,178,432 parameters, 50,000 steps. No figure of ours yet.
 """
 
-import dataclasses
-
-from configs.mamba_130m import get_config as get_130m_config
+from configs.mamba_130m import recipe
 from mamba_jax.config import ExperimentConfig
 
 
 def get_config() -> ExperimentConfig:
-    base = get_130m_config()
-    return dataclasses.replace(
-        base,
-        name="mamba_1_4b",
-        model=dataclasses.replace(base.model, d_model=2048, num_layers=48),
-        data=dataclasses.replace(base.data, global_batch=256),
-        optimizer=dataclasses.replace(base.optimizer, peak_lr=1e-3),
-        train=dataclasses.replace(base.train, num_steps=50_000, run_dir="runs/mamba_1_4b"),
-    )
+    return recipe("mamba_1_4b", d_model=2048, num_layers=48, peak_lr=1e-3, num_steps=50_000)

@@ -6,19 +6,9 @@ Data:      as in configs/mamba_130m.py.
 Expected:  2,768,345,600 parameters, 286,000 steps. No figure of ours yet.
 """
 
-import dataclasses
-
-from configs.mamba_130m import get_config as get_130m_config
+from configs.mamba_130m import recipe
 from mamba_jax.config import ExperimentConfig
 
 
 def get_config() -> ExperimentConfig:
-    base = get_130m_config()
-    return dataclasses.replace(
-        base,
-        name="mamba_2_8b",
-        model=dataclasses.replace(base.model, d_model=2560, num_layers=64),
-        data=dataclasses.replace(base.data, global_batch=512),
-        optimizer=dataclasses.replace(base.optimizer, peak_lr=4.8e-4),
-        train=dataclasses.replace(base.train, num_steps=286_000, run_dir="runs/mamba_2_8b"),
-    )
+    return recipe("mamba_2_8b", d_model=2560, num_layers=64, peak_lr=4.8e-4, num_steps=286_000, global_batch=512)

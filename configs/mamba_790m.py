@@ -6,19 +6,9 @@ Data:      as in configs/mamba_130m.py.
 Expected:  793,204,224 parameters, 29,000 steps. No figure of ours yet.
 """
 
-import dataclasses
-
-from configs.mamba_130m import get_config as get_130m_config
+from configs.mamba_130m import recipe
 from mamba_jax.config import ExperimentConfig
 
 
 def get_config() -> ExperimentConfig:
-    base = get_130m_config()
-    return dataclasses.replace(
-        base,
-        name="mamba_790m",
-        model=dataclasses.replace(base.model, d_model=1536, num_layers=48),
-        data=dataclasses.replace(base.data, global_batch=256),
-        optimizer=dataclasses.replace(base.optimizer, peak_lr=1.25e-3),
-        train=dataclasses.replace(base.train, num_steps=29_000, run_dir="runs/mamba_790m"),
-    )
+    return recipe("mamba_790m", d_model=1536, num_layers=48, peak_lr=1.25e-3, num_steps=29_000)

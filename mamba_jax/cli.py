@@ -116,7 +116,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def print_result(text: str) -> None:
-    """Prints what a program was called for; a reader that has had enough of it is no error.
+    """Prints what a program was called for; a reader that has had enough of it is not an error.
 
     Raises:
         InputError: it cannot be written, as on a full disk.

@@ -18,7 +18,7 @@ def clean_line(text: str) -> str:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """What a call of the system says, without the path; a name that no file can have is a ValueError."""
+    """Why a system call failed, without the path; a name that no file can have is a ValueError."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 

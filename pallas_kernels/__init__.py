@@ -1,7 +1,5 @@
 """State-space operations as pure functions on arrays, each with one signature for every backend."""
 
-from collections.abc import Mapping
-
 from pallas_kernels.causal_conv1d.api import causal_conv1d
 from pallas_kernels.causal_conv1d.arguments import CONVOLUTION, ConvOutput
 from pallas_kernels.common.arguments import OpTable
@@ -13,7 +11,7 @@ from pallas_kernels.selective_state_update.api import selective_state_update
 from pallas_kernels.selective_state_update.arguments import STATE_UPDATE, StateUpdateOutput
 
 # What each op takes and returns, by name: a line an op.
-TABLES: Mapping[str, OpTable] = {
+TABLES: dict[str, OpTable] = {
     "causal_conv1d": CONVOLUTION,
     "selective_scan": SCAN,
     "selective_scan_final_state": FINAL_STATE,

@@ -1,6 +1,8 @@
 """A run small enough to train in a test."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,51 @@ from mamba_jax.config import (
     TextFolderSource,
     TrainConfig,
 )
+from mamba_jax.data.batch import LMBatch
+from mamba_jax.run.hooks import Hooks
 from mamba_jax.training import program
 from mamba_jax.training.config import ProgramConfig
+from mamba_jax.training.train_state import TrainState
 
 WORDS = ("state", "space", "models", "select", "what", "they", "remember", "and", "forget", "the", "rest")
 
 MakeConfig = Callable[..., ExperimentConfig]
+
+
+class Signal(Hooks):
+    """Raises a signal when step `at` is running, the step before it being written."""
+
+    def __init__(self, number: int, at: int) -> None:
+        self._number, self._at = number, at
+
+    def after_step(self, step: int, values: Mapping[str, float], state: TrainState) -> TrainState:
+        if step == self._at - 1:
+            signal.raise_signal(self._number)
+        return state
+
+
+class Die(Hooks):
+    """Raises an exception once a step is written."""
+
+    def __init__(self, error: BaseException, after: int) -> None:
+        self._error, self._after = error, after
+
+    def after_step(self, step: int, values: Mapping[str, float], state: TrainState) -> TrainState:
+        if step == self._after:
+            raise self._error
+        return state
+
+
+class Spoil(Hooks):
+    """Gives some steps token ids outside the vocabulary, whose embedding is not a number."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self._steps = steps
+
+    def before_step(self, step: int, batch: LMBatch) -> LMBatch:
+        if step not in self._steps:
+            return batch
+        return dataclasses.replace(batch, tokens=np.full_like(batch.tokens, 10_000))
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ class Checkpointer:
         """Removes what saves that did not finish have left.
 
         Args:
-            run_dir: of the run.
+            run_dir: checkpoints go to its folder "checkpoints".
             config: how many checkpoints are kept.
             identity: what JSON can hold and what tells this run from others; a checkpoint of another one is refused.
                 None compares nothing.

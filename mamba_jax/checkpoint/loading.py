@@ -109,7 +109,7 @@ def _choose(run_dir: Path, step: int | None) -> Path:
     with same_for_all():
         steps = steps_in(run_dir / FOLDER)
         if not steps and not (run_dir / FOLDER).is_dir():
-            raise InputError(f"{run_dir} is no run directory: it has no folder {FOLDER!r}")
+            raise InputError(f"{run_dir} is not a run directory: it has no folder {FOLDER!r}")
         if not steps:
             raise InputError(f"{run_dir} has no complete checkpoint yet")
         if step is not None and step not in steps:

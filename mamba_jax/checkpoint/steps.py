@@ -29,7 +29,7 @@ _LONGEST = 4096 - 256
 
 
 class LiteralPath(PosixGPath):
-    """A path that is no pattern: Orbax finds some of its own files by globbing, where it joins path and pattern."""
+    """A path that is not a pattern: Orbax finds some of its own files by globbing, where it joins path and pattern."""
 
     def glob(self, pattern: str) -> Any:
         """Yields what matches the pattern below this folder, whatever characters the folder's own name has."""

@@ -1,11 +1,15 @@
-"""Which text a model learns from, and how it is cut."""
+"""What a model learns from, and how it is cut."""
 
 import dataclasses
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import pydantic
+from mamba_jax.config_base import Config, Kinds, require
 
-from mamba_jax.config_base import Config, require
+if TYPE_CHECKING:
+    from mamba_jax.data.batches import Task
+    from mamba_jax.data.documents import DocumentReader
+    from mamba_jax.data.shards import TokenDataset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,47 @@ class TokenizerConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardSource(Config):
+class Source(Config):
+    """The base of every source's config; `docs/add_a_source.md` says how to add one.
+
+    Attributes:
+        kind: name of the source in JSON; each class has one of its own, as its default.
+        prepare_flag: field that names the text, and the flag of `mamba_jax.data.prepare` for it; None leaves the source
+            out of that command.
+    """
+
+    prepare_flag: ClassVar[tuple[str, str] | None] = None
+    kind: str
+
+    def open(self) -> "DocumentReader | TokenDataset | Task":
+        """Documents to tokenise, a stream of token ids, or a task that makes batches itself.
+
+        What reads the source is imported here, so that configs can be read without it.
+
+        Raises:
+            InputError: there is no such source, or it is damaged.
+        """
+        raise NotImplementedError
+
+    def require_present(self) -> None:
+        """Makes sure that opening the source downloads nothing. Sources that never download leave this as it is.
+
+        Raises:
+            InputError: something is missing here.
+        """
+
+    @property
+    def place(self) -> str:
+        """Where the data is, for messages."""
+        return self.kind
+
+
+SOURCES = Kinds()
+
+
+@SOURCES.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardSource(Source):
     """Token shards that `python -m mamba_jax.data.prepare` wrote.
 
     Attributes:
@@ -41,9 +85,21 @@ class ShardSource(Config):
     kind: Literal["shards"] = "shards"
     path: str
 
+    def open(self) -> "TokenDataset":
+        """The shards, open for reading."""
+        from mamba_jax.data.shards import TokenDataset
 
+        return TokenDataset(Path(self.path))
+
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return self.path
+
+
+@SOURCES.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextFolderSource(Config):
+class TextFolderSource(Source):
     """A folder of UTF-8 text files, one document a file, tokenised once into a cache before the run starts.
 
     Attributes:
@@ -55,6 +111,7 @@ class TextFolderSource(Config):
         validation_fraction: share of the files (by a hash of the name), or of each if too few, that is "validation".
     """
 
+    prepare_flag = ("path", "text")
     kind: Literal["text_folder"] = "text_folder"
     path: str
     package: str | None = None
@@ -65,9 +122,21 @@ class TextFolderSource(Config):
     def _check(self) -> None:
         self._require_fraction("validation_fraction")
 
+    def open(self) -> "DocumentReader":
+        """The files of the folder, found and not read yet."""
+        from mamba_jax.data.text_folder import TextFolder
 
+        return TextFolder(self)
+
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return self.path
+
+
+@SOURCES.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TfdsSource(Config):
+class TfdsSource(Source):
     """A TensorFlow Datasets set prepared as array_record (reading needs no TensorFlow), tokenised once into a cache.
 
     Attributes:
@@ -78,14 +147,31 @@ class TfdsSource(Config):
         text_field: the feature that holds the text.
     """
 
+    prepare_flag = ("name", "tfds")
     kind: Literal["tfds"] = "tfds"
     name: str
     split: str
     data_dir: str | None = None
     text_field: str = "text"
 
+    def open(self) -> "DocumentReader":
+        """The records of the split; a published set that is not prepared yet is downloaded and prepared."""
+        from mamba_jax.data.tfds_documents import TfdsDocuments
 
-Source = ShardSource | TextFolderSource | TfdsSource
+        return TfdsDocuments(self)
+
+    def require_present(self) -> None:
+        """See `Source.require_present`."""
+        from mamba_jax.data.tfds_documents import require_prepared
+
+        require_prepared(self)
+
+    @property
+    def place(self) -> str:
+        """The name of the set."""
+        return self.name
+
+
 Documents = Literal["packed", "concatenated"]
 Order = Literal["shuffled", "streams"]
 
@@ -104,12 +190,12 @@ class DataConfig(Config):
             state run on across the end-of-document token, as the published models were trained.
         order: "shuffled" draws windows of seq_len tokens at random; "streams" reads the text in order, as global_batch
             parallel streams, and the recurrent state of each is carried from one step to the next.
-        cache_dir: where sources that are not shards are tokenised to.
+        cache_dir: where documents are tokenised to.
         prefetch: batches prepared ahead by background threads.
     """
 
-    train: Annotated[Source, pydantic.Field(discriminator="kind")]
-    validation: Annotated[Source | None, pydantic.Field(discriminator="kind")] = None
+    train: Annotated[Source, SOURCES]
+    validation: Annotated[Source | None, SOURCES] = None
     tokenizer: TokenizerConfig = TokenizerConfig()
     seq_len: int
     global_batch: int

@@ -4,10 +4,10 @@ import numpy as np
 from jaxtyping import Int
 
 from mamba_jax.data.batch import LMBatch
-from mamba_jax.data.config import DataConfig
+from mamba_jax.data.config import Documents
 
 
-def pack(windows: Int[np.ndarray, "B W"], config: DataConfig, *, end_of_document: int) -> LMBatch:
+def pack(windows: Int[np.ndarray, "B W"], documents: Documents, *, end_of_document: int) -> LMBatch:
     """Inputs, targets, mask and segments of windows of L + 1 consecutive tokens.
 
     With s the window, tokens_t = s_t and targets_t = s_{t+1}. In "packed" mode the segment id of position t is the
@@ -17,14 +17,14 @@ def pack(windows: Int[np.ndarray, "B W"], config: DataConfig, *, end_of_document
 
     Args:
         windows: token ids; W = L + 1.
-        config: its `documents` chooses the mode.
+        documents: the mode, see `DataConfig`.
         end_of_document: id that ends a document.
 
     Returns:
         A batch of (B, L) arrays.
     """
     tokens_BL, targets_BL = windows[:, :-1], windows[:, 1:]
-    if config.documents == "concatenated":
+    if documents == "concatenated":
         return LMBatch(
             tokens=tokens_BL, targets=targets_BL, loss_mask=np.ones(tokens_BL.shape, dtype=bool), segment_ids=None
         )

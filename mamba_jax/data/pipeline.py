@@ -1,4 +1,4 @@
-"""Batches of a token stream: for training a pure function of (seed, step), for evaluation every token once."""
+"""From a source to batches: for training a pure function of (seed, step), for evaluation every token once."""
 
 import dataclasses
 import hashlib
@@ -14,21 +14,22 @@ import numpy as np
 
 from mamba_jax import cli
 from mamba_jax.data.batch import LMBatch
-from mamba_jax.data.config import DataConfig, ShardSource, Source
+from mamba_jax.data.batches import Batches, Task, TaskBatches, check_prefetch, process_rows, task_rows
+from mamba_jax.data.config import DataConfig, Documents, Source
 from mamba_jax.data.documents import DocumentReader
 from mamba_jax.data.packing import pack
 from mamba_jax.data.prepare import write_shards
 from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
 from mamba_jax.data.shards import TokenDataset
-from mamba_jax.data.sources import open_documents
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 
-_MAX_PREFETCH = 1000
+# Batches of a task in an evaluation that names no number: a task has no end.
+_TASK_EVALUATION = 16
 
 
-def open_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> TokenDataset:
-    """Opens the token stream of `source`; text is tokenised into `config.cache_dir` first unless it is there already.
+def open_source(source: Source, tokenizer: Tokenizer, cache_dir: str | Path) -> TokenDataset | Task:
+    """Opens a source; documents are tokenised into `cache_dir` first unless they are there already.
 
     The name of a cached folder is a hash of the source, of the names, sizes and times of its files, and of the
     tokenizer, so changed text or another tokenizer never meets an old cache. It is compared whole with its index before
@@ -36,18 +37,31 @@ def open_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> Tok
     share a cache may do all this at the same time.
 
     Args:
-        source: shards, text files or a TFDS set.
-        config: its `cache_dir` is used.
-        tokenizer: must be the one that made a `ShardSource`.
+        source: of any registered kind.
+        tokenizer: must be the one that made the ids, if the source holds ids already.
+        cache_dir: holds a folder for each tokenised source.
+
+    Returns:
+        The token stream, or the task if the source makes its batches itself.
 
     Raises:
         InputError: the source is missing, damaged or made by another tokenizer.
     """
-    if isinstance(source, ShardSource):
-        dataset = TokenDataset(Path(source.path))
-        dataset.require_tokenizer(tokenizer)
-        return dataset
-    return _open_cache(open_documents(source), tokenizer, Path(config.cache_dir))
+    opened = source.open()
+    if isinstance(opened, DocumentReader):
+        return _open_cache(opened, tokenizer, Path(cache_dir))
+    if isinstance(opened, TokenDataset):
+        opened.require_vocabulary(tokenizer.vocabulary)
+    return opened
+
+
+def train_batches(
+    dataset: TokenDataset | Task, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """The training batches of an opened source; arguments and errors as of `TrainBatches` and `TaskBatches`."""
+    if isinstance(dataset, Task):
+        return TaskBatches(dataset, config, seed=seed, process_index=process_index, process_count=process_count)
+    return TrainBatches(dataset, config, seed=seed, process_index=process_index, process_count=process_count)
 
 
 def _open_cache(documents: DocumentReader, tokenizer: Tokenizer, cache: Path) -> TokenDataset:
@@ -64,7 +78,7 @@ def _open_cache(documents: DocumentReader, tokenizer: Tokenizer, cache: Path) ->
             _write_cache(documents, tokenizer, folder)
         try:
             dataset = TokenDataset(folder)
-            dataset.require_tokenizer(tokenizer)
+            dataset.require_vocabulary(tokenizer.vocabulary)
             dataset.check()
             return dataset
         except DamagedShards as error:
@@ -83,8 +97,8 @@ def _write_cache(documents: DocumentReader, tokenizer: Tokenizer, folder: Path) 
             raise
 
 
-class TrainBatches:
-    """Training batches as a pure function of (seed, step).
+class TrainBatches(Batches):
+    """Training batches of a token stream as a pure function of (seed, step).
 
     Window i is the L + 1 tokens from i * L on: windows share one token, so every token but the first is a target
     once an epoch, up to a tail. The windows of all batches form one endless sequence; batch k is its elements k * B to
@@ -111,13 +125,10 @@ class TrainBatches:
     def __init__(
         self, dataset: TokenDataset, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
     ) -> None:
-        if config.prefetch > _MAX_PREFETCH:
-            raise InputError(
-                f"data.prefetch keeps at most {_MAX_PREFETCH} batches ready, got {config.prefetch}: lower it"
-            )
+        self.prefetch = check_prefetch(config.prefetch)
         self._dataset = dataset
         self._config = config
-        self._rows = _process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
+        self._rows = process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
         _check_length(dataset, config)
         num_windows = (dataset.num_tokens - 1) // config.seq_len
         self._stream_windows = num_windows // config.global_batch
@@ -128,7 +139,7 @@ class TrainBatches:
         first, length = step * self._config.global_batch, self._config.seq_len
         windows = np.array([self._window(first + row) for row in self._rows])
         tokens = self._dataset.read(windows * length, length=length + 1)
-        batch = pack(tokens, self._config, end_of_document=self._dataset.end_of_document)
+        batch = pack(tokens, self._config.documents, end_of_document=self._dataset.end_of_document)
         if self._config.order == "shuffled":
             return batch
         return dataclasses.replace(batch, continues=self._continues(windows))
@@ -140,20 +151,12 @@ class TrainBatches:
             continues &= before != self._dataset.end_of_document
         return continues
 
-    def iterate(self, start_step: int) -> Iterator[LMBatch]:
-        """`at(start_step)`, `at(start_step + 1)`, ... without end, prepared ahead by background threads."""
-        import grain
-
-        options = grain.ReadOptions(
-            num_threads=min(self._config.prefetch, 16), prefetch_buffer_size=self._config.prefetch
-        )
-        return iter(grain.MapDataset.range(start_step, sys.maxsize).map(self.at).to_iter_dataset(options))
-
 
 def evaluation_batches(
-    dataset: TokenDataset,
-    config: DataConfig,
+    dataset: TokenDataset | Task,
     *,
+    seq_len: int,
+    documents: Documents,
     batch_size: int,
     max_batches: int | None = None,
     process_index: int = 0,
@@ -164,8 +167,9 @@ def evaluation_batches(
     The last window is padded with end-of-document tokens, the last batch with rows of them, both with loss_mask False.
 
     Args:
-        dataset: the token stream.
-        config: `seq_len` and `documents` are used.
+        dataset: the token stream, or a task, which gives as many batches as are asked for.
+        seq_len: L, tokens of a window.
+        documents: see `DataConfig`.
         batch_size: sequences of a batch over all processes.
         max_batches: take only so many batches, spread evenly over the stream.
         process_index: p; process p gets the p-th of P equal runs of rows.
@@ -174,18 +178,24 @@ def evaluation_batches(
     Raises:
         InputError: the stream has no target, or the batch cannot be split over the processes.
     """
+    rows = process_rows(batch_size, process_index, process_count, name="the evaluation batch size")
+    if isinstance(dataset, Task):
+        wholes = (
+            dataset.batch(0, -1 - index, batch_size=batch_size, seq_len=seq_len)
+            for index in range(max_batches or _TASK_EVALUATION)
+        )
+        return (task_rows(whole, rows, documents) for whole in wholes)
     num_targets = dataset.num_tokens - 1
     if num_targets == 0:
         raise InputError("the evaluation text has a single token, so there is nothing to predict: use more text")
-    rows = _process_rows(batch_size, process_index, process_count, name="the evaluation batch size")
-    total = -(-num_targets // (config.seq_len * batch_size))
+    total = -(-num_targets // (seq_len * batch_size))
     count = total if max_batches is None else min(total, max_batches)
-    batches = (index * total // count for index in range(count))
-    return (_evaluation_batch(dataset, config, np.array(rows) + batch * batch_size) for batch in batches)
+    numbers = (index * total // count for index in range(count))
+    return (_windows(dataset, np.array(rows) + number * batch_size, seq_len, documents) for number in numbers)
 
 
-def _evaluation_batch(dataset: TokenDataset, config: DataConfig, windows: np.ndarray) -> LMBatch:
-    length = config.seq_len
+def _windows(dataset: TokenDataset, windows: np.ndarray, length: int, documents: Documents) -> LMBatch:
+    """Some windows of the stream, given by number, as a batch; beyond the end of the stream nothing counts."""
     starts = windows * length
     targets = np.clip(dataset.num_tokens - 1 - starts, 0, length)
     tokens = np.full((len(windows), length + 1), dataset.end_of_document, dtype=np.int32)
@@ -193,7 +203,7 @@ def _evaluation_batch(dataset: TokenDataset, config: DataConfig, windows: np.nda
     tokens[whole] = dataset.read(starts[whole], length=length + 1)
     for row in np.flatnonzero((targets > 0) & ~whole):
         tokens[row, : targets[row] + 1] = dataset.read(starts[[row]], length=int(targets[row]) + 1)
-    batch = pack(tokens, config, end_of_document=dataset.end_of_document)
+    batch = pack(tokens, documents, end_of_document=dataset.end_of_document)
     return dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(length)[None] < targets[:, None]))
 
 
@@ -222,10 +232,3 @@ def _window_order(num_windows: int, config: DataConfig, seed: int) -> Callable[[
     # Grain's types allow for elements that a filter removed; there is no filter here.
     order: Any = grain.MapDataset.range(num_windows).shuffle(seed=order_seed).repeat(None)
     return lambda n: order[n]
-
-
-def _process_rows(batch_size: int, process_index: int, process_count: int, *, name: str) -> range:
-    if batch_size % process_count:
-        raise InputError(f"{name} ({batch_size}) must be divisible by the {process_count} processes: change it")
-    rows = batch_size // process_count
-    return range(process_index * rows, (process_index + 1) * rows)

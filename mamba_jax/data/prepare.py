@@ -1,7 +1,6 @@
 """Tokenises text into shards: `python -m mamba_jax.data.prepare --text FOLDER --output SHARDS`."""
 
 import contextlib
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +12,11 @@ import rich.markup
 import rich.progress
 
 from mamba_jax import cli
-from mamba_jax.data.config import TextFolderSource, TfdsSource, TokenizerConfig
 from mamba_jax.data.documents import DocumentReader, Piece
+from mamba_jax.data.prepare_flags import arguments_class
 from mamba_jax.data.shard_index import ShardIndex
 from mamba_jax.data.shard_writer import SHARD_TOKENS, ShardWriter, refuse_existing
-from mamba_jax.data.sources import open_documents
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
-from mamba_jax.errors import InputError
 
 # Text that is tokenised at once: enough to keep all cores of `tokenizers` busy, little enough to bound memory.
 _BATCH_BYTES = 4 * 2**20
@@ -42,10 +39,10 @@ def write_shards(
         What the folder's index records.
 
     Raises:
-        InputError: `folder` exists or cannot be written, or a document is no UTF-8 text.
+        InputError: `folder` exists or cannot be written, or a document is not UTF-8 text.
     """
     with (
-        ShardWriter(folder, tokenizer, shard_tokens=shard_tokens) as writer,
+        ShardWriter(folder, tokenizer.vocabulary, shard_tokens=shard_tokens) as writer,
         _progress(f"tokenising {documents.name}", documents.total, documents.unit) as advance,
     ):
         for batch in _batches(documents.pieces()):
@@ -94,79 +91,17 @@ def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> It
     yield advance
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareArguments:
-    """Writes token shards from a folder of text files (--text) or a TensorFlow Datasets set (--tfds).
-
-    Attributes:
-        output: the new folder; nothing is ever overwritten.
-        text: folder of UTF-8 text files, one document a file.
-        package: installed Python package that --text lies in.
-        pattern: glob below --text.
-        part: all files, or one side of the held-out split.
-        validation_fraction: share of the files, or of each where they are too few, that forms the validation part.
-        tfds: name of a TFDS set such as lm1b, or the version folder of a prepared one.
-        split: TFDS split such as train or train[:90%].
-        data_dir: where TFDS keeps prepared sets.
-        text_field: TFDS feature that holds the text.
-        tokenizer: `tokenizers` JSON file; bytes without it.
-        end_of_document: token of that file that separates documents.
-        shard_tokens: token ids in a shard file.
-    """
-
-    output: str
-    text: str | None = None
-    package: str | None = None
-    pattern: str = "**/*.txt"
-    part: Literal["all", "train", "validation"] = "all"
-    validation_fraction: float = 0.05
-    tfds: str | None = None
-    split: str | None = None
-    data_dir: str | None = None
-    text_field: str = "text"
-    tokenizer: str | None = None
-    end_of_document: str = "<|endoftext|>"
-    shard_tokens: int = SHARD_TOKENS
-
-    def source(self) -> TextFolderSource | TfdsSource:
-        """The source that the flags name.
-
-        Raises:
-            InputError: not exactly one of --text and --tfds is given, or a flag belongs to the other one.
-        """
-        if self.text is not None and self.tfds is None:
-            if self.split is not None or self.data_dir is not None:
-                raise InputError("--split and --data-dir belong to --tfds; --text takes --part")
-            return TextFolderSource(
-                path=self.text,
-                package=self.package,
-                pattern=self.pattern,
-                part=self.part,
-                validation_fraction=self.validation_fraction,
-            )
-        if self.tfds is not None and self.text is None:
-            if self.part != "all" or self.package is not None or self.split is None:
-                raise InputError("--tfds needs --split, such as train[:95%], and takes neither --part nor --package")
-            return TfdsSource(name=self.tfds, split=self.split, data_dir=self.data_dir, text_field=self.text_field)
-        raise InputError("give exactly one of --text FOLDER and --tfds NAME")
-
-
 def main() -> None:
     """The command line."""
     with cli.one_line_errors():
-        arguments = cli.parse(PrepareArguments, prog="python -m mamba_jax.data.prepare")
+        arguments = cli.parse(arguments_class(), prog="python -m mamba_jax.data.prepare")
         folder = Path(arguments.output)
         refuse_existing(folder)
-        tokenizer = make_tokenizer(
-            TokenizerConfig(
-                kind="byte" if arguments.tokenizer is None else "hf_json",
-                path=arguments.tokenizer,
-                end_of_document=arguments.end_of_document,
-            )
-        )
+        tokenizer = make_tokenizer(arguments.tokenizer_config)
         if tokenizer.lossy:
             print("warning:", tokenizer.lossy, file=sys.stderr)
-        documents = open_documents(arguments.source())
+        documents = arguments.source().open()
+        assert isinstance(documents, DocumentReader)
         start = time.monotonic()
         index = write_shards(documents, tokenizer, folder, shard_tokens=arguments.shard_tokens)
         seconds = time.monotonic() - start

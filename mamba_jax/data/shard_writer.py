@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from mamba_jax.data.shard_index import BLOCK_TOKENS, ShardEntry, ShardIndex, write_index
 from mamba_jax.data.shards import block_digest
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
 
 SHARD_TOKENS = 2**27
@@ -34,21 +34,21 @@ class ShardWriter:
 
     Args:
         folder: where the shards will be; it must not exist.
-        tokenizer: the one that makes the ids.
+        vocabulary: what the ids are.
         shard_tokens: ids in a file, rounded up to whole blocks.
 
     Raises:
         InputError: `folder` exists or its parent cannot be written to.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, folder: Path, vocabulary: Vocabulary, *, shard_tokens: int = SHARD_TOKENS) -> None:
         if not 0 < shard_tokens <= _MAX_SHARD_TOKENS:
             raise InputError(f"shard_tokens must be positive and at most {_MAX_SHARD_TOKENS}, got {shard_tokens}")
         refuse_existing(folder)
         self._folder = folder
         self._partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
-        self._tokenizer = tokenizer
-        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self._vocabulary = vocabulary
+        self._dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
         self._shard_blocks = -(-shard_tokens // BLOCK_TOKENS)
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
@@ -83,7 +83,7 @@ class ShardWriter:
             ends_document: the end-of-document token follows.
 
         Raises:
-            InputError: an id lies outside the vocabulary or is no whole number, or the disk is full.
+            InputError: an id lies outside the vocabulary or is not a whole number, or the disk is full.
         """
         if ids.dtype.kind not in "iu":
             raise InputError(f"token ids must be whole numbers, got {ids.dtype}: convert them")
@@ -92,7 +92,7 @@ class ShardWriter:
         self._pending_tokens += len(ids)
         self._num_bytes += num_bytes
         if ends_document:
-            self._pending.append(np.array([self._tokenizer.end_of_document], dtype=np.int64))
+            self._pending.append(np.array([self._vocabulary.end_of_document], dtype=np.int64))
             self._pending_tokens += 1
             self._documents += 1
         if self._pending_tokens >= _FLUSH_TOKENS:
@@ -108,9 +108,9 @@ class ShardWriter:
         if self._tokens == 0:
             raise InputError(f"no text to write to {self._folder}")
         index = ShardIndex(
-            vocab_size=self._tokenizer.vocab_size,
-            end_of_document=self._tokenizer.end_of_document,
-            tokenizer_fingerprint=self._tokenizer.fingerprint,
+            vocab_size=self._vocabulary.size,
+            end_of_document=self._vocabulary.end_of_document,
+            tokenizer_fingerprint=self._vocabulary.fingerprint,
             dtype="uint16" if self._dtype.itemsize == 2 else "uint32",
             block_tokens=BLOCK_TOKENS,
             documents=self._documents,
@@ -132,11 +132,11 @@ class ShardWriter:
 
     def _flush(self, *, last: bool) -> None:
         ids = np.concatenate([*self._pending, np.empty(0, np.int64)])
-        bad = np.flatnonzero((ids < 0) | (ids >= self._tokenizer.vocab_size))
+        bad = np.flatnonzero((ids < 0) | (ids >= self._vocabulary.size))
         if bad.size:
             raise InputError(
                 f"token {self._tokens + bad[0]} of the stream is {ids[bad[0]]}, outside the vocabulary of "
-                f"{self._tokenizer.vocab_size} ids"
+                f"{self._vocabulary.size} ids"
             )
         whole = len(ids) if last else len(ids) // BLOCK_TOKENS * BLOCK_TOKENS
         self._pending, self._pending_tokens = [ids[whole:]], len(ids) - whole

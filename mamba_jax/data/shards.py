@@ -17,7 +17,7 @@ from array_record.python import array_record_module
 from jaxtyping import Int
 
 from mamba_jax.data.shard_index import INDEX_NAME, DamagedShards, ShardEntry, read_index
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
 
 # Two blocks of the same digest would take 2**64 trials to find.
@@ -104,22 +104,27 @@ class TokenDataset:
             "content": self.index.content or hashlib.sha256(files.encode()).hexdigest(),
         }
 
-    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Makes sure that `tokenizer` made the ids.
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens for each UTF-8 byte of the documents, end-of-document tokens included."""
+        return self.num_tokens / self.num_bytes
+
+    def require_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Makes sure that the ids are those of `vocabulary`.
 
         Raises:
-            InputError: its fingerprint, its vocabulary or its end of document is another one.
+            InputError: its fingerprint, its size or its end of document is another one.
         """
         index = self.index
-        if index.tokenizer_fingerprint != tokenizer.fingerprint:
+        if index.tokenizer_fingerprint != vocabulary.fingerprint:
             raise InputError(
                 f"{self._folder} was made by another tokenizer (vocabulary {index.vocab_size}, here "
-                f"{tokenizer.vocab_size}): set data.tokenizer to that one or prepare the text again"
+                f"{vocabulary.size}): set data.tokenizer to that one or prepare the text again"
             )
-        if (index.vocab_size, index.end_of_document) != (tokenizer.vocab_size, tokenizer.end_of_document):
+        if (index.vocab_size, index.end_of_document) != (vocabulary.size, vocabulary.end_of_document):
             raise DamagedShards(
                 f"{self._folder / INDEX_NAME} says vocabulary {index.vocab_size} and end of document "
-                f"{index.end_of_document}, its tokenizer {tokenizer.vocab_size} and {tokenizer.end_of_document}: "
+                f"{index.end_of_document}, its tokenizer {vocabulary.size} and {vocabulary.end_of_document}: "
                 "prepare the folder again"
             )
 

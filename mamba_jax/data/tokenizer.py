@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer_file import library_errors, read_tokenizer, without_prefix_space
 from mamba_jax.data.tokenizer_loss import find_loss
+from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
 
 # A model has a row for every id below the highest.
@@ -39,6 +40,11 @@ class Tokenizer(abc.ABC):
     end_of_document: int
     fingerprint: str
     known: Bool[np.ndarray, " V"]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What shards and batches need to know of the ids."""
+        return Vocabulary(size=self.vocab_size, end_of_document=self.end_of_document, fingerprint=self.fingerprint)
 
     @property
     @abc.abstractmethod

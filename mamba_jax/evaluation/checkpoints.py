@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from mamba_jax.data.config import DataConfig, Source, TextFolderSource, TfdsSource, TokenizerConfig
+from mamba_jax.data.config import Documents, Source, TextFolderSource, TokenizerConfig
 from mamba_jax.data.pipeline import evaluation_batches, open_source
-from mamba_jax.data.tfds_documents import require_prepared
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
@@ -27,6 +26,14 @@ from mamba_jax.sharding.config import MeshConfig
 
 # A vocabulary of bytes has 257 ids, padded to a multiple of no more than that.
 _MOST_BYTE_ROWS = 514
+# Where no training run says how its text was cut: the length that the published models were trained on, ...
+_SEQ_LEN = 2048
+# ... as many rows as keep a small accelerator busy, ...
+_BATCH_SIZE = 8
+# ... and documents apart, so that no document is predicted from another.
+_DOCUMENTS: Documents = "packed"
+# Positions whose logits exist together: 0.8 GB in float32 for 8 rows of a vocabulary of 50,000.
+_LOSS_CHUNK = 512
 
 
 def _tokenizer_flags(
@@ -50,7 +57,7 @@ class EvaluationRequest:
         compute_dtype: of matrix products and activations; None takes that of the training run, or of the weights.
         cache_dir: where text is tokenised to and kept for the next time; None keeps nothing. A checkpoint's config
             does not decide what is written here.
-        seq_len: tokens of a window; None takes that of the training run, or 2048.
+        seq_len: tokens of a window; None takes that of the training run, or 2,048.
         batch_size: sequences of a batch; None takes that of the training run, or 8.
         max_batches: read only so many batches, spread over the text; None reads all.
         step: which checkpoint of a training run; None is the newest.
@@ -86,7 +93,7 @@ class EvaluationRequest:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationReport:
+class Evaluation:
     """What came out.
 
     Attributes:
@@ -104,7 +111,7 @@ class EvaluationReport:
     compute_dtype: DType
 
 
-def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> EvaluationReport:
+def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluation:
     """Loads a training run or a safetensors folder, reads the text and continues the prompt.
 
     Raises:
@@ -135,10 +142,10 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
             key=jax.random.key(request.seed),
             sampling=request.sampling,
         )
-    return EvaluationReport(
+    return Evaluation(
         perplexity=perplexity,
         sample=sample,
-        text=None if source is None else source.name if isinstance(source, TfdsSource) else source.path,
+        text=None if source is None else source.place,
         tokenizer=tokenizer_config.path or "bytes",
         compute_dtype=model.compute_dtype,
     )
@@ -164,8 +171,8 @@ def _source(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoint: st
         raise InputError(
             f"{checkpoint} names no {request.split} text: give --text FOLDER, or --prompt for a sample only"
         )
-    if isinstance(source, TfdsSource):
-        require_prepared(source)
+    if source is not None:
+        source.require_present()
     return source
 
 
@@ -177,24 +184,24 @@ def _perplexity(
     experiment = loaded.experiment
     # Sequences stay whole, so any length will do, whatever the mesh of the training run was.
     mesh = make_mesh(MeshConfig())
-    batch_size = request.batch_size or (experiment.evaluation_batch_size if experiment else 8)
+    batch_size = request.batch_size or (experiment.evaluation_batch_size if experiment else _BATCH_SIZE)
+    rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
     with _cache(request) as cache:
-        data = DataConfig(
-            train=source,
-            seq_len=request.seq_len or (experiment.data.seq_len if experiment else 2048),
-            global_batch=batch_size,
-            documents=experiment.data.documents if experiment else "packed",
-            cache_dir=cache,
+        dataset = open_source(source, tokenizer, cache)
+        batches = evaluation_batches(
+            dataset,
+            seq_len=request.seq_len or (experiment.data.seq_len if experiment else _SEQ_LEN),
+            documents=experiment.data.documents if experiment else _DOCUMENTS,
+            batch_size=rows,
+            max_batches=request.max_batches,
         )
-        dataset = open_source(source, data, tokenizer)
-        rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
         return evaluate(
             define(loaded.config),
             jax.device_put(loaded.params, replicated(mesh)),
-            evaluation_batches(dataset, data, batch_size=rows, max_batches=request.max_batches),
+            batches,
             mesh=mesh,
-            tokens_per_byte=dataset.num_tokens / dataset.num_bytes,
-            loss_chunk=512,
+            tokens_per_byte=dataset.tokens_per_byte,
+            loss_chunk=_LOSS_CHUNK,
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,13 @@ from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.sharding import put_batch, repeatable
 
+# float64 holds exp(709): a loss beyond it has the largest perplexity that can be written.
+_LARGEST_EXPONENT = 700.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Result of an evaluation.
+    """Held-out loss, in three units.
 
     Attributes:
         loss: mean -log p of a token, in nats.
@@ -32,6 +35,27 @@ class Perplexity:
     bits_per_byte: float
     num_tokens: int
 
+    @classmethod
+    def of(cls, sums: Mapping[str, float], *, tokens_per_byte: float) -> "Perplexity":
+        """What the sums that `measure` returns say.
+
+        Args:
+            sums: "loss" and "tokens".
+            tokens_per_byte: of the text that the batches come from.
+
+        Raises:
+            InputError: no token is counted.
+        """
+        if sums["tokens"] == 0:
+            raise InputError("the evaluation text has no token to predict: use more text")
+        loss = sums["loss"] / sums["tokens"]
+        return cls(
+            loss=loss,
+            perplexity=math.exp(min(loss, _LARGEST_EXPONENT)),
+            bits_per_byte=loss / math.log(2) * tokens_per_byte,
+            num_tokens=int(sums["tokens"]),
+        )
+
 
 def evaluate(
     definition: ModelDefinition,
@@ -42,20 +66,27 @@ def evaluate(
     tokens_per_byte: float,
     loss_chunk: int,
 ) -> Perplexity:
-    """Averages the loss over all counted tokens of the batches, with sums in float64.
+    """Held-out loss of a model: `measure`, read as a `Perplexity`; arguments as of these two."""
+    sums = measure(definition, params, batches, mesh=mesh, loss_chunk=loss_chunk)
+    return Perplexity.of(sums, tokens_per_byte=tokens_per_byte)
+
+
+def measure(
+    definition: ModelDefinition, params: Params, batches: Iterable[LMBatch], *, mesh: Mesh, loss_chunk: int
+) -> dict[str, float]:
+    """Sums over all counted tokens of the batches, in float64, by name.
 
     Args:
-        definition: of the model.
+        definition: the model to measure.
         params: its parameters, on the devices of `mesh`.
         batches: this process' rows.
         mesh: the devices.
-        tokens_per_byte: of the text that the batches come from.
         loss_chunk: sequence positions whose logits exist at the same time.
 
-    Raises:
-        InputError: no token is counted.
+    Returns:
+        "loss", the sum of -log p in nats, and "tokens", how many tokens were predicted.
     """
-    sums: list[tuple[jax.Array, jax.Array]] = []
+    sums: list[dict[str, jax.Array]] = []
     program = _program(mesh)
     with jax.set_mesh(mesh):
         for batch in batches:
@@ -63,17 +94,7 @@ def evaluate(
             # The devices have the next batch to work on while the host waits. Unread, hundreds of batches would fill
             # their memory, and processes on CPUs block each other for ever once 32 programs are in flight.
             jax.block_until_ready(sums[-2:-1])
-    loss_sum = math.fsum(float(batch_sum) for batch_sum, _ in sums)
-    num_tokens = sum(int(batch_tokens) for _, batch_tokens in sums)
-    if num_tokens == 0:
-        raise InputError("the evaluation text has no token to predict: use more text")
-    loss = loss_sum / num_tokens
-    return Perplexity(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=loss / math.log(2) * tokens_per_byte,
-        num_tokens=num_tokens,
-    )
+    return {name: math.fsum(float(batch[name]) for batch in sums) for name in ("loss", "tokens")}
 
 
 @functools.cache
@@ -81,9 +102,7 @@ def _program(mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(_summed_loss, static_argnums=(0, 1), compiler_options=repeatable(mesh))
 
 
-def _summed_loss(
-    definition: ModelDefinition, loss_chunk: int, params: Params, batch: LMBatch
-) -> tuple[jax.Array, jax.Array]:
+def _summed_loss(definition: ModelDefinition, loss_chunk: int, params: Params, batch: LMBatch) -> dict[str, jax.Array]:
     model = definition.merge(params)
     output = next_token_loss(
         model.hidden(batch.tokens, segment_ids=batch.segment_ids).hidden,
@@ -94,4 +113,4 @@ def _summed_loss(
         z_loss=0.0,
         chunk=loss_chunk,
     )
-    return output.cross_entropy, jnp.sum(batch.loss_mask)
+    return {"loss": output.cross_entropy, "tokens": jnp.sum(batch.loss_mask)}

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
-from mamba_jax.generation.sampling import SamplingConfig, sample
+from mamba_jax.generation.decoder import check_lengths, read_prompts
+from mamba_jax.generation.sampling import Sampling, SamplingConfig, sample
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.sharding import constrain
 
@@ -18,19 +19,22 @@ def generate(
     params: Params,
     prompt: Int[jax.Array, "B L"],
     *,
+    lengths: Int[np.ndarray | jax.Array, " B"] | None = None,
     num_tokens: int,
     key: PRNGKeyArray,
     sampling: SamplingConfig | None = None,
     allowed: Bool[np.ndarray | jax.Array, " A"] | None = None,
 ) -> Int[jax.Array, "B T"]:
-    """Continues a batch of prompts of equal length.
+    """Continues a batch of prompts.
 
-    Time and memory per token do not depend on how many came before: the recurrent state is all that is carried.
+    Time and memory per token do not depend on how many came before: the recurrent state is all that is carried. Another
+    `sampling` or other lengths need no new program.
 
     Args:
-        definition: of the model.
+        definition: the model to run.
         params: its parameters.
         prompt: token ids in [0, vocab_size), (B, L), L at least 1.
+        lengths: tokens of each prompt, (B,), each continued as if it were alone; None is L.
         num_tokens: tokens to add to every row.
         key: a `jax.random.key`.
         sampling: how tokens are drawn; None is plain sampling at temperature 1.
@@ -44,22 +48,12 @@ def generate(
         InputError: an empty prompt, an id outside the vocabulary, no tokens asked for, none allowed, or logits that
             are not finite.
     """
-    if prompt.shape[1] == 0:
-        raise InputError("the prompt has no tokens: give at least one")
     if num_tokens < 1:
         raise InputError(f"the number of tokens to generate must be positive, got {num_tokens}")
-    vocab_size = definition.config.vocab_size
-    lowest, highest = int(prompt.min()), int(prompt.max())
-    if lowest < 0 or highest >= vocab_size:
-        outside = lowest if lowest < 0 else highest
-        raise InputError(f"the prompt has the token id {outside}, but the model's ids are 0 to {vocab_size - 1}")
-    allowed_V = np.ones(vocab_size, bool)
-    if allowed is not None:
-        given = np.asarray(allowed)[:vocab_size]
-        allowed_V = np.pad(given, (0, vocab_size - len(given)))
-    if not allowed_V.any():
-        raise InputError(f"none of the model's ids 0 to {vocab_size - 1} may be drawn: allow at least one")
-    tokens = _generate(definition, num_tokens, sampling or SamplingConfig(), params, prompt, allowed_V, key)
+    _check_prompt(prompt, lengths, definition.config.vocab_size)
+    allowed_V = _allowed(allowed, definition.config.vocab_size)
+    settings = Sampling.of([sampling or SamplingConfig()] * prompt.shape[0])
+    tokens = _generate(definition, num_tokens, settings, params, (prompt, lengths), allowed_V, key)
     if jax.device_get(tokens).min() < 0:
         raise InputError(
             "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too large"
@@ -67,21 +61,43 @@ def generate(
     return tokens
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _check_prompt(prompt: jax.Array, lengths: np.ndarray | jax.Array | None, vocab_size: int) -> None:
+    if prompt.shape[1] == 0:
+        raise InputError("the prompt has no tokens: give at least one")
+    if lengths is not None:
+        check_lengths(np.asarray(lengths), prompt.shape[1])
+    lowest, highest = int(prompt.min()), int(prompt.max())
+    if lowest < 0 or highest >= vocab_size:
+        outside = lowest if lowest < 0 else highest
+        raise InputError(f"the prompt has the token id {outside}, but the model's ids are 0 to {vocab_size - 1}")
+
+
+def _allowed(allowed: np.ndarray | jax.Array | None, vocab_size: int) -> np.ndarray:
+    """Whether each id of the model may be drawn."""
+    allowed_V = np.ones(vocab_size, bool)
+    if allowed is not None:
+        given = np.asarray(allowed)[:vocab_size]
+        allowed_V = np.pad(given, (0, vocab_size - len(given)))
+    if not allowed_V.any():
+        raise InputError(f"none of the model's ids 0 to {vocab_size - 1} may be drawn: allow at least one")
+    return allowed_V
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
     definition: ModelDefinition,
     num_tokens: int,
-    sampling: SamplingConfig,
+    sampling: Sampling,
     params: Params,
-    prompt_BL: jax.Array,
+    prompt: tuple[jax.Array, jax.Array | None],
     allowed_V: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
     model = definition.merge(params)
     draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size, allowed=allowed_V)
-    prefill = model.hidden(prompt_BL)
+    read = read_prompts(model, *prompt)
     keys = jax.random.split(key, num_tokens)
-    first_B = draw(model.unembed(prefill.hidden[:, -1:])[:, 0], keys[0])
+    first_B = draw(read.logits, keys[0])
 
     def step(carry, key):
         token_B, state = carry
@@ -89,6 +105,6 @@ def _generate(
         next_B = draw(output.logits[:, 0], key)
         return (next_B, output.state), next_B
 
-    _, rest_TB = jax.lax.scan(step, (first_B, prefill.state), keys[1:])
+    _, rest_TB = jax.lax.scan(step, (first_B, read.state), keys[1:])
     # Whole on every device, so that each of several processes can read it.
     return constrain(jnp.concatenate([first_B[:, None], rest_TB.T], axis=1), None, None)

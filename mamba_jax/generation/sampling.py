@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+import typing
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
@@ -12,6 +15,8 @@ from mamba_jax.errors import InputError
 # Beyond these float32 has no normal number for the temperature or its inverse, and 0 or -inf would become NaN.
 _LOWEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)
 _HIGHEST_TEMPERATURE = 1 / _LOWEST_TEMPERATURE
+# `top_k` of rows that take all tokens: more than any vocabulary has.
+_ALL = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +42,44 @@ class SamplingConfig:
             raise InputError(f"sampling top_p must lie in (0, 1], got {self.top_p}")
 
 
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """`SamplingConfig` as arrays, one value a row: a program that takes it serves every setting.
+
+    Attributes:
+        temperature: (B,) float32; 0 takes the likeliest token.
+        top_k: (B,) int32; V or more is all tokens.
+        top_p: (B,) float32; 1 is all tokens.
+    """
+
+    temperature: Float[jax.Array | np.ndarray, " B"]
+    top_k: Int[jax.Array | np.ndarray, " B"]
+    top_p: Float[jax.Array | np.ndarray, " B"]
+
+    @classmethod
+    def of(cls, configs: Sequence[SamplingConfig]) -> "Sampling":
+        """The settings of rows, in order."""
+        temperatures = [
+            min(max(config.temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE) if config.temperature else 0.0
+            for config in configs
+        ]
+        top_k = [min(config.top_k or _ALL, _ALL) for config in configs]
+        return cls(
+            temperature=np.asarray(temperatures, np.float32),
+            top_k=np.asarray(top_k, np.int32),
+            top_p=np.asarray([config.top_p or 1.0 for config in configs], np.float32),
+        )
+
+
 def sample(
     logits: Float[jax.Array, "B V"],
     key: PRNGKeyArray,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | Sampling,
     *,
     vocab_size: int,
-    allowed: Bool[jax.Array, " vocab_size"] | None = None,
+    allowed: Bool[jax.Array | np.ndarray, " vocab_size"] | None = None,
 ) -> Int[jax.Array, " B"]:
     """Draws a token for every row.
 
@@ -52,13 +88,15 @@ def sample(
     Args:
         logits: (B, V), V the padded vocabulary; -inf is never drawn.
         key: a `jax.random.key`; not used at temperature 0.
-        sampling: how to draw.
+        sampling: how to draw, for all rows or for each.
         vocab_size: ids from here on are padding and never drawn.
         allowed: (vocab_size,), whether an id may be drawn; None allows all.
 
     Returns:
         Token ids, (B,) int32; -1 where there is none to draw: a logit is NaN or +inf, or all are -inf.
     """
+    if isinstance(sampling, SamplingConfig):
+        sampling = Sampling.of([sampling] * logits.shape[0])
     logits = logits[:, :vocab_size].astype(jnp.float32)
     if allowed is not None:
         logits = jnp.where(allowed[None], logits, -jnp.inf)
@@ -67,22 +105,27 @@ def sample(
     return jnp.where(jnp.isfinite(peak[:, 0]), tokens, -1).astype(jnp.int32)
 
 
-def _draw(logits: jax.Array, key: jax.Array, sampling: SamplingConfig) -> jax.Array:
+def _draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Tokens by logits whose highest is 0."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits / min(max(sampling.temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE)
-    vocab_size = logits.shape[-1]
-    top_k = min(sampling.top_k or vocab_size, vocab_size)
-    top_p = sampling.top_p or 1.0
-    if top_k < vocab_size or top_p < 1:
-        # Stable, hence exactly k of them however many are equal, the lowest ids first.
-        likeliest, ids = jax.lax.top_k(logits, top_k)
-        if top_p < 1:
-            likeliest = jnp.where(_mass_before(likeliest) < top_p, likeliest, -jnp.inf)
-        # Back in the order of ids, each keeps its noise if rounding swaps two of the likeliest.
-        logits = jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), ids, likeliest, axis=-1, inplace=False)
-    return jax.random.categorical(key, logits, axis=-1)
+    temperature = jnp.asarray(sampling.temperature)[:, None]
+    likeliest = jnp.argmax(logits, axis=-1)
+    logits = logits / jnp.where(temperature == 0, 1, temperature)
+    is_cut = jnp.any((sampling.top_k < logits.shape[-1]) | (sampling.top_p < 1))
+    # Sorting the vocabulary takes longer than all else, and most settings do not need it.
+    logits = jax.lax.cond(is_cut, _cut, lambda logits, sampling: logits, logits, sampling)
+    drawn = jax.random.categorical(key, logits, axis=-1)
+    return jnp.where(temperature[:, 0] == 0, likeliest, drawn)
+
+
+def _cut(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits with -inf for all but the tokens that `top_k` and `top_p` leave."""
+    top_k, top_p = jnp.asarray(sampling.top_k)[:, None], jnp.asarray(sampling.top_p)[:, None]
+    # Stable, hence exactly k of them however many are equal, the lowest ids first.
+    likeliest, ids = jax.lax.top_k(logits, logits.shape[-1])
+    likeliest = jnp.where(jnp.arange(logits.shape[-1])[None] < top_k, likeliest, -jnp.inf)
+    likeliest = jnp.where((top_p < 1) & (_mass_before(likeliest) >= top_p), -jnp.inf, likeliest)
+    # Back in the order of ids, each keeps its noise if rounding swaps two of the likeliest.
+    return jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), ids, likeliest, axis=-1, inplace=False)
 
 
 def _mass_before(logits: jax.Array) -> jax.Array:

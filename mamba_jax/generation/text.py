@@ -23,9 +23,9 @@ def complete(
     """The prompt and its continuation, up to the end of the document.
 
     Args:
-        definition: of the model.
+        definition: the model to run.
         params: its parameters.
-        tokenizer: of the model's training text.
+        tokenizer: the one that made the model's training text.
         prompt: text to continue; empty starts a new document.
         num_tokens: most tokens to add.
         key: a `jax.random.key`.

@@ -3,8 +3,6 @@
 python train.py configs/mamba_2_8b.py --compile-only --topology v5p:8x8x8 --num-slices 2 --mesh.data 16 --mesh.fsdp 64
 """
 
-import collections
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -16,8 +14,9 @@ from mamba_jax.cli import print_result
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.flops import flops_per_token
-from mamba_jax.pods import hlo
-from mamba_jax.pods.estimate import CORES, KERNELS, StepReport
+from mamba_jax.pods.chips import CORES
+from mamba_jax.pods.estimate import StepEstimate
+from mamba_jax.pods.hlo import count_instructions
 from mamba_jax.run.out_of_memory import advice
 from mamba_jax.sharding import make_mesh
 from mamba_jax.sharding.config import MeshConfig
@@ -25,10 +24,8 @@ from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.program import TrainProgram
 from pallas_kernels.common import ahead_of_time
 
-_COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
-
-def compile_step(config: ProgramConfig, mesh: MeshConfig, topology: str, *, num_slices: int = 1) -> StepReport:
+def compile_step(config: ProgramConfig, mesh: MeshConfig, topology: str, *, num_slices: int = 1) -> StepEstimate:
     """Compiles the training step for every device of a TPU topology such as "v5e:16x16", or of several of them.
 
     Args:
@@ -59,14 +56,14 @@ def compile_step(config: ProgramConfig, mesh: MeshConfig, topology: str, *, num_
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
         needs = f"needs {used[1]} of {used[2]} a device" if used else "needs more memory than a device has"
         raise InputError(f"the step does not fit {topology}: it {needs}; {advice(config.model)}") from None
-    return _report(program, devices, num_slices, compiled)
+    return _estimate(program, devices, num_slices, compiled)
 
 
 def print_report(config: ExperimentConfig, topology: str | None, num_slices: str) -> int:
     """What `train.py --compile-only` does; returns its exit status.
 
     Args:
-        config: of the run.
+        config: the resolved experiment.
         topology: as given; None if it was not.
         num_slices: as given.
 
@@ -82,9 +79,9 @@ def print_report(config: ExperimentConfig, topology: str | None, num_slices: str
     return 0
 
 
-def _report(
+def _estimate(
     program: TrainProgram, devices: Sequence[jax.Device], num_slices: int, compiled: jax.stages.Compiled
-) -> StepReport:
+) -> StepEstimate:
     config, state = program.config, program.state
     memory = compiled.memory_analysis()
     assert memory is not None, "the TPU compiler reports memory"
@@ -92,7 +89,7 @@ def _report(
     counts = count_instructions(compiled.as_text() or "", num_slices)
     cores = CORES.get(devices[0].device_kind)
     tokens = config.global_batch * config.seq_len / len(devices)
-    return StepReport(
+    return StepEstimate(
         devices=len(devices),
         num_slices=num_slices,
         device_kind=devices[0].device_kind,
@@ -114,102 +111,6 @@ def _report(
     )
 
 
-class Counts:
-    """What a device does in a step.
-
-    Attributes:
-        cycles: the compiler's estimate for XLA's operations.
-        calls: of collectives and Pallas kernels, by kind.
-        arrived: bytes by kind of collective.
-        collective_lines: their instructions.
-        transfers: between slices, by kind.
-        received: bytes from other slices by kind.
-        kernel_elements: tokens times channels by kernel.
-    """
-
-    def __init__(self) -> None:
-        self.cycles = 0.0
-        self.calls: collections.Counter[str] = collections.Counter()
-        self.arrived: collections.Counter[str] = collections.Counter()
-        self.collective_lines: list[str] = []
-        self.transfers: collections.Counter[str] = collections.Counter()
-        self.received: collections.Counter[str] = collections.Counter()
-        self.kernel_elements: collections.Counter[str] = collections.Counter()
-
-
-def count_instructions(text: str, num_slices: int) -> Counts:
-    """Counts what a device does in a compiled program.
-
-    Args:
-        text: from `Compiled.as_text`.
-        num_slices: that the program runs on.
-    """
-    counts = Counts()
-    _count_collectives(counts, text)
-    operand_types = dict(re.findall(r"%([\w.\-]+) = (\w+\[[\d,]*\])", text))
-    for line, times in hlo.compiled_instructions(text):
-        if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
-            counts.cycles += times * int(estimate[1])
-        if found := re.search(r' = \((.*?), u32\[\].*? recv\(.*_xla_megascale_transfer_type="(\w+)"', line):
-            kind = found[2].lower().replace("_", "-")
-            # Of a sum, a device needs its part from every other slice, and the other parts' sums.
-            share = 2 * (num_slices - 1) / num_slices if kind == "all-reduce" else 1
-            counts.transfers[kind] += times
-            counts.received[kind] += times * round(share * _type_bytes(found[1]))
-        if found := re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\((.*?)\)", line):
-            counts.calls[found[1]] += times
-            types = [found[2], *(operand_types.get(name, "") for name in re.findall(r"%([\w.\-]+)", found[3]))]
-            # What has three dimensions is a sequence: (batch, length, channels).
-            sequence = next(sizes for type_ in types for sizes in re.findall(r"\[(\d+,\d+,\d+)\]", type_))
-            counts.kernel_elements[found[1]] += times * math.prod(int(size) for size in sequence.split(","))
-    return counts
-
-
-def _count_collectives(counts: Counts, text: str) -> None:
-    alone = (("", line, times) for line, times in hlo.compiled_instructions(text))
-    seen = set()
-    for fusion, line, times in itertools.chain(alone, hlo.fused_instructions(text)):
-        found = re.search(rf" = (.*?) ({_COLLECTIVES})(-done)?\(", line)
-        channel = re.search(r"channel_id=(\d+)", line)
-        # One that goes on beside other work is repeated in each of the fusions that it accompanies.
-        if found is None or (channel is not None and fusion and (channel[1], times) in seen):
-            continue
-        if channel is not None:
-            seen.add((channel[1], times))
-        # A sum of which a device keeps its part is a fusion of the sum and the choice of the part.
-        kind, whole = (found[2], 1) if not fusion.startswith("all-reduce-scatter") else ("reduce-scatter", 1 / 2)
-        counts.calls[kind] += times
-        counts.arrived[kind] += times * round(whole * _arriving_bytes(found[2], found[1], line))
-        counts.collective_lines.append(line.strip())
-
-
 def _shard_bytes(tree) -> int:
     """Bytes of a device's part of a tree of arrays, without the padding of its layout."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _type_bytes(result: str) -> int:
-    """Bytes of the arrays in the type of an instruction's result."""
-    return sum(
-        (8 if dtype == "pred" else int(bits)) // 8 * math.prod(int(dim) for dim in dims.split(",") if dim)
-        for dtype, bits, dims in re.findall(r"([a-z]+(\d*)\w*)\[([\d,]*)\]", result)
-    )
-
-
-def _arriving_bytes(kind: str, result: str, line: str) -> int:
-    """Bytes that a device receives in a collective with a result of the given type, at the least."""
-    size = _type_bytes(result)
-    if kind == "reduce-scatter":
-        return size * _group_size(line)
-    return 2 * size if kind == "all-reduce" else size
-
-
-def _group_size(line: str) -> int:
-    """Devices that take part in a collective together."""
-    if axes := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
-    if shape := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(shape[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return 1 if listed is None else listed[1].count(",") + 1

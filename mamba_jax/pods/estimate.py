@@ -1,4 +1,4 @@
-"""What is said about a training step that was compiled and not run: memory, exchanges, and a roofline of its time.
+"""Estimate of a training step from its compiled program: memory, exchanges, and a roofline of its time.
 
     busy    = XLA's operations by the compiler's cycles + kernels by their static schedules
     links   = bytes that arrive over the links within a slice / their speed
@@ -11,83 +11,17 @@ model operations / (peak * lower end).
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 from mamba_jax.models.flops import PEAK_FLOPS
+from mamba_jax.pods.chips import CHIPS, GIB
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 
-KERNELS = (
-    "selective_scan_pallas_tpu_forward",
-    "selective_scan_pallas_tpu_backward",
-    "causal_conv1d_pallas_tpu_forward",
-    "causal_conv1d_pallas_tpu_backward",
-    "selective_scan_pallas_tpu_edge",
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """Published figures of one device of a kind.
-
-    Attributes:
-        memory: bytes.
-        link_bytes_per_second: to all neighbours together, one way.
-        network_bytes_per_second: to other slices, one way; None is not published.
-    """
-
-    memory: int
-    link_bytes_per_second: float
-    network_bytes_per_second: float | None
-
-
-# Google's Cloud TPU documentation, pages of v4, v5e, v6e and TPU7x. It gives links both ways, the network of v5e for
-# 256 chips (6.4 Tb/s), and links, network and memory of TPU7x for a chip, which is two devices.
-CHIPS = {
-    "TPU v4": Chip(memory=32 * GIB, link_bytes_per_second=300e9, network_bytes_per_second=None),
-    "TPU v5 lite": Chip(memory=16 * GIB, link_bytes_per_second=200e9, network_bytes_per_second=25e9 / 8),
-    "TPU v5": Chip(memory=95 * GIB, link_bytes_per_second=600e9, network_bytes_per_second=50e9 / 8),
-    "TPU v6 lite": Chip(memory=32 * GIB, link_bytes_per_second=400e9, network_bytes_per_second=100e9 / 8),
-    "TPU7x": Chip(memory=96 * GIB, link_bytes_per_second=300e9, network_bytes_per_second=50e9 / 8),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cores:
-    """What the time of a device's work is estimated from.
-
-    Attributes:
-        clock_hz: of a core.
-        number: of cores that share the device's work.
-        kernel_cycles: of a core, by kernel, for a token and 1024 channels; from the committed static schedules.
-    """
-
-    clock_hz: float
-    number: int
-    kernel_cycles: dict[str, float]
-
-    def kernel_seconds(self, elements: Mapping[str, int]) -> float:
-        """Time of kernels that work on so many tokens times channels each."""
-        cycles = sum(self.kernel_cycles[name] * count / 1024 for name, count in elements.items())
-        return cycles / self.number / self.clock_hz
-
-
-def _cycles(*cycles: float) -> dict[str, float]:
-    return dict(zip(KERNELS, cycles, strict=True))
-
-
-# Kernels: benchmarks/results/tpu_static_2026-11-24.md, and for the state at an edge the mean of both directions in
-# tpu_static_edge_states_2026-11-24.md. The clocks of newer kinds are not published.
-CORES = {
-    "TPU v4": Cores(clock_hz=1.05e9, number=2, kernel_cycles=_cycles(152.9, 456.6, 13.5, 30.1, 80.5)),
-    "TPU v5 lite": Cores(clock_hz=1.5e9, number=1, kernel_cycles=_cycles(47.5, 140.8, 8.1, 17.3, 33.2)),
-    "TPU v5": Cores(clock_hz=1.75e9, number=2, kernel_cycles=_cycles(48.0, 143.0, 8.2, 17.8, 34.7)),
-}
 Exchanges = dict[str, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepReport:
+class StepEstimate:
     """What the compiler says about a training step; bytes, operations and seconds are those of one device.
 
     Attributes:
@@ -156,7 +90,7 @@ class StepReport:
         return max(busy, links, network), busy + links + network
 
     def lines(self) -> list[str]:
-        """The report for a terminal."""
+        """The estimate, for a terminal."""
         slices = f" in {self.num_slices} slices" if self.num_slices > 1 else ""
         lines = [f"{self.devices} devices of kind {self.device_kind}{slices}", "memory of a device:"]
         lines += [f"  {kind:<16}{size / GIB:9.3f} GiB" for kind, size in self.memory.items()]

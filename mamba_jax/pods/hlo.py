@@ -1,7 +1,25 @@
-"""What a compiled program runs, read from its text."""
+"""Reads what a compiled program runs from its text (HLO).
 
+A program is a list of computations, one of which is its entry; each is a list of instructions, one a line:
+
+    ENTRY %main (p: f32[8]) -> f32[8] {
+      %gather.1 = bf16[8,128]{1,0} all-gather(%p), channel_id=5, replica_groups=[2,8]<=[16]
+      %while.2 = (s32[]) while(%gather.1), condition=%cond, body=%body
+    }
+
+That is: name, type of the result with its layout, operation, operands, attributes. `bf16[8,128]` is 8 x 128 numbers of
+16 bits. Loops, fusions and calls name other computations.
+"""
+
+import collections
+import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
+
+from mamba_jax.pods.chips import KERNELS
+
+_COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
 def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
@@ -75,3 +93,143 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif name:
             bodies[name].append(line)
     return bodies, entry
+
+
+class Counts:
+    """What a device does in a step.
+
+    Attributes:
+        cycles: the compiler's estimate for XLA's operations.
+        calls: of collectives and Pallas kernels, by kind.
+        arrived: bytes by kind of collective.
+        collective_lines: their instructions.
+        transfers: between slices, by kind.
+        received: bytes from other slices by kind.
+        kernel_elements: tokens times channels by kernel.
+    """
+
+    def __init__(self) -> None:
+        self.cycles = 0.0
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.arrived: collections.Counter[str] = collections.Counter()
+        self.collective_lines: list[str] = []
+        self.transfers: collections.Counter[str] = collections.Counter()
+        self.received: collections.Counter[str] = collections.Counter()
+        self.kernel_elements: collections.Counter[str] = collections.Counter()
+
+
+def count_instructions(text: str, num_slices: int) -> Counts:
+    """Counts what a device does in a compiled program.
+
+    Args:
+        text: from `Compiled.as_text`.
+        num_slices: that the program runs on.
+    """
+    counts = Counts()
+    _count_collectives(counts, text)
+    types = dict(re.findall(r"%([\w.\-]+) = (\w+\[[\d,]*\])", text))
+    for line, times in compiled_instructions(text):
+        # ..., backend_config={"estimated_cycles":"100"}
+        if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
+            counts.cycles += times * int(estimate[1])
+        _count_transfer(counts, line, times, num_slices)
+        _count_kernel(counts, line, times, types)
+    return counts
+
+
+def _count_transfer(counts: Counts, line: str, times: int, num_slices: int) -> None:
+    """Counts what arrives from other slices.
+
+    The instruction: %recv = (f32[2,128]{1,0}, u32[], token[]) recv(%after), _xla_megascale_transfer_type="ALL_REDUCE"
+    """
+    found = re.search(r' = \((.*?), u32\[\].*? recv\(.*_xla_megascale_transfer_type="(\w+)"', line)
+    if found is None:
+        return
+    kind = found[2].lower().replace("_", "-")
+    # In a sum, each slice receives its own part from every other slice, and then the sums of all other parts.
+    share = 2 * (num_slices - 1) / num_slices if kind == "all-reduce" else 1
+    counts.transfers[kind] += times
+    counts.received[kind] += times * round(share * _type_bytes(found[1]))
+
+
+def _count_kernel(counts: Counts, line: str, times: int, types: dict[str, str]) -> None:
+    """Counts a call of a Pallas kernel, and the size of the sequence that it works on.
+
+    The instruction: %causal_conv1d_pallas_tpu_forward.3 = bf16[2,64,1024]{2,1,0} custom-call(%p), ...
+
+    Args:
+        counts: to add to.
+        line: any instruction.
+        times: how often it runs.
+        types: of the results of all instructions, by name.
+    """
+    found = re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\((.*?)\)", line)
+    if found is None:
+        return
+    name, result, operands = found.groups()
+    counts.calls[name] += times
+    shown = [result, *(types.get(operand, "") for operand in re.findall(r"%([\w.\-]+)", operands))]
+    # What has three dimensions is a sequence: (batch, length, channels).
+    sequence = next(sizes for type_ in shown for sizes in re.findall(r"\[(\d+,\d+,\d+)\]", type_))
+    counts.kernel_elements[name] += times * math.prod(int(size) for size in sequence.split(","))
+
+
+def _count_collectives(counts: Counts, text: str) -> None:
+    """Counts the exchanges within a slice, inside of fusions and outside.
+
+    An instruction: %all-gather.1 = bf16[8,128]{1,0} all-gather(%p), channel_id=5, replica_groups=[2,8]<=[16]
+    """
+    alone = (("", line, times) for line, times in compiled_instructions(text))
+    seen = set()
+    for fusion, line, times in itertools.chain(alone, fused_instructions(text)):
+        # An exchange in two halves, "-start" and "-done", counts at the second.
+        found = re.search(rf" = (.*?) ({_COLLECTIVES})(-done)?\(", line)
+        if found is None:
+            continue
+        result, kind, _ = found.groups()
+        if channel := re.search(r"channel_id=(\d+)", line):
+            # One that goes on beside other work is written again in each of the fusions that it accompanies.
+            if fusion and (channel[1], times) in seen:
+                continue
+            seen.add((channel[1], times))
+        arriving = _arriving_bytes(kind, result, line)
+        if fusion.startswith("all-reduce-scatter"):
+            # The compiler writes it as a sum and a choice of the device's part. Only the first half of the sum, in
+            # which parts are added up, then needs an exchange.
+            kind, arriving = "reduce-scatter", round(arriving / 2)
+        counts.calls[kind] += times
+        counts.arrived[kind] += times * arriving
+        counts.collective_lines.append(line.strip())
+
+
+def _type_bytes(result: str) -> int:
+    """Bytes of the arrays in a type: 4096 for "(f32[8,64]{1,0}, bf16[1024])"; a truth value takes a byte."""
+    return sum(
+        (8 if dtype == "pred" else int(bits)) // 8 * math.prod(int(dim) for dim in dims.split(",") if dim)
+        for dtype, bits, dims in re.findall(r"([a-z]+(\d*)\w*)\[([\d,]*)\]", result)
+    )
+
+
+def _arriving_bytes(kind: str, result: str, line: str) -> int:
+    """Bytes that a device receives in a collective, at least.
+
+    A sum of N bytes is a reduce-scatter and an all-gather, and takes N in each.
+    """
+    size = _type_bytes(result)
+    if kind == "reduce-scatter":
+        return size * _group_size(line)
+    return 2 * size if kind == "all-reduce" else size
+
+
+def _group_size(line: str) -> int:
+    """How many devices exchange with each other; the compiler writes the groups in one of three ways."""
+    # By axes of a mesh: replica_groups=mesh['a'=2,'b'=4] {'b'} are groups of 4.
+    if axes := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
+    # By number and size: replica_groups=[2,8]<=[16] are 2 groups of 8.
+    if shape := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(shape[1])
+    # One by one: replica_groups={{0,1},{2,3}} are groups of 2.
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return 1 if listed is None else listed[1].count(",") + 1

@@ -79,7 +79,7 @@ def check_run_directory(config: ExperimentConfig, *, from_scratch: bool = False)
         from_scratch: whatever run is in it will be set aside.
 
     Raises:
-        InputError: it is no folder, cannot be read, or holds something else, or a run whose result would differ; the
+        InputError: it is not a folder, cannot be read, or holds something else, or a run whose result would differ; the
             message names the fields.
     """
     run_dir = Path(config.train.run_dir)
@@ -93,7 +93,7 @@ def check_is_run_or_free(config: ExperimentConfig) -> None:
     """Makes sure that a run may write to the run directory, whichever run it is.
 
     Raises:
-        InputError: it is no folder, cannot be read, or holds something else.
+        InputError: it is not a folder, cannot be read, or holds something else.
     """
     run_dir = config.train.run_dir
     if "://" in run_dir:
@@ -294,7 +294,7 @@ def _read_config(run_dir: Path) -> ExperimentConfig | InputError | None:
     if not os.path.lexists(path) or (path.is_symlink() and not path.exists()):
         return None
     if not path.is_file():
-        return InputError(f"{path} is no file: remove it")
+        return InputError(f"{path} is not a file: remove it")
     text = path.read_text(errors="replace")
     if not text.strip("\0 \r\n\t"):
         return None

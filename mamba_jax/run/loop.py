@@ -9,7 +9,8 @@ import jax
 
 from mamba_jax.checkpoint import Checkpointer
 from mamba_jax.data.batch import LMBatch
-from mamba_jax.data.pipeline import TrainBatches, evaluation_batches, open_source
+from mamba_jax.data.batches import Task
+from mamba_jax.data.pipeline import evaluation_batches, open_source, train_batches
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
@@ -27,6 +28,7 @@ from mamba_jax.run.directory import (
     store_record,
 )
 from mamba_jax.run.distributed import from_first
+from mamba_jax.run.hooks import Hooks
 from mamba_jax.run.out_of_memory import out_of_memory_in_one_line
 from mamba_jax.run.ownership import owned
 from mamba_jax.run.record import RunRecord
@@ -35,7 +37,7 @@ from mamba_jax.run.stop_requests import StopRequests
 from mamba_jax.run.watchdog import Watchdog
 from mamba_jax.sharding import make_mesh, process_rows, put_batch
 from mamba_jax.telemetry.metrics import Kind
-from mamba_jax.telemetry.run_log import Reporter
+from mamba_jax.telemetry.run_log import RunLog
 from mamba_jax.training.program import TrainProgram, check_rows
 from mamba_jax.training.step import StepMetrics
 from mamba_jax.training.train_state import TrainState
@@ -66,6 +68,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     wait: bool = False,
     from_scratch: bool = False,
+    hooks: Hooks | None = None,
 ) -> TrainResult:
     """Trains a model as `config` says, resuming the run in `config.train.run_dir` if there is one.
 
@@ -77,6 +80,7 @@ def train(
         devices: to use; None is all there are.
         wait: for another job that trains in the run directory, instead of being refused.
         from_scratch: set aside what is in the run directory, and begin at step 0.
+        hooks: called while the run goes on; None calls nothing.
 
     Raises:
         InputError: one line about what is wrong.
@@ -92,8 +96,9 @@ def train(
         mesh = make_mesh(config.mesh, devices)
         check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
         program = TrainProgram(config.program, mesh)
-        dataset = open_source(config.data.train, config.data, tokenizer)
-        validation = open_source(config.data.validation, config.data, tokenizer) if config.data.validation else None
+        dataset = open_source(config.data.train, tokenizer, config.data.cache_dir)
+        held_out = config.data.validation
+        validation = None if held_out is None else open_source(held_out, tokenizer, config.data.cache_dir)
         record = settle_run(config, dataset.identity, from_scratch=from_scratch)
         given = _Given(
             tokenizer=tokenizer,
@@ -105,7 +110,8 @@ def train(
         )
         with StopRequests() as stop, Watchdog() as watchdog, out_of_memory_in_one_line(config, watchdog):
             watchdog.arm(config.faults.startup_seconds, "starting")
-            return _Run(config, program, given, stop=stop, watchdog=watchdog).execute()
+            run = _Run(config, program, given, stop=stop, watchdog=watchdog, hooks=hooks or Hooks())
+            return run.execute()
 
 
 def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
@@ -139,10 +145,10 @@ def _check_runs_here(program: TrainProgram) -> None:
         ) from error
 
 
-def _open_checkpoints(config: ExperimentConfig, record: RunRecord, reporter: Reporter) -> Checkpointer:
+def _open_checkpoints(config: ExperimentConfig, record: RunRecord, log: RunLog) -> Checkpointer:
     run_dir = Path(config.train.run_dir)
     try:
-        return Checkpointer(run_dir, config.checkpoint, identity=record.identity, on_event=reporter.event)
+        return Checkpointer(run_dir, config.checkpoint, identity=record.identity, on_event=log.event)
     except OSError as error:
         raise InputError(f"cannot keep checkpoints in {run_dir} ({error.strerror}): make room there") from error
 
@@ -161,8 +167,8 @@ class _Given:
     """
 
     tokenizer: Tokenizer
-    dataset: TokenDataset
-    validation: TokenDataset | None
+    dataset: TokenDataset | Task
+    validation: TokenDataset | Task | None
     record: RunRecord
     initial: Params | None
     from_scratch: bool
@@ -179,19 +185,21 @@ class _Run:
         *,
         stop: StopRequests,
         watchdog: Watchdog,
+        hooks: Hooks,
     ) -> None:
-        self.config, self.program, self.given, self.stop, self.watchdog = config, program, given, stop, watchdog
+        self.config, self.program, self.given = config, program, given
+        self.stop, self.watchdog, self.hooks = stop, watchdog, hooks
         self.definition, self.mesh = program.definition, program.mesh
         index, count = process_rows(self.mesh)
-        self.batches = TrainBatches(
+        self.batches = train_batches(
             given.dataset, config.data, seed=config.seed, process_index=index, process_count=count
         )
         _check_runs_here(program)
         self.run_dir = Path(config.train.run_dir)
         aside = from_first(lambda: set_aside(self.run_dir)) if given.from_scratch else ""
-        self.reporter = Reporter(config, self.mesh, self.run_dir)
-        with self.reporter.measure("init"):
-            self.checkpointer = _open_checkpoints(config, given.record, self.reporter)
+        self.log = RunLog(config, self.mesh, self.run_dir)
+        with self.log.measure("init"):
+            self.checkpointer = _open_checkpoints(config, given.record, self.log)
             restored = self.checkpointer.restore_newest(program.state.items())
             self.first_step, self.is_resumed = (0, False) if restored is None else (restored.step, True)
             if restored is None:
@@ -200,37 +208,38 @@ class _Run:
                 self.state = TrainState.from_items(restored.items)
             jax.block_until_ready(self.state)
         from_first(lambda: store_record(claim_run_directory(config), given.record))
-        self.saves = Saves(config, self.checkpointer, given.record, self.reporter)
-        self.reporter.start(self.first_step)
+        self.saves = Saves(config, self.checkpointer, given.record, self.log)
+        self.log.start(self.first_step)
         if aside:
-            self.reporter.note(f"the records of the run before are in {aside}")
+            self.log.note(f"the records of the run before are in {aside}")
         if given.tokenizer.lossy:
-            self.reporter.note(f"warning: {given.tokenizer.lossy}")
-        with self.reporter.measure("compile"), jax.set_mesh(self.mesh):
+            self.log.note(f"warning: {given.tokenizer.lossy}")
+        with self.log.measure("compile"), jax.set_mesh(self.mesh):
             self.train_step = program.lower().compile()
-        self.reporter.event("compiled", seconds=self.reporter.seconds["compile"])
+        self.log.event("compiled", seconds=self.log.seconds["compile"])
         self.last_loss: float | None = None
         self.last_validation: Perplexity | None = None
         self.skipped_in_a_row = 0
 
     def execute(self) -> TrainResult:
         last, deadline = self.config.train.num_steps, self.config.faults.deadline_seconds
-        with contextlib.closing(self.checkpointer), contextlib.closing(self.reporter), self.reporter.live():
+        with contextlib.closing(self.checkpointer), contextlib.closing(self.log), self.log.live():
             step = self._steps()
             self.watchdog.arm(deadline, f"saving step {step}")
             # Whatever comes after it may fail, and would again after every restart.
             if step > self.first_step or not self.is_resumed:
                 self.saves.save_last(step, self.state)
+                self.hooks.after_save(step)
             if step == last:
                 self._evaluate(step)
                 self._sample(step)
             is_complete = step == last and not self.stop.requested()
-            self.reporter.end(step, is_complete=is_complete)
+            self.log.end(step, is_complete=is_complete)
             self.watchdog.arm(deadline, "closing files")
         if not is_complete:
-            self.reporter.note(f"stopped and saved at step {step}; run the same command again to go on")
+            self.log.note(f"stopped and saved at step {step}; run the same command again to go on")
         elif (found := self.last_validation) is not None:
-            self.reporter.note(f"{found.bits_per_byte:.4f} bits per byte on held-out text; see {self.run_dir}")
+            self.log.note(f"{found.bits_per_byte:.4f} bits per byte on held-out text; see {self.run_dir}")
         return TrainResult(
             step=step,
             is_complete=is_complete,
@@ -248,6 +257,7 @@ class _Run:
         """
         config, last = self.config, self.config.train.num_steps
         batches = self.batches.iterate(self.first_step)
+        self.hooks.on_start(self.first_step, self.state)
         pending: tuple[int, StepMetrics] | None = None
         step = self.first_step
         while step < last and not self.stop.requested():
@@ -255,11 +265,12 @@ class _Run:
             save_now = _is_due(step, config.checkpoint.every)
             sample_now = _is_due(step, config.train.sample_every)
             if evaluate_now or save_now or sample_now:
-                self._report(pending)
+                self._finish_step(pending)
                 pending = None
                 if save_now and step > self.first_step:
                     self.watchdog.arm(config.faults.deadline_seconds, f"saving step {step}")
-                    self.saves.save(step, self.state, skipped_in_a_row=self.skipped_in_a_row)
+                    if self.saves.save(step, self.state, skipped_in_a_row=self.skipped_in_a_row):
+                        self.hooks.after_save(step)
                 if evaluate_now:
                     self._evaluate(step)
                 if sample_now:
@@ -269,25 +280,25 @@ class _Run:
                     break
             metrics = self._step(step, batches)
             step += 1
-            self._report(pending)
+            self._finish_step(pending)
             pending = (step, metrics)
-        self._report(pending)
+        self._finish_step(pending)
         return step
 
     def _step(self, step: int, batches: Iterator[LMBatch]) -> StepMetrics:
         """Draws a batch and dispatches the step after `step`."""
         first, last = self.config.train.profile_steps or (0, 0)
         self.watchdog.arm(self.config.faults.deadline_seconds, f"step {step + 1}")
-        with self.reporter.measure("data"):
-            batch = put_batch(self.mesh, next(batches))
+        with self.log.measure("data"):
+            batch = put_batch(self.mesh, self.hooks.before_step(step + 1, next(batches)))
         if step + 1 == first:
             self._call_profiler(jax.profiler.start_trace, str(self.run_dir / "profile"))
-        with self.reporter.measure("step"), jax.set_mesh(self.mesh):
+        with self.log.measure("step"), jax.set_mesh(self.mesh):
             self.state, metrics = self.train_step(self.state, batch)
             if step + 1 == last and first > self.first_step:
                 jax.block_until_ready(metrics)
         if step + 1 == last and first > self.first_step and self._call_profiler(jax.profiler.stop_trace):
-            self.reporter.event("profile", first=first, last=last, folder="profile")
+            self.log.event("profile", first=first, last=last, folder="profile")
         return metrics
 
     def _call_profiler(self, call: Callable[..., None], *args: str) -> bool:
@@ -295,22 +306,23 @@ class _Run:
         try:
             call(*args)
         except Exception as error:
-            self.reporter.note(f"no profile: {' '.join(str(error).split())}")
+            self.log.note(f"no profile: {' '.join(str(error).split())}")
             return False
         return True
 
-    def _report(self, pending: tuple[int, StepMetrics] | None) -> None:
+    def _finish_step(self, pending: tuple[int, StepMetrics] | None) -> None:
         if pending is None:
             return
         step, metrics = pending
-        with self.reporter.measure("step"):
+        with self.log.measure("step"):
             values = {name: float(value) for name, value in dataclasses.asdict(jax.device_get(metrics)).items()}
         self.last_loss, self.skipped_in_a_row = values["cross_entropy"], int(values["skipped_in_a_row"])
-        self.reporter.step(step, values)
+        self.log.step(step, values)
+        self.state = self.hooks.after_step(step, values, self.state)
         self.saves.look()
         if values["skipped_in_a_row"] >= self.config.faults.max_skipped:
-            self.reporter.goodput(step)
-            self.reporter.event("aborted", step=step, reason="too many skipped steps in a row")
+            self.log.goodput(step)
+            self.log.event("aborted", step=step, reason="too many skipped steps in a row")
             raise InputError(
                 f"step {step}: {self.config.faults.max_skipped} steps in a row were skipped (loss {values['loss']}, "
                 f"gradient norm {values['grad_norm']}); the last checkpoint in {self.run_dir} is from before them: "
@@ -320,7 +332,8 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         if self.given.validation is None:
             return
-        with self.reporter.measure("evaluation"):
+        with self.log.measure("evaluation"):
+            self.hooks.before_evaluation(step)
             self.last_validation = self._evaluation("validation", step, self.state.params) or self.last_validation
             if self.state.ema is not None and not self.stop.requested():
                 self._evaluation("validation_ema", step, self.state.ema)
@@ -332,7 +345,8 @@ class _Run:
         index, count = process_rows(self.mesh)
         batches = evaluation_batches(
             self.given.validation,
-            self.config.data,
+            seq_len=self.config.data.seq_len,
+            documents=self.config.data.documents,
             batch_size=self.config.evaluation_batch_size,
             max_batches=None if is_last else self.config.evaluation.max_batches,
             process_index=index,
@@ -343,12 +357,12 @@ class _Run:
             params,
             self._until_stopped(batches, f"evaluation of step {step}"),
             mesh=self.mesh,
-            tokens_per_byte=self.given.validation.num_tokens / self.given.validation.num_bytes,
+            tokens_per_byte=self.given.validation.tokens_per_byte,
             loss_chunk=self.config.train.loss_chunk,
         )
         if self.stop.requested():
             return None
-        self.reporter.evaluation(kind, step, result)
+        self.log.evaluation(kind, step, result)
         return result
 
     def _until_stopped(self, batches: Iterator[LMBatch], doing: str) -> Iterator[LMBatch]:
@@ -364,7 +378,8 @@ class _Run:
             return
         self.watchdog.arm(self.config.faults.deadline_seconds, f"sample of step {step}")
         try:
-            with self.reporter.measure("sample"), jax.set_mesh(self.mesh):
+            with self.log.measure("sample"), jax.set_mesh(self.mesh):
+                self.hooks.before_sample(step)
                 text = complete(
                     self.definition,
                     self.state.params,
@@ -373,12 +388,10 @@ class _Run:
                     num_tokens=self.config.train.sample_tokens,
                     key=jax.random.fold_in(jax.random.key(self.config.seed), step),
                 )
-            self.reporter.sample(step, text)
+            self.log.sample(step, text)
         except Exception as error:
             # It is there to be looked at; whatever is wrong with it, the run is worth more.
-            self.reporter.note(
-                f"no sample of step {step}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
-            )
+            self.log.note(f"no sample of step {step}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
 
 def _is_due(step: int, every: int) -> bool:

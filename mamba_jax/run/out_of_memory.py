@@ -28,8 +28,8 @@ def out_of_memory_in_one_line(config: ExperimentConfig, watchdog: Watchdog) -> I
     """Turns the errors of XLA and of Python that mean it into one.
 
     Args:
-        config: of the run.
-        watchdog: knows what is being done.
+        config: the message suggests changes to it.
+        watchdog: says what was being done.
 
     Raises:
         InputError: a device or the host had no memory left.

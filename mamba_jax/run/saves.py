@@ -1,4 +1,4 @@
-"""When a run saves, and what it says of it."""
+"""Decides when a run saves, and logs what comes of it."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from mamba_jax.checkpoint import FOLDER, Checkpointer, SaveFailed
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.run.record import RunRecord, write_record
-from mamba_jax.telemetry.run_log import Reporter
+from mamba_jax.telemetry.run_log import RunLog
 from mamba_jax.training.train_state import TrainState
 
 
@@ -24,33 +24,34 @@ class Saves:
     saved none the less, as long as it is finite.
     """
 
-    def __init__(
-        self, config: ExperimentConfig, checkpointer: Checkpointer, record: RunRecord, reporter: Reporter
-    ) -> None:
+    def __init__(self, config: ExperimentConfig, checkpointer: Checkpointer, record: RunRecord, log: RunLog) -> None:
         """Takes what it works with.
 
         Args:
-            config: of the run.
-            checkpointer: of its directory.
-            record: of the run; it is stored anew when a checkpoint is complete.
-            reporter: told of everything.
+            config: stored in every checkpoint.
+            checkpointer: writes to the run directory.
+            record: which run this is; stored again when a checkpoint is complete.
+            log: where every save and failure is written.
         """
-        self._config, self._checkpointer, self._record, self._reporter = config, checkpointer, record, reporter
+        self._config, self._checkpointer, self._record, self._log = config, checkpointer, record, log
         self._run_dir = Path(config.train.run_dir)
         self._pending: int | None = None
 
-    def save(self, step: int, state: TrainState, *, skipped_in_a_row: int) -> None:
-        """Starts to save; a save that fails is reported, and the run goes on from the state that it has."""
+    def save(self, step: int, state: TrainState, *, skipped_in_a_row: int) -> bool:
+        """Whether a save has begun; one that fails is logged, and the run goes on from the state that it has."""
         if skipped_in_a_row:
             reason = f"the last {skipped_in_a_row} steps were skipped"
-            self._reporter.event("save_left_out", step=step, reason=reason)
-            self._reporter.note(f"step {step} is not saved: {reason}")
-            return
+            self._log.event("save_left_out", step=step, reason=reason)
+            self._log.note(f"step {step} is not saved: {reason}")
+            return False
+        has_begun = True
         try:
             self._start(step, state)
         except SaveFailed as error:
-            self._reporter.event("save_failed", step=step, reason=str(error))
-        self._reporter.goodput(step)
+            has_begun = False
+            self._log.event("save_failed", step=step, reason=str(error))
+        self._log.goodput(step)
+        return has_begun
 
     def save_last(self, step: int, state: TrainState) -> None:
         """Saves, and waits until everything is on disk.
@@ -60,15 +61,15 @@ class Saves:
         """
         try:
             self._start(step, state)
-            with self._reporter.measure("checkpoint"):
+            with self._log.measure("checkpoint"):
                 self._checkpointer.wait()
         except SaveFailed as error:
-            self._reporter.event("save_failed", step=step, reason=str(error))
+            self._log.event("save_failed", step=step, reason=str(error))
             raise InputError(
                 f"step {step} could not be saved: {error}; see to that and run the same command, which goes on from "
                 f"the last checkpoint in {self._run_dir}"
             ) from None
-        self._reporter.goodput(step)
+        self._log.goodput(step)
         self.look()
 
     def look(self) -> None:
@@ -84,7 +85,7 @@ class Saves:
 
     def _start(self, step: int, state: TrainState) -> None:
         items = state.items()
-        with self._reporter.measure("checkpoint"):
+        with self._log.measure("checkpoint"):
             self.look()
             if name := _not_finite(items):
                 raise SaveFailed(f"the array {name} holds values that are not finite")

@@ -3,9 +3,25 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mamba_jax.telemetry.records import AppendOnlyFile, is_number, is_seconds, is_step, read_records, to_line
+
+EventName = Literal[
+    "start",
+    "compiled",
+    "checkpoint",
+    "save_failed",
+    "save_left_out",
+    "not_removed",
+    "quarantined",
+    "skipped",
+    "goodput",
+    "profile",
+    "aborted",
+    "preempted",
+    "finished",
+]
 
 
 class EventLog:
@@ -20,11 +36,11 @@ class EventLog:
         """
         self._file = AppendOnlyFile(run_dir / "events.jsonl") if enabled else None
 
-    def write(self, event: str, **fields: object) -> None:
+    def write(self, event: EventName, **fields: object) -> None:
         """Appends `{"time": seconds since 1970, "event": event, **fields}`; a full disk is one warning.
 
         Args:
-            event: such as "start" or "checkpoint".
+            event: what happened.
             fields: what JSON can hold; anything else is written as its text. Of a number that is not finite the field
                 "not_finite" says which it was.
         """

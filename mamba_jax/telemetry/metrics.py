@@ -76,7 +76,7 @@ class MetricWriter:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl`, oldest first: "kind", "step", and numbers by name.
 
-    A value that was written as null is the NaN or infinity that it was. Damaged lines, and fields that are no numbers,
+    A value that was written as null is the NaN or infinity that it was. Damaged lines, and fields that are not numbers,
     are passed over.
 
     Raises:
@@ -299,7 +299,7 @@ def _size() -> dict[str, Any]:
 
 
 def format_seconds(seconds: float) -> str:
-    """Such as 3:07 or 2:15:40; "?" for what is no time."""
+    """Such as 3:07 or 2:15:40; "?" for what is not a time."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

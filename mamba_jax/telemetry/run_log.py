@@ -1,4 +1,4 @@
-"""What a run tells: metrics, events, samples and time, to files and to the terminal."""
+"""Writes metrics, events, samples and timings of a run to its files and to the terminal."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from mamba_jax.evaluation.perplexity import Perplexity
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.flops import model_flops_utilization
-from mamba_jax.telemetry.events import EventLog
+from mamba_jax.telemetry.events import EventLog, EventName
 from mamba_jax.telemetry.goodput import Goodput
 from mamba_jax.telemetry.loss_curve import plot_loss_curve
 from mamba_jax.telemetry.metrics import Kind, MetricWriter, StatusDisplay
@@ -26,15 +26,15 @@ _TRAINING = ("step", "data", "other")
 _GOODPUT_EVERY = 60.0
 
 
-class Reporter:
+class RunLog:
     """Writes what happens in a run; only the first of several processes does."""
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh, run_dir: Path) -> None:
         """Starts the clock.
 
         Args:
-            config: of the run.
-            mesh: its devices.
+            config: the resolved experiment.
+            mesh: the devices that it runs on.
             run_dir: an existing folder.
         """
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
@@ -70,7 +70,7 @@ class Reporter:
         """Seconds of this process by bucket."""
         return self._goodput.seconds
 
-    def event(self, name: str, **fields: object) -> None:
+    def event(self, name: EventName, **fields: object) -> None:
         """Writes to `events.jsonl`; what a user should know at once is printed too."""
         self._events.write(name, **fields)
         if name == "quarantined":

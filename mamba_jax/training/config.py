@@ -160,17 +160,18 @@ class CheckpointConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultsConfig(Config):
-    """What a run puts up with.
+    """How a run handles faults.
 
     Attributes:
-        max_skipped: the run ends after so many skipped steps in a row. A step is skipped, its weights and moments kept
-            as they were, when its loss or gradient is not finite, or the gradient is a spike.
+        max_skipped: the run ends after this many skipped steps in a row. A step is skipped, its weights and moments
+            kept as they were, when its loss or gradient is not finite, or the gradient is a spike.
         spike_factor: a gradient norm above this times the mean of the last `spike_window` accepted is a spike; None
             accepts any finite gradient.
-        spike_window: accepted steps whose gradient norms are remembered; before there are so many, nothing is a spike.
-        deadline_seconds: a process that does not get on for so long (a step, an evaluation batch, a save) prints the
-            stacks of its threads and exits, so that a launcher can restart the job.
-        startup_seconds: the same for restoring and compiling.
+        spike_window: accepted steps whose gradient norms are remembered; until that many have been accepted, nothing
+            counts as a spike.
+        deadline_seconds: a process that makes no progress for this long (a step, an evaluation batch, a save) prints
+            the stacks of its threads and exits, so that a launcher can restart the job.
+        startup_seconds: the same limit while it restores and compiles.
     """
 
     max_skipped: int = 10

@@ -89,7 +89,7 @@ def matrix_dimensions(definition: ModelDefinition) -> Params:
     that are orthogonalised apart: x and z of the input projection are two.
 
     Args:
-        definition: of the model.
+        definition: says which parameters decay, and what their dimensions mean.
 
     Returns:
         Tree like the parameters: the input and output dimension of every matrix, `optax.MaskedNode()` for all else.

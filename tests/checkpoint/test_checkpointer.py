@@ -147,7 +147,7 @@ def test_another_optimizer_state_is_refused(saved: Path) -> None:
 
 
 def test_missing_checkpoints(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no run directory"):
+    with pytest.raises(InputError, match="is not a run directory"):
         load_params(tmp_path)
     with pytest.raises(InputError, match="no checkpoint of step 9; there are 7"):
         load_params(saved, 9)

@@ -19,7 +19,7 @@ def make_stream(tmp_path: Path) -> MakeStream:
     """Writes documents, given as lists of ids, and opens the result."""
 
     def make(documents: list[list[int]], *, name: str = "shards", shard_tokens: int = 2**20) -> TokenDataset:
-        with ShardWriter(tmp_path / name, ByteTokenizer(), shard_tokens=shard_tokens) as writer:
+        with ShardWriter(tmp_path / name, ByteTokenizer().vocabulary, shard_tokens=shard_tokens) as writer:
             for ids in documents:
                 writer.add(np.array(ids, dtype=np.int32), num_bytes=len(ids), ends_document=True)
             writer.finish()

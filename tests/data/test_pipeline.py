@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -33,6 +33,10 @@ def assert_equal(actual: LMBatch, expected: LMBatch) -> None:
 
 def join(batches: list[LMBatch]) -> LMBatch:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+
+
+def cut(dataset: TokenDataset, config: DataConfig, **options: int) -> Iterator[LMBatch]:
+    return evaluation_batches(dataset, seq_len=config.seq_len, documents=config.documents, **options)
 
 
 def window_order(dataset: TokenDataset, config: DataConfig, *, seed: int, epochs: int) -> np.ndarray:
@@ -171,7 +175,7 @@ def test_streams_carry_the_segments_of_an_uncut_row(make_stream: MakeStream, mak
 
 def test_shuffled_rows_say_nothing_of_the_batch_before(numbered_stream: TokenDataset, make_config: MakeConfig) -> None:
     assert TrainBatches(numbered_stream, make_config(), seed=0).at(1).continues is None
-    assert next(evaluation_batches(numbered_stream, make_config(order="streams"), batch_size=4)).continues is None
+    assert next(cut(numbered_stream, make_config(order="streams"), batch_size=4)).continues is None
 
 
 def test_damage_reaches_the_consumer_of_the_background_threads(
@@ -201,7 +205,7 @@ def test_too_little_text_and_uneven_batches_are_refused(make_stream: MakeStream,
     with pytest.raises(InputError, match=r"data\.global_batch \(8\) must be divisible by the 3 processes"):
         TrainBatches(dataset, make_config(seq_len=7), seed=0, process_count=3)
     with pytest.raises(InputError, match=r"the evaluation batch size \(4\) must be divisible by the 3 processes"):
-        evaluation_batches(dataset, make_config(), batch_size=4, process_count=3)
+        cut(dataset, make_config(), batch_size=4, process_count=3)
 
 
 @pytest.mark.parametrize("documents", ["packed", "concatenated"])
@@ -214,7 +218,7 @@ def test_evaluation_covers_every_target_once(
     dataset = make_stream([ids[:5].tolist(), ids[5:-1].tolist()] if num_tokens > 8 else [ids.tolist()])
     stream = dataset.read(np.array([0]), length=dataset.num_tokens)[0]
     expected = [(a, b) for a, b in itertools.pairwise(stream.tolist()) if documents == "concatenated" or a != 256]
-    batches = list(evaluation_batches(dataset, make_config(documents=documents), batch_size=4))
+    batches = list(cut(dataset, make_config(documents=documents), batch_size=4))
     assert {batch.tokens.shape for batch in batches} == {(4, 8)}
     assert len(batches) == -(-(num_tokens - 1) // 32)
     pairs = [np.stack([batch.tokens, batch.targets], -1)[batch.loss_mask] for batch in batches]
@@ -226,9 +230,9 @@ def test_evaluation_is_shared_out_too(
     numbered_stream: TokenDataset, make_config: MakeConfig, process_count: int
 ) -> None:
     config = make_config(seq_len=700)
-    whole = list(evaluation_batches(numbered_stream, config, batch_size=8))
+    whole = list(cut(numbered_stream, config, batch_size=8))
     parts = [
-        list(evaluation_batches(numbered_stream, config, batch_size=8, process_index=p, process_count=process_count))
+        list(cut(numbered_stream, config, batch_size=8, process_index=p, process_count=process_count))
         for p in range(process_count)
     ]
     for k, batch in enumerate(whole):
@@ -239,12 +243,12 @@ def test_some_evaluation_batches_are_spread_over_the_stream(
     numbered_stream: TokenDataset, make_config: MakeConfig
 ) -> None:
     config = make_config(seq_len=100)
-    whole = list(evaluation_batches(numbered_stream, config, batch_size=4))
-    some = list(evaluation_batches(numbered_stream, config, batch_size=4, max_batches=5))
+    whole = list(cut(numbered_stream, config, batch_size=4))
+    some = list(cut(numbered_stream, config, batch_size=4, max_batches=5))
     assert len(whole) == 50
     for batch, k in zip(some, (0, 10, 20, 30, 40), strict=True):
         assert_equal(batch, whole[k])
-    many = evaluation_batches(numbered_stream, config, batch_size=4, max_batches=1000)
+    many = cut(numbered_stream, config, batch_size=4, max_batches=1000)
     assert len(list(many)) == len(whole)
 
 
@@ -264,20 +268,20 @@ def test_text_is_tokenised_once_for_each_text_and_tokenizer(
     text: TextFolderSource, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config, tokenizer = make_config(), ByteTokenizer()
-    dataset = open_source(text, config, tokenizer)
+    dataset = open_source(text, tokenizer, config.cache_dir)
     assert dataset.num_documents == 3
     assert dataset.num_bytes == sum(path.stat().st_size for path in Path(text.path).iterdir())
     first = cached(config)
-    open_source(text, config, tokenizer)
+    open_source(text, tokenizer, config.cache_dir)
     assert cached(config) == first
     path = Path(text.path) / "b.txt"
     path.write_text(path.read_text().replace("thing", "think"))
     os.utime(path, (1, 1))
-    changed = open_source(text, config, tokenizer)
+    changed = open_source(text, tokenizer, config.cache_dir)
     assert len(cached(config)) == 2
     assert b"think" in changed.read(np.array([0]), length=changed.num_tokens)[0].astype(np.uint8).tobytes()
     bpe = make_tokenizer(train_bpe(tmp_path / "bpe.json"))
-    assert open_source(text, config, bpe).num_tokens < changed.num_tokens
+    assert open_source(text, bpe, config.cache_dir).num_tokens < changed.num_tokens
     assert len(cached(config)) == 3
 
 
@@ -285,12 +289,12 @@ def test_shards_of_another_tokenizer_are_refused(
     text: TextFolderSource, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config()
-    open_source(text, config, ByteTokenizer())
+    open_source(text, ByteTokenizer(), config.cache_dir)
     shards = ShardSource(path=str(Path(config.cache_dir) / cached(config)[0]))
-    assert open_source(shards, config, ByteTokenizer()).num_documents == 3
+    assert open_source(shards, ByteTokenizer(), config.cache_dir).num_documents == 3
     bpe = make_tokenizer(train_bpe(tmp_path / "bpe.json"))
     with pytest.raises(InputError, match="was made by another tokenizer"):
-        open_source(shards, config, bpe)
+        open_source(shards, bpe, config.cache_dir)
 
 
 def test_processes_may_fill_the_same_cache_and_find_the_same_damage(
@@ -336,19 +340,19 @@ def test_a_damaged_cache_is_made_again(
     damage: Callable[[Path], object],
 ) -> None:
     config = make_config()
-    dataset = open_source(text, config, ByteTokenizer())
+    dataset = open_source(text, ByteTokenizer(), config.cache_dir)
     stream = dataset.read(np.array([0]), length=dataset.num_tokens)
     (name,) = cached(config)
     damage(Path(config.cache_dir) / name)
     capsys.readouterr()
     for message in (1, 0):
-        again = open_source(text, config, ByteTokenizer())
+        again = open_source(text, ByteTokenizer(), config.cache_dir)
         np.testing.assert_array_equal(again.read(np.array([0]), length=dataset.num_tokens), stream)
         assert again.identity == dataset.identity
         assert cached(config) == [name, f"{name}.1"]
         assert capsys.readouterr().err.count("tokenised text is damaged and made again: ") == message
     damage(Path(config.cache_dir) / f"{name}.1")
-    open_source(text, config, ByteTokenizer())
+    open_source(text, ByteTokenizer(), config.cache_dir)
     assert cached(config) == [name, f"{name}.1", f"{name}.2"]
 
 
@@ -356,7 +360,7 @@ def test_a_cache_that_cannot_be_read_or_written_is_one_line(
     text: TextFolderSource, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
-    open_source(text, config, ByteTokenizer())
+    open_source(text, ByteTokenizer(), config.cache_dir)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -364,28 +368,28 @@ def test_a_cache_that_cannot_be_read_or_written_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", fail)
         with pytest.raises(InputError, match=r"cannot read .*: Input/output error"):
-            open_source(text, config, ByteTokenizer())
+            open_source(text, ByteTokenizer(), config.cache_dir)
     with monkeypatch.context() as patch:
         # What was made is enough where nothing can be written.
         patch.setattr(Path, "mkdir", fail)
-        open_source(text, config, ByteTokenizer())
+        open_source(text, ByteTokenizer(), config.cache_dir)
         with pytest.raises(InputError, match=r"cannot create token shards in .*: Input/output error"):
-            open_source(dataclasses.replace(text, pattern="*.txt"), config, ByteTokenizer())
+            open_source(dataclasses.replace(text, pattern="*.txt"), ByteTokenizer(), config.cache_dir)
     assert len(cached(config)) == 1
 
 
 def test_the_same_text_has_the_same_identity(text: TextFolderSource, make_config: MakeConfig, tmp_path: Path) -> None:
     config, tokenizer = make_config(), ByteTokenizer()
-    identity = open_source(text, config, tokenizer).identity
+    identity = open_source(text, tokenizer, config.cache_dir).identity
     for path in Path(text.path).iterdir():
         os.utime(path, (1, 1))
-    assert open_source(text, config, tokenizer).identity == identity
+    assert open_source(text, tokenizer, config.cache_dir).identity == identity
     copy = shutil.copytree(text.path, tmp_path / "copy")
-    assert open_source(TextFolderSource(path=str(copy)), config, tokenizer).identity == identity
+    assert open_source(TextFolderSource(path=str(copy)), tokenizer, config.cache_dir).identity == identity
     path = copy / "b.txt"
     path.write_text(path.read_text().replace("thing", "think"))
-    assert open_source(TextFolderSource(path=str(copy)), config, tokenizer).identity != identity
+    assert open_source(TextFolderSource(path=str(copy)), tokenizer, config.cache_dir).identity != identity
 
 
 def _num_tokens(text: TextFolderSource, config: DataConfig) -> int:
-    return open_source(text, config, ByteTokenizer()).num_tokens
+    return open_source(text, ByteTokenizer(), config.cache_dir).num_tokens

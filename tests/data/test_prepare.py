@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from mamba_jax.config import TextFolderSource
-from mamba_jax.data import prepare, sources
+from mamba_jax.data import prepare, text_folder
 from mamba_jax.data.shards import TokenDataset
 from tests.data.test_tokenizer import train_bpe
 
@@ -45,7 +45,7 @@ def test_bpe_of_pieces_equals_bpe_of_documents(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     """Lines end outside of every token of this tokenizer, so pieces must not change a single id."""
-    monkeypatch.setattr(sources, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(text_folder, "_PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 100)
     config = train_bpe(tmp_path / "bpe.json")
     run(monkeypatch, "--text", str(text), "--output", str(tmp_path / "out"), "--tokenizer", str(config.path))
@@ -78,10 +78,10 @@ def test_a_tokenizer_that_adds_a_space_adds_one_a_document(
     pre_tokenizer: pre_tokenizers.PreTokenizer,
     normalizer: normalizers.Normalizer | None,
 ) -> None:
-    monkeypatch.setattr(sources, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(text_folder, "_PIECE_BYTES", 100)
     (text / "d.txt").write_text("\n\n".join("  the thing of the theory and the other thing" for _ in range(40)))
     (text / "e.txt").write_text("the thing of the theory and the other thing\r\n" * 40)
-    pieces = list(sources.open_documents(TextFolderSource(path=str(text))).pieces())
+    pieces = list(TextFolderSource(path=str(text)).open().pieces())
     assert sum(piece.continues for piece in pieces) > 50
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
@@ -107,8 +107,11 @@ def test_a_tokenizer_that_adds_a_space_adds_one_a_document(
         (["--text", "TEXT"], "missing --output"),
         (["--output", "OUT"], "give exactly one of --text FOLDER and --tfds NAME"),
         (["--output", "OUT", "--text", "TEXT", "--tfds", "lm1b"], "give exactly one of --text FOLDER and --tfds NAME"),
-        (["--output", "OUT", "--tfds", "lm1b"], "--tfds needs --split"),
-        (["--output", "OUT", "--text", "TEXT", "--split", "train"], "--split and --data-dir belong to --tfds"),
+        (["--output", "OUT", "--tfds", "lm1b"], "--tfds NAME needs --split"),
+        (
+            ["--output", "OUT", "--text", "TEXT", "--split", "train"],
+            "--split cannot be given with --text FOLDER: leave it out",
+        ),
         (["--output", "OUT", "--text", "TEXT", "--patern", "*"], "did you mean --pattern"),
         (["--output", "TEXT", "--text", "TEXT"], "exists already"),
         (

@@ -25,7 +25,7 @@ from mamba_jax.errors import InputError
 
 
 def write(folder: Path, documents: Iterable[np.ndarray], **options: int) -> None:
-    with ShardWriter(folder, ByteTokenizer(), **options) as writer:
+    with ShardWriter(folder, ByteTokenizer().vocabulary, **options) as writer:
         for ids in documents:
             writer.add(ids, num_bytes=len(ids), ends_document=True)
         writer.finish()
@@ -75,7 +75,7 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path: Path, documents: list[np.ndarr
 
 
 def test_pieces_of_a_document_join(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "s", ByteTokenizer()) as writer:
+    with ShardWriter(tmp_path / "s", ByteTokenizer().vocabulary) as writer:
         writer.add(np.array([1, 2], np.int32), num_bytes=2, ends_document=False)
         writer.add(np.array([3], np.int32), num_bytes=1, ends_document=True)
         index = writer.finish()
@@ -87,7 +87,7 @@ def test_pieces_of_a_document_join(tmp_path: Path) -> None:
 def test_dtype_holds_the_largest_id(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = vocab_size
-    with ShardWriter(tmp_path / "s", tokenizer) as writer:
+    with ShardWriter(tmp_path / "s", tokenizer.vocabulary) as writer:
         writer.add(np.array([vocab_size - 1], np.int32), num_bytes=1, ends_document=True)
         writer.finish()
     dataset = TokenDataset(tmp_path / "s")
@@ -117,7 +117,7 @@ def test_what_is_no_id_is_not_written(tmp_path: Path, ids: object, expected: str
     """Without a check, a cast would make ids of all of them. The annotation is more strict, but only in tests."""
 
     def write_ids() -> None:
-        with ShardWriter(tmp_path / "s", ByteTokenizer()) as writer:
+        with ShardWriter(tmp_path / "s", ByteTokenizer().vocabulary) as writer:
             inspect.unwrap(ShardWriter.add)(writer, np.asarray(ids), num_bytes=2, ends_document=True)
             writer.finish()
 
@@ -160,7 +160,7 @@ def test_no_output_is_started_where_it_could_not_end(
     Path("link").symlink_to("nowhere")
     Path("file").write_text("years of work")
     with pytest.raises(InputError, match="exists already"):
-        ShardWriter(Path(name), ByteTokenizer())
+        ShardWriter(Path(name), ByteTokenizer().vocabulary)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
@@ -183,7 +183,7 @@ def test_nothing_is_overwritten(tmp_path: Path, documents: list[np.ndarray]) -> 
 
 
 def test_a_slower_writer_yields(tmp_path: Path, documents: list[np.ndarray]) -> None:
-    with ShardWriter(tmp_path / "s", ByteTokenizer()) as slow:
+    with ShardWriter(tmp_path / "s", ByteTokenizer().vocabulary) as slow:
         slow.add(documents[1], num_bytes=5000, ends_document=True)
         write(tmp_path / "s", documents)
         with pytest.raises(InputError, match="exists already"):

@@ -28,7 +28,7 @@ LONGEST_SECONDS = 20.0
 
 def batches(folder: Path) -> bytes:
     config = DataConfig(train=ShardSource(path=str(folder)), seq_len=2048, global_batch=8)
-    found = TrainBatches(open_source(config.train, config, ByteTokenizer()), config, seed=0).at(0)
+    found = TrainBatches(open_source(config.train, ByteTokenizer(), config.cache_dir), config, seed=0).at(0)
     return b"".join(np.asarray(part).tobytes() for part in (found.tokens, found.targets, found.loss_mask))
 
 
@@ -37,7 +37,7 @@ class Folder:
 
     def __init__(self, place: Path, version: int) -> None:
         documents = np.random.default_rng(0).integers(0, 256, size=(4, 4600))
-        with ShardWriter(place / "sound", ByteTokenizer(), shard_tokens=2 * BLOCK_TOKENS) as writer:
+        with ShardWriter(place / "sound", ByteTokenizer().vocabulary, shard_tokens=2 * BLOCK_TOKENS) as writer:
             for ids in documents:
                 writer.add(ids, num_bytes=len(ids), ends_document=True)
             writer.finish()

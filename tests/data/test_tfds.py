@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 
 from mamba_jax.config import DataConfig, TfdsSource
 from mamba_jax.data.pipeline import open_source
-from mamba_jax.data.sources import open_documents
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
 
@@ -50,7 +49,7 @@ def tensorflow_stays_out() -> Iterator[None]:
 
 
 def texts(source: TfdsSource) -> list[str]:
-    return [piece.text for piece in open_documents(source).pieces()]
+    return [piece.text for piece in source.open().pieces()]
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -67,17 +66,17 @@ def test_open_source_tokenises_once_and_again_after_a_change(
     folder = tmp_path / "copy" / "1.0.0"
     shutil.copytree(prepared / "mamba_jax_test_text" / "1.0.0", folder)
     source, config, tokenizer = TfdsSource(name=str(folder), split="train"), make_config(), ByteTokenizer()
-    dataset = open_source(source, config, tokenizer)
+    dataset = open_source(source, tokenizer, config.cache_dir)
     assert dataset.num_documents == len(TEXTS) - 1
     assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS)
     assert dataset.num_tokens == dataset.num_bytes + dataset.num_documents
     ids = dataset.read(np.array([0]), length=dataset.num_tokens)[0]
     decoded = [tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
     assert decoded == texts(source)
-    open_source(source, config, tokenizer)
+    open_source(source, tokenizer, config.cache_dir)
     assert len(list(Path(config.cache_dir).iterdir())) == 1
     (folder / "dataset_info.json").touch()
-    open_source(source, config, tokenizer)
+    open_source(source, tokenizer, config.cache_dir)
     assert len(list(Path(config.cache_dir).iterdir())) == 2
 
 
@@ -163,19 +162,19 @@ def test_a_set_runs_no_code(
     if by_name:
         source = TfdsSource(name="my_copied_set", split="train", data_dir=str(tmp_path))
     with pytest.raises(InputError, match=r"names 'code_of_a_set\.Text', which is no class of TFDS and is not imported"):
-        open_documents(source)
+        source.open()
 
 
 @pytest.mark.parametrize("name", ["user:set", "huggingface:c4/en", "kaggle:set:1.0.0"])
 def test_sets_of_others_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"TFDS set '{name}' is not one of TFDS itself, and code from elsewhere"):
-        open_documents(TfdsSource(name=name, split="train"))
+        TfdsSource(name=name, split="train").open()
 
 
 @pytest.mark.parametrize("name", ["os.path", "../text", "", "lm1b x\n", "\udcff", "x" * 5000])
 def test_names_that_are_none_get_one_line(name: str) -> None:
     with pytest.raises(InputError) as raised:
-        open_documents(TfdsSource(name=name, split="train"))
+        TfdsSource(name=name, split="train").open()
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 2100
 
@@ -227,7 +226,7 @@ def test_a_pipe_in_place_of_a_set_is_not_waited_for(prepared: Path, tmp_path: Pa
         (tmp_path / "1.0.0" / name).unlink()
         os.mkfifo(tmp_path / "1.0.0" / name)
         with pytest.raises(InputError, match=f"{name} is no file"):
-            open_documents(source)
+            source.open()
 
 
 def test_failing_preparation_says_how_to_prepare_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from mamba_jax.config import MeshConfig
+from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.pipeline import evaluation_batches, open_source
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import ByteTokenizer
@@ -24,14 +26,19 @@ from tests.evaluation.conftest import SavedRun
 def dataset(saved_run: SavedRun) -> TokenDataset:
     data = saved_run.config.data
     assert data.validation is not None
-    return open_source(data.validation, data, ByteTokenizer())
+    return open_source(data.validation, ByteTokenizer(), data.cache_dir)
+
+
+def cut(saved_run: SavedRun, dataset: TokenDataset, **options: int) -> Iterator[LMBatch]:
+    data = saved_run.config.data
+    return evaluation_batches(dataset, seq_len=data.seq_len, documents=data.documents, **options)
 
 
 def measure(saved_run: SavedRun, dataset: TokenDataset, *, batch_size: int, devices: int = 1, **options) -> Perplexity:
     return evaluate(
         define(saved_run.config.model),
         saved_run.params,
-        evaluation_batches(dataset, saved_run.config.data, batch_size=batch_size, **options),
+        cut(saved_run, dataset, batch_size=batch_size, **options),
         mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
         tokens_per_byte=dataset.num_tokens / dataset.num_bytes,
         loss_chunk=5,
@@ -88,7 +95,7 @@ def test_compiles_once(saved_run: SavedRun, dataset: TokenDataset) -> None:
 def test_nothing_to_predict(saved_run: SavedRun, dataset: TokenDataset) -> None:
     masked = (
         dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
-        for batch in evaluation_batches(dataset, saved_run.config.data, batch_size=4)
+        for batch in cut(saved_run, dataset, batch_size=4)
     )
     with pytest.raises(InputError, match="no token to predict"):
         evaluate(

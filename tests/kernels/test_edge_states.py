@@ -55,8 +55,12 @@ def expected(call: Call) -> tuple[np.ndarray, np.ndarray, jax.Array]:
             )
             return output.y, output.final_state
 
-        (_, final), vjp = jax.vjp(scan, start)
-        (cotangent,) = vjp((widen(dy), jnp.zeros_like(final)))
+        @jax.jit
+        def edges(start: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+            (_, final), vjp = jax.vjp(scan, start)
+            return final, vjp((dy, jnp.zeros_like(final)))[0]
+
+        final, cotangent = edges(start, widen(dy))
         return np.asarray(final), np.asarray(cotangent), dy
 
 

@@ -191,3 +191,10 @@ def test_a_run_resumes_and_an_export_is_refused_in_one_line(make_config: MakeCon
     with pytest.raises(InputError, match="have no published names") as error:
         huggingface.save(tmp_path / "export", config.model, whole, layout="hf")
     assert "\n" not in str(error.value)
+
+
+def test_the_page_shows_the_mixer() -> None:
+    root = Path(__file__).parents[2]
+    mixer = (root / "tests" / "toys" / "mixer.py").read_text()
+    assert f"```python\n{mixer}```" in (root / "docs" / "add_a_mixer.md").read_text()
+    assert mixer.count("\n") < 60

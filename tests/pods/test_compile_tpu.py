@@ -21,7 +21,9 @@ from mamba_jax.config import (
     OptimizerConfig,
 )
 from mamba_jax.errors import InputError
-from mamba_jax.pods.compile import KERNELS, StepReport, compile_step
+from mamba_jax.pods.chips import KERNELS
+from mamba_jax.pods.compile import compile_step
+from mamba_jax.pods.estimate import StepEstimate
 from mamba_jax.sharding import make_mesh
 from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.program import TrainProgram
@@ -56,20 +58,20 @@ class Target:
         )
 
 
-def compile_here(program: ProgramConfig, mesh: MeshConfig, topology: str, num_slices: int) -> StepReport:
+def compile_here(program: ProgramConfig, mesh: MeshConfig, topology: str, num_slices: int) -> StepEstimate:
     """Compiles the step in this process."""
     jax.config.update("jax_platforms", "cpu")
     return compile_step(program, mesh, topology, num_slices=num_slices)
 
 
-def compile_apart(program: ProgramConfig, mesh: MeshConfig, topology: str, num_slices: int = 1) -> StepReport:
+def compile_apart(program: ProgramConfig, mesh: MeshConfig, topology: str, num_slices: int = 1) -> StepEstimate:
     """In a process of its own: the compiler ends its process where it finds a defect of its own."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
         return process.submit(compile_here, program, mesh, topology, num_slices).result()
 
 
-def compile_target(target: Target) -> StepReport:
+def compile_target(target: Target) -> StepEstimate:
     """The report for a target."""
     return compile_apart(target.program, target.mesh, target.topology, target.num_slices)
 
@@ -92,7 +94,7 @@ PODS = {
 }
 
 
-def check_report(report: StepReport, *, sequence: int = 1) -> None:
+def check_report(report: StepEstimate, *, sequence: int = 1) -> None:
     """The state is updated in place, everything fits, and the kernels run apart on every device."""
     assert report.reused >= report.memory["parameters"] + report.memory["optimizer state"]
     assert report.capacity is None or report.total_memory < report.capacity

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from mamba_jax.pods.compile import count_instructions
-from mamba_jax.pods.estimate import CHIPS, CORES, GIB, KERNELS, MIB, StepReport
+from mamba_jax.pods.chips import CHIPS, CORES, GIB, KERNELS
+from mamba_jax.pods.estimate import MIB, StepEstimate
+from mamba_jax.pods.hlo import count_instructions
 
 # The form of the TPU compiler's texts, with what matters here: a loop of 3 turns around one that counts from 1 to 8, a
 # gather that goes on beside another fusion, a sum of which a device keeps its part, and a sum over two slices.
@@ -78,7 +79,7 @@ def test_sum_over_more_slices_moves_more() -> None:
     assert count_instructions(PROGRAM, num_slices=4).received["all-reduce"] == 2 * 3 / 4 * 2 * 128 * 4
 
 
-REPORT = StepReport(
+REPORT = StepEstimate(
     devices=32,
     num_slices=2,
     device_kind="TPU v5 lite",

@@ -26,13 +26,13 @@ from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.run import loop
-from mamba_jax.training import train_state
+from mamba_jax.training.program import TrainProgram
 
 MakeConfig = Callable[..., ExperimentConfig]
 
 
 def write_shards(folder: Path, ids: np.ndarray) -> None:
-    with ShardWriter(folder, ByteTokenizer()) as writer:
+    with ShardWriter(folder, ByteTokenizer().vocabulary) as writer:
         writer.add(ids, num_bytes=len(ids), ends_document=True)
         writer.finish()
 
@@ -82,7 +82,10 @@ def content(folder: Path) -> dict[Path, bytes]:
         ({"tokenizer": TokenizerConfig(kind="hf_json", path="{place}/file")}, "is not a tokenizer"),
         ({"sample_prompt": "a\udcff", "sample_every": 5}, "lone surrogate at character 1"),
         ({"sample_prompt": "a\udcff"}, "cannot write train.run_dir"),
-        ({"mixer": Mamba1Config(scan_implementation="triton")}, "scan_implementation 'triton' cannot run this"),
+        (
+            {"mixer": Mamba1Config(scan_implementation="triton")},
+            "model.mixer.scan_implementation='triton' cannot run this",
+        ),
     ],
 )
 def test_refused_before_anything_is_computed(
@@ -96,7 +99,7 @@ def test_refused_before_anything_is_computed(
     config = make_config(**{"cache_dir": str(place / "cache"), **{name: filled(v) for name, v in fields.items()}})
     if config.train.run_dir.startswith(str(place)):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=filled(fields["run_dir"])))
-    monkeypatch.setattr(train_state, "initialize", lambda *args, **kwargs: pytest.fail("parameters were made"))
+    monkeypatch.setattr(TrainProgram, "initialize", lambda *args, **kwargs: pytest.fail("parameters were made"))
     before = content(place)
     with pytest.raises(InputError) as error:
         loop.train(config, devices=jax.devices()[:1])

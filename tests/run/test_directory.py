@@ -13,21 +13,24 @@ import pytest
 
 from mamba_jax.checkpoint import load_params
 from mamba_jax.config import CheckpointConfig, ExperimentConfig, TextFolderSource
+from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
 from mamba_jax.export import huggingface
 from mamba_jax.models import parameters
 from mamba_jax.run import loop
+from mamba_jax.run.hooks import Hooks
 from mamba_jax.run.loop import TrainResult
 from mamba_jax.run.ownership import LOCK
 from mamba_jax.telemetry.metrics import read_metrics
-from mamba_jax.training import train_state
+from mamba_jax.training.program import TrainProgram
+from tests.runs import Die
 
 MakeConfig = Callable[..., ExperimentConfig]
 
 pytestmark = pytest.mark.usefixtures("shared_step")
 
 
-def train(config: ExperimentConfig, **options: bool) -> TrainResult:
+def train(config: ExperimentConfig, **options: Any) -> TrainResult:
     return loop.train(config, devices=jax.devices()[:1], **options)
 
 
@@ -38,7 +41,7 @@ def losses(config: ExperimentConfig) -> dict[int, str]:
     return by_step
 
 
-def refusal(config: ExperimentConfig, **options: bool) -> str:
+def refusal(config: ExperimentConfig, **options: Any) -> str:
     with pytest.raises(InputError) as error:
         train(config, **options)
     assert "\n" not in str(error.value)
@@ -160,31 +163,16 @@ def test_from_scratch_takes_another_config_and_keeps_the_checkpoints(saved: Expe
     assert (run_dir / "export").is_dir()
 
 
-def test_killed_before_its_first_checkpoint_begins_again(
-    finished: ExperimentConfig, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_before_its_first_checkpoint_begins_again(finished: ExperimentConfig, make_config: MakeConfig) -> None:
     """Nobody need be there; but another config would mix the records of two runs."""
     config = make_config(train=finished.data.train, num_steps=4, checkpoint=CheckpointConfig(every=3), seed=3)
     for last in (1, 2):
-        with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "_report", dying_after(last))
-            with pytest.raises(ZeroDivisionError):
-                train(config)
+        with pytest.raises(ZeroDivisionError):
+            train(config, hooks=Die(ZeroDivisionError(), after=last))
         assert max(losses(config)) == last
     assert "seed was 3, now 5" in refusal(dataclasses.replace(config, seed=5))
     assert train(config).is_complete
     assert losses(config) == losses(finished)
-
-
-def dying_after(last: int) -> Callable[..., None]:
-    report = loop._Run._report
-
-    def report_and_die(self: loop._Run, pending: tuple[int, Any] | None) -> None:
-        report(self, pending)
-        if pending is not None and pending[0] == last:
-            raise ZeroDivisionError
-
-    return report_and_die
 
 
 def test_checkpoints_on_another_disk(make_config: MakeConfig, finished: ExperimentConfig, tmp_path: Path) -> None:
@@ -235,6 +223,17 @@ def test_odd_folders(saved: ExperimentConfig, tmp_path: Path, kind: str) -> None
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+class Call(Hooks):
+    """Calls a function before a step."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+
+    def before_step(self, step: int, batch: LMBatch) -> LMBatch:
+        self._function()
+        return batch
+
+
 @pytest.mark.parametrize("place", ["parameters", "compilation", "first step", "host"])
 def test_out_of_memory_is_one_line_and_claims_nothing(
     finished: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -247,11 +246,9 @@ def test_out_of_memory_is_one_line_and_claims_nothing(
     with monkeypatch.context() as patch:
         if place == "compilation":
             patch.setattr(jax.stages.Lowered, "compile", full)
-        elif place == "first step":
-            patch.setattr(loop._Run, "_step", full)
-        else:
-            patch.setattr(train_state, "initialize", full)
-        message = refusal(config)
+        elif place != "first step":
+            patch.setattr(TrainProgram, "initialize", full)
+        message = refusal(config, hooks=Call(full) if place == "first step" else None)
     assert message.startswith("out of memory while ")
     assert "data.global_batch" in message
     # Whatever is changed; this needs no other program.
@@ -283,6 +280,6 @@ def test_absence_of_memory_is_not_every_error(make_config: MakeConfig, monkeypat
     def broken(*_: Any, **__: Any) -> Any:
         raise jax.errors.JaxRuntimeError("INTERNAL: a defect")
 
-    monkeypatch.setattr(train_state, "initialize", broken)
+    monkeypatch.setattr(TrainProgram, "initialize", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a defect"):
         train(make_config())

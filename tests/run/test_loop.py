@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from mamba_jax.checkpoint import load_params
 from mamba_jax.config import (
@@ -23,24 +22,27 @@ from mamba_jax.config import (
     TextFolderSource,
     from_json,
 )
-from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
 from mamba_jax.export import huggingface
 from mamba_jax.models import parameters
 from mamba_jax.run import loop
+from mamba_jax.run.hooks import Hooks
 from mamba_jax.run.loop import TrainResult
 from mamba_jax.telemetry.events import read_events
 from mamba_jax.telemetry.goodput import summarize
 from mamba_jax.telemetry.metrics import StatusDisplay, read_metrics
 from mamba_jax.training import step
+from mamba_jax.training.train_state import TrainState
+from tests.runs import Die, Signal, Spoil
 
 MakeConfig = Callable[..., ExperimentConfig]
 
 
-def run(config: ExperimentConfig) -> TrainResult:
+def run(config: ExperimentConfig, hooks: Hooks | None = None) -> TrainResult:
     """Trains on as many devices as the mesh of the config has."""
     mesh = config.mesh
-    return loop.train(config, devices=jax.devices()[: mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor])
+    num_devices = mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor
+    return loop.train(config, devices=jax.devices()[:num_devices], hooks=hooks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,20 +109,6 @@ def exact(run_dir: str | Path, kind: str) -> dict[int, dict[str, str]]:
     }
 
 
-def run_and_stop(config: ExperimentConfig, at: int, monkeypatch: pytest.MonkeyPatch, number: int) -> TrainResult:
-    """Trains, and raises a signal when step `at` is running."""
-    advance = StatusDisplay.advance
-
-    def advance_and_stop(self: StatusDisplay, reported: int, *args: Any) -> None:
-        advance(self, reported, *args)
-        if reported == at - 1:
-            signal.raise_signal(number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StatusDisplay, "advance", advance_and_stop)
-        return run(config)
-
-
 def test_run_directory_holds_everything(finished: FinishedRun) -> None:
     names = {path.name for path in finished.folder.iterdir()} - {"tensorboard"}
     records = {"metrics.jsonl", "events.jsonl", "samples.txt", "loss_curve.png"}
@@ -170,7 +158,6 @@ def test_checkpoint_holds_the_run(finished: FinishedRun) -> None:
 def test_resume_is_exact(
     finished: FinishedRun,
     full_config: Callable[[], ExperimentConfig],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
     at: int,
@@ -179,7 +166,7 @@ def test_resume_is_exact(
     """Stopped and started again, every loss has the bits of the uninterrupted run, and no evaluation is missing."""
     config = full_config()
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stopped = run_and_stop(config, at, monkeypatch, number)
+    stopped = run(config, Signal(number, at=at))
     assert (stopped.step, stopped.is_complete, stopped.stop_signal) == (stops, False, number)
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert "run the same command again" in capsys.readouterr().out
@@ -201,21 +188,12 @@ def test_finished_run_is_left_alone(finished: FinishedRun) -> None:
 
 
 def test_killed_run_goes_on_from_its_checkpoint(
-    finished: FinishedRun, full_config: Callable[[], ExperimentConfig], monkeypatch: pytest.MonkeyPatch
+    finished: FinishedRun, full_config: Callable[[], ExperimentConfig]
 ) -> None:
     """Without a chance to save, the run goes on from step 5, and steps 6 and 7 are not in the metrics twice."""
     config = full_config()
-    advance = StatusDisplay.advance
-
-    def die(self: StatusDisplay, reported: int, *args: Any) -> None:
-        advance(self, reported, *args)
-        if reported == 7:
-            raise SystemExit(1)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StatusDisplay, "advance", die)
-        with pytest.raises(SystemExit):
-            run(config)
+    with pytest.raises(SystemExit):
+        run(config, Die(SystemExit(1), after=7))
     assert max(records(config.train.run_dir, "train")) == 7
     run(config)
     assert exact(config.train.run_dir, "train") == exact(finished.folder, "train")
@@ -315,14 +293,13 @@ def test_starts_from_safetensors(make_config: MakeConfig, full_config: Callable[
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(folder)))
     seen = []
 
-    def observe(self: Any, *args: Any) -> None:
-        seen.append(jax.device_get(self.state.params))
-        raise SystemExit
+    class Observe(Hooks):
+        def on_start(self, step: int, state: TrainState) -> None:
+            seen.append(jax.device_get(state.params))
+            raise SystemExit
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_step", observe)
-        with pytest.raises(SystemExit):
-            run(config)
+    with pytest.raises(SystemExit):
+        run(config, Observe())
     jax.tree.map(np.testing.assert_array_equal, seen[0], jax.device_get(params))
 
     other = make_config(d_model=32, init_from=str(folder))
@@ -331,25 +308,9 @@ def test_starts_from_safetensors(make_config: MakeConfig, full_config: Callable[
     assert not Path(other.train.run_dir).exists()
 
 
-def spoil(patch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Gives these steps token ids outside the vocabulary, whose embedding is not a number."""
-    put_batch, calls = loop.put_batch, []
-
-    def put(mesh: Mesh, batch: LMBatch) -> LMBatch:
-        calls.append(1)
-        if len(calls) in steps:
-            batch = dataclasses.replace(batch, tokens=np.full_like(batch.tokens, 10_000))
-        return put_batch(mesh, batch)
-
-    patch.setattr(loop, "put_batch", put)
-
-
-def test_bad_batch_is_skipped(
-    finished: FinishedRun, full_config: Callable[[], ExperimentConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_batch_is_skipped(finished: FinishedRun, full_config: Callable[[], ExperimentConfig]) -> None:
     config = full_config()
-    spoil(monkeypatch, {4, 7})
-    result = run(config)
+    result = run(config, Spoil({4, 7}))
     assert result.is_complete
     training, expected = records(config.train.run_dir, "train"), records(finished.folder, "train")
     assert [training[step]["skipped"] for step in (3, 4, 6, 7, 12)] == [0, 1, 1, 2, 2]
@@ -366,13 +327,10 @@ def test_bad_batch_is_skipped(
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
 
 
-def test_too_many_bad_batches_end_the_run(
-    full_config: Callable[[], ExperimentConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_bad_batches_end_the_run(full_config: Callable[[], ExperimentConfig]) -> None:
     config = dataclasses.replace(full_config(), faults=FaultsConfig(max_skipped=3))
-    spoil(monkeypatch, set(range(7, 13)))
     with pytest.raises(InputError, match=r"step 9: 3 steps in a row were skipped \(loss nan.*peak_lr") as error:
-        run(config)
+        run(config, Spoil(set(range(7, 13))))
     assert "\n" not in str(error.value)
     loaded = load_params(config.train.run_dir)
     assert loaded.step == 5
@@ -405,11 +363,11 @@ def test_average_is_evaluated_and_saved(make_config: MakeConfig, corpus: Path) -
     assert not np.array_equal(plain["norm_f"]["scale"], average["norm_f"]["scale"])
 
 
-def test_streams_resume_exactly(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_resume_exactly(make_config: MakeConfig) -> None:
     """The recurrent state is part of the checkpoint."""
     uninterrupted, config = make_config(order="streams"), make_config(order="streams")
     run(uninterrupted)
-    assert run_and_stop(config, 5, monkeypatch, signal.SIGTERM).step == 5
+    assert run(config, Signal(signal.SIGTERM, at=5)).step == 5
     run(config)
     assert exact(config.train.run_dir, "train") == exact(uninterrupted.train.run_dir, "train")
 

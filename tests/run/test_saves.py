@@ -1,6 +1,6 @@
 """When a run saves: before whatever else is due, not while steps are skipped, and at its end or not without a word."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,18 +11,20 @@ from mamba_jax.checkpoint import Checkpointer, SaveFailed, load_params
 from mamba_jax.config import CheckpointConfig, EvaluationConfig, ExperimentConfig, TextFolderSource
 from mamba_jax.errors import InputError
 from mamba_jax.run import loop
+from mamba_jax.run.hooks import Hooks
 from mamba_jax.run.loop import TrainResult
 from mamba_jax.telemetry.events import read_events
 from mamba_jax.telemetry.metrics import StatusDisplay, read_metrics, read_samples
-from tests.run.test_loop import spoil
+from mamba_jax.training.train_state import TrainState
+from tests.runs import Spoil
 
 MakeConfig = Callable[..., ExperimentConfig]
 
 pytestmark = pytest.mark.usefixtures("shared_step")
 
 
-def train(config: ExperimentConfig) -> TrainResult:
-    return loop.train(config, devices=jax.devices()[:1])
+def train(config: ExperimentConfig, hooks: Hooks | None = None) -> TrainResult:
+    return loop.train(config, devices=jax.devices()[:1], hooks=hooks)
 
 
 def saved_steps(config: ExperimentConfig) -> list[int]:
@@ -57,22 +59,37 @@ def test_sample_that_fails_costs_a_sample(config: ExperimentConfig, monkeypatch:
     assert all("UnicodeDecodeError" in note and "\n" not in note for note in told)
 
 
-def test_save_comes_before_what_else_is_due(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+class DamagedText(Hooks):
+    """Fails as an evaluation does that reads damaged text."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def before_evaluation(self, step: int) -> None:
+        if step == self._at:
+            raise InputError("damaged text")
+
+
+class FlipBit(Hooks):
+    """Puts a value into the largest array of the state, once step `after` is written."""
+
+    def __init__(self, value: float, after: int) -> None:
+        self._value, self._after = value, after
+
+    def after_step(self, step: int, values: Mapping[str, float], state: TrainState) -> TrainState:
+        if step != self._after:
+            return state
+        leaves, tree = jax.tree.flatten(state)
+        place = max(range(len(leaves)), key=lambda i: leaves[i].size if leaves[i].dtype == "float32" else 0)
+        leaves[place] = leaves[place].at[0, 0].set(self._value)
+        return jax.tree.unflatten(tree, leaves)
+
+
+def test_save_comes_before_what_else_is_due(config: ExperimentConfig) -> None:
     """A start that ends in an evaluation has saved; the next one makes the records of that step, once."""
     for last in (2, 4, 6):
-        with monkeypatch.context() as patch:
-            evaluate = loop._Run._evaluation
-
-            def fail_at(
-                self: Any, kind: Any, step: int, params: Any, evaluate: Any = evaluate, last: int = last
-            ) -> Any:
-                if step == last:
-                    raise InputError("damaged text")
-                return evaluate(self, kind, step, params)
-
-            patch.setattr(loop._Run, "_evaluation", fail_at)
-            with pytest.raises(InputError, match="damaged text"):
-                train(config)
+        with pytest.raises(InputError, match="damaged text"):
+            train(config, DamagedText(at=last))
         assert saved_steps(config)[-1] == last
     assert train(config).is_complete
     records = read_metrics(Path(config.train.run_dir))
@@ -81,9 +98,8 @@ def test_save_comes_before_what_else_is_due(config: ExperimentConfig, monkeypatc
     assert [step for step, _ in read_samples(Path(config.train.run_dir))] == [2, 4, 6]
 
 
-def test_nothing_is_saved_while_steps_are_skipped(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, {4, 6})
-    assert train(config).is_complete
+def test_nothing_is_saved_while_steps_are_skipped(config: ExperimentConfig) -> None:
+    assert train(config, Spoil({4, 6})).is_complete
     # Skipped as well, but the last: its weights are those of step 5.
     assert saved_steps(config) == [2, 6]
     events = read_events(Path(config.train.run_dir))
@@ -92,23 +108,10 @@ def test_nothing_is_saved_while_steps_are_skipped(config: ExperimentConfig, monk
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_state_that_is_not_finite_is_not_saved(
-    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, value: float
-) -> None:
+def test_state_that_is_not_finite_is_not_saved(config: ExperimentConfig, value: float) -> None:
     """A flipped bit that no loss shows: the checkpoint before it is kept, and the run ends with a line."""
-    report = loop._Run._report
-
-    def flip(self: Any, pending: Any) -> None:
-        report(self, pending)
-        if pending is not None and pending[0] == 3:
-            leaves, tree = jax.tree.flatten(self.state)
-            place = max(range(len(leaves)), key=lambda i: leaves[i].size if leaves[i].dtype == "float32" else 0)
-            leaves[place] = leaves[place].at[0, 0].set(value)
-            self.state = jax.tree.unflatten(tree, leaves)
-
-    monkeypatch.setattr(loop._Run, "_report", flip)
     with pytest.raises(InputError, match=r"step 6 could not be saved: the array \S+ holds values that are not finite"):
-        train(config)
+        train(config, FlipBit(value, after=3))
     assert saved_steps(config) == [2]
     failed = [event for event in read_events(Path(config.train.run_dir)) if event["event"] == "save_failed"]
     assert [event["step"] for event in failed] == [4, 6]

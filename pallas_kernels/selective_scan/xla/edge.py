@@ -88,25 +88,18 @@ def _sum_to_edge(
 ) -> EdgeState:
     """The sum over tokens of exp(A s) gain(dt, A) weight matrix, s the steps between the token and the edge."""
     A, segment_ids = arguments.A, arguments.segment_ids
-    batch, length, channels = steps_BLE.shape
+    batch, _, channels = steps_BLE.shape
     states, groups = A.shape[1], group_count(matrix)
     dtype = jnp.result_type(steps_BLE.dtype, A.dtype)
 
     def constant(array_EN: jax.Array) -> jax.Array:
         return jnp.swapaxes(array_EN.astype(dtype).reshape(1, 1, groups, -1, states), 3, 4)
 
-    chunk = min(length, _CHUNK) if isinstance(length, int) else _CHUNK
-    padding = round_up(length, chunk) - length
-
-    def chunks(array: jax.Array) -> jax.Array:
-        array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
-        return jnp.moveaxis(array.reshape(batch, -1, chunk, *array.shape[2:]), 1, 0)
-
-    tokens = {"steps": chunks(steps_BLE), "weights": chunks(weights_BLE)}
+    tokens = {"steps": _chunks(steps_BLE), "weights": _chunks(weights_BLE)}
     if matrix.ndim > 2:
-        tokens["matrix"] = chunks(per_group(matrix, groups).astype(dtype))
+        tokens["matrix"] = _chunks(per_group(matrix, groups).astype(dtype))
     if segment_ids is not None:
-        tokens["starts"] = chunks(segment_starts(segment_ids).astype(jnp.int32))
+        tokens["starts"] = _chunks(segment_starts(segment_ids).astype(jnp.int32))
     rates = constant(A)
 
     def by_group(array_BTE: jax.Array) -> jax.Array:
@@ -129,3 +122,12 @@ def _sum_to_edge(
     start = jnp.zeros_like(weights_BLE, dtype, (batch, groups, states, channels // groups))
     state_BGNF, _ = jax.lax.scan(advance, start, tokens, reverse=direction.is_reversed)
     return EdgeState(state=jnp.swapaxes(state_BGNF, 2, 3).reshape(batch, channels, states))
+
+
+def _chunks(array: jax.Array) -> jax.Array:
+    """(B, L, ...) to (chunks, B, T, ...), with zeros after the last token."""
+    batch, length, *rest = array.shape
+    chunk = min(length, _CHUNK) if isinstance(length, int) else _CHUNK
+    padding = round_up(length, chunk) - length
+    array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * len(rest)))
+    return jnp.moveaxis(array.reshape(batch, -1, chunk, *rest), 1, 0)

@@ -99,7 +99,7 @@ def _scan_backward(
     dy_BLE = _padded(cotangents.y, options.chunk_length)
     dstate_BGNF = _packed_state(cotangents.final_state, groups=state_BGNF.shape[1])
     run = functools.partial(_run_backward, options)
-    gradients = _on_platform(options, run, sequences, masks, constants, starts_CBGNF, dy_BLE, dstate_BGNF)
+    gradients = _on_platform(options, run, sequences, masks, constants, starts_CBGNF, (dy_BLE, dstate_BGNF))
     return split_vjp(gradients)[0]
 
 
@@ -153,10 +153,10 @@ def _run_backward(
     masks: Tree,
     constants: Tree,
     starts_CBGNF: jax.Array,
-    dy_BLE: jax.Array,
-    dstate_BGNF: jax.Array,
+    cotangents: tuple[jax.Array, jax.Array],
 ):
-    """Cotangents of the sequences, of the constants and of the initial state."""
+    """Cotangents of the sequences, of the constants and of the initial state, from those of y and the final state."""
+    dy_BLE, dstate_BGNF = cotangents
     arrange = functools.partial(_arranged, groups=dstate_BGNF.shape[1], time_axis=recurrence.time_axis)
 
     def inject_chunk(slices: Tree, constants: Tree, masks: Tree):

@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mamba_jax.data.config import TextFolderSource, TfdsSource
+from mamba_jax.data.config import TextFolderSource
 from mamba_jax.data.documents import DocumentReader, Piece
 from mamba_jax.data.text_files import find_files
-from mamba_jax.data.tfds_documents import TfdsDocuments
 from mamba_jax.errors import InputError
 
 # Longer files are tokenised in pieces, which bounds memory whatever the size of a file.
@@ -34,15 +33,6 @@ _NO_PROSE = frozenset(
     )
     for name in names
 )
-
-
-def open_documents(source: TextFolderSource | TfdsSource) -> DocumentReader:
-    """Finds the documents of `source` without reading them.
-
-    Raises:
-        InputError: there is no such folder, package, file or set.
-    """
-    return TextFolder(source) if isinstance(source, TextFolderSource) else TfdsDocuments(source)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

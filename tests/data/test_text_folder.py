@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from mamba_jax.config import TextFolderSource
-from mamba_jax.data import sources
-from mamba_jax.data.sources import _is_held_out, open_documents
+from mamba_jax.data import text_folder
 from mamba_jax.data.text_files import find_files
+from mamba_jax.data.text_folder import TextFolder as open_documents
+from mamba_jax.data.text_folder import _is_held_out
 from mamba_jax.errors import InputError
 
 
@@ -185,7 +186,7 @@ def test_parts_split_all_files_and_stay_when_files_are_added(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 3, 5, 16, 10_000])
 def test_long_files_come_in_pieces_that_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
-    monkeypatch.setattr(sources, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(text_folder, "_PIECE_BYTES", piece_bytes)
     text = "eins\n\nzwei é 漢字 🐍\r\ndrei" * 7 + "x" * 40 + "\n"
     if piece_bytes == 10_000:
         text *= 100
@@ -194,7 +195,7 @@ def test_long_files_come_in_pieces_that_join(tmp_path: Path, monkeypatch: pytest
 
 
 def test_pieces_end_at_line_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_PIECE_BYTES", 16)
+    monkeypatch.setattr(text_folder, "_PIECE_BYTES", 16)
     (tmp_path / "a.txt").write_text("a short line\n" * 21)
     pieces = list(open_documents(TextFolderSource(path=str(tmp_path))).pieces())
     assert [piece.continues for piece in pieces] == [False] + [True] * (len(pieces) - 1)
@@ -215,7 +216,7 @@ def test_pieces_end_at_line_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_pieces_end_where_tokens_do(text: str, expected: str) -> None:
-    assert text[: sources._cut(text)] == expected
+    assert text[: text_folder._cut(text)] == expected
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(folder: Path) -> None:
@@ -303,7 +304,7 @@ def test_bad_folders_get_one_line(
     expected: str,
     piece_bytes: int,
 ) -> None:
-    monkeypatch.setattr(sources, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(text_folder, "_PIECE_BYTES", piece_bytes)
     damage(folder)
     with pytest.raises(InputError, match=expected) as raised:
         texts(TextFolderSource(**{"path": str(folder), **fields}))

@@ -1,0 +1,126 @@
+"""The interface between data and training: batch number k, whatever makes it."""
+
+import abc
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from mamba_jax.data.batch import LMBatch
+from mamba_jax.data.config import DataConfig, Documents
+from mamba_jax.errors import InputError
+
+_MAX_PREFETCH = 1000
+# Above this many threads, Python's lock and not the disk is what batches wait for.
+_MAX_THREADS = 16
+
+
+class Batches(abc.ABC):
+    """Training batches as a pure function of the step, which is all that a checkpoint stores of the data.
+
+    Attributes:
+        prefetch: batches that `iterate` keeps ready.
+    """
+
+    prefetch: int = 2
+
+    @abc.abstractmethod
+    def at(self, step: int) -> LMBatch:
+        """Batch `step`, counted from 0: this process' rows, as numpy arrays."""
+
+    def iterate(self, start_step: int) -> Iterator[LMBatch]:
+        """`at(start_step)`, `at(start_step + 1)`, ... without end, prepared ahead by background threads."""
+        import grain
+
+        options = grain.ReadOptions(num_threads=min(self.prefetch, _MAX_THREADS), prefetch_buffer_size=self.prefetch)
+        return iter(grain.MapDataset.range(start_step, sys.maxsize).map(self.at).to_iter_dataset(options))
+
+
+class Task(abc.ABC):
+    """A source that makes whole batches itself, as a synthetic task does; there is no stream of tokens behind it.
+
+    Attributes:
+        identity: JSON object that changes whenever the batches may have changed; a run refuses to resume on another.
+        tokens_per_byte: what bits per byte are computed with; 1 counts every token as a byte.
+    """
+
+    identity: dict[str, Any]
+    tokens_per_byte: float = 1.0
+
+    @abc.abstractmethod
+    def batch(self, seed: int, step: int, *, batch_size: int, seq_len: int) -> LMBatch:
+        """A whole batch, a pure function of the arguments; `segment_ids` and `continues` are None.
+
+        Args:
+            seed: of the run.
+            step: number of the batch, from 0; that of evaluation batches is negative, so they are other ones.
+            batch_size: B, rows over all processes.
+            seq_len: L, tokens of a row.
+        """
+
+
+class TaskBatches(Batches):
+    """Training batches of a task.
+
+    Args:
+        task: makes the batches.
+        config: `seq_len`, `global_batch`, `documents`, `order` and `prefetch` are used.
+        seed: handed to the task.
+        process_index: p; this process gets the p-th of P equal runs of rows.
+        process_count: P.
+
+    Raises:
+        InputError: `order` asks for streams, which a task does not have; or see `check_prefetch` and `process_rows`.
+    """
+
+    def __init__(
+        self, task: Task, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+    ) -> None:
+        if config.order == "streams":
+            raise InputError(
+                f"data.order='streams' goes through a text in order, and a source of kind {config.train.kind!r} makes "
+                "its batches one by one: set data.order to 'shuffled'"
+            )
+        self.prefetch = check_prefetch(config.prefetch)
+        self._task, self._config, self._seed = task, config, seed
+        self._rows = process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
+
+    def at(self, step: int) -> LMBatch:
+        """See `Batches.at`."""
+        config = self._config
+        whole = self._task.batch(self._seed, step, batch_size=config.global_batch, seq_len=config.seq_len)
+        return task_rows(whole, self._rows, config.documents)
+
+
+def task_rows(batch: LMBatch, rows: range, documents: Documents) -> LMBatch:
+    """Some rows of a task's batch, each a document of its own where documents are marked."""
+    batch = jax.tree.map(lambda array: array[rows.start : rows.stop], batch)
+    if documents == "packed":
+        batch = dataclasses.replace(batch, segment_ids=np.zeros(batch.tokens.shape, np.int32))
+    return batch
+
+
+def check_prefetch(prefetch: int) -> int:
+    """The number of batches to keep ready, if memory can hold so many.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if prefetch > _MAX_PREFETCH:
+        raise InputError(f"data.prefetch keeps at most {_MAX_PREFETCH} batches ready, got {prefetch}: lower it")
+    return prefetch
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int, *, name: str) -> range:
+    """The rows of a batch that process p of P makes: the p-th of P equal runs.
+
+    Raises:
+        InputError: the rows cannot be split evenly; `name` is what to change.
+    """
+    if batch_size % process_count:
+        raise InputError(f"{name} ({batch_size}) must be divisible by the {process_count} processes: change it")
+    rows = batch_size // process_count
+    return range(process_index * rows, (process_index + 1) * rows)
