@@ -21,6 +21,7 @@ type Registers = Sequence[jax.Array]
 
 def loop(first, stop, body: Callable[[jax.Array, Any], Any], carry):
     """`jax.lax.fori_loop` for a carry whose lists may come back as tuples and the other way round."""
+    # Kernels build lists and tuples as it suits them; the loop's types must match exactly.
     leaves, tree = jax.tree.flatten(carry)
 
     def advance(i, leaves):
@@ -44,9 +45,11 @@ def softplus(value: jax.Array, reciprocal: Callable[[jax.Array], jax.Array]) -> 
 
     With e = exp(-|value|): max(value, 0) + log1p(e), and log1p(e) = 2 atanh(s) for s = e / (2 + e), at most 1/3.
     """
+    # exp(-|value|) cannot overflow, whatever the sign of value.
     e = jnp.exp2(jnp.maximum(value, -value) * -LOG2_E)
     s = e * reciprocal(e + 2.0)
     square = s * s
+    # Horner's scheme, from the highest power down.
     series = square * _ATANH[-1] + _ATANH[-2]
     for coefficient in _ATANH[-3::-1]:
         series = series * square + coefficient
@@ -55,4 +58,5 @@ def softplus(value: jax.Array, reciprocal: Callable[[jax.Array], jax.Array]) -> 
 
 def sigmoid(w: "Warpgroup", value: jax.Array) -> jax.Array:
     """1 / (1 + exp(-value))."""
+    # Where the power overflows to infinity its reciprocal is 0, the right limit.
     return w.reciprocal(1.0 + jnp.exp2(value * -LOG2_E))

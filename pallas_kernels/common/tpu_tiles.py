@@ -14,8 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.register_math import LOG2_E
 
+# A register of the vector unit.
 LANES = 128
 SUBLANES = 8
+# Consecutive tokens that a kernel's stage takes together: the rows of a bfloat16 register.
 SPAN = 16
 # What a step over a span of tokens costs besides its tiles, in the time of a tile. The schedules of a scan with blocks
 # of 12 and 6 tiles say 1.1 (4.741 and 5.146 million cycles, `benchmarks/results/tpu_static_2026-11-24.md`). A number
@@ -34,6 +36,7 @@ def choose_tiles(count: int, *, most: int) -> int:
 
 def span_tokens(span) -> pl.Slice:
     """Rows of a span of tokens in a block."""
+    # The compiler must know that the rows start at a whole register, or it shifts them into place.
     return pl.ds(pl.multiple_of(span * SPAN, SPAN), SPAN)
 
 
@@ -48,12 +51,12 @@ def sequence(refs: Refs, name: str, span, lanes: slice) -> jax.Array:
 
 
 def over(count: int, body: Callable[[Any, Any], Any], carry: Any = 0) -> Any:
-    """A loop that is none if it runs once."""
+    """`jax.lax.fori_loop` from 0; a single pass is not a loop, and its index is static."""
     return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
 
 
 def folded(rows: jax.Array) -> jax.Array:
-    """8 or 16 rows to 8, whose sum is the same."""
+    """Adds 16 rows to 8 that have the same sum; 8 rows stay as they are."""
     parts = [rows[first : first + SUBLANES] for first in range(0, rows.shape[0], SUBLANES)]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
@@ -65,4 +68,5 @@ def reciprocal(value: jax.Array) -> jax.Array:
 
 def sigmoid(value: jax.Array) -> jax.Array:
     """1 / (1 + exp(-value)); below -69, 2^-100."""
+    # The reciprocal is for normal numbers, so the power stays at 2^100 or below.
     return reciprocal(1.0 + jnp.exp2(jnp.minimum(value * -LOG2_E, 100.0)))

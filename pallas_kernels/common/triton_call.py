@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.common.devices import cuda_compute_capability
 from pallas_kernels.common.partitioning import varying_like
 
+# Ampere, the first generation that the kernels are compiled for in `tests/kernels/test_selective_scan_triton.py`.
 MINIMUM_COMPUTE_CAPABILITY = 80
 
 
@@ -22,9 +23,10 @@ def import_kernels(op: str, module: str) -> ModuleType:
         module: full name of the module.
 
     Raises:
-        NotImplementedError: the target is no CUDA GPU of compute capability 8.0 or more, or jax-triton or triton is not
-            installed.
+        NotImplementedError: the target is not a CUDA GPU of compute capability 8.0 or more, or jax-triton or triton is
+            not installed.
     """
+    # Asked first: without such a GPU the answer is the same whether or not the packages are there.
     capability = cuda_compute_capability()
     if capability is None or capability < MINIMUM_COMPUTE_CAPABILITY:
         raise NotImplementedError(f"{op}: 'triton' needs a CUDA GPU of compute capability 8.0 or more")
@@ -60,7 +62,10 @@ def call(
     Returns:
         The outputs that are not None.
     """
+    # Arguments go by position; this catches a kernel and a caller that disagree about the order.
     assert kernel.arg_names == [*inputs, *outputs, *constants]
+    # A kernel has a fixed number of pointers. What it does not read may be any array; what it does not write is one
+    # number.
     unread = next(array for array in inputs.values() if array is not None)
     unwritten = jax.ShapeDtypeStruct((1,), jnp.float32)
     results = importlib.import_module("jax_triton").triton_call(
@@ -69,6 +74,7 @@ def call(
         out_shape=[unwritten if output is None else output for output in outputs.values()],
         grid=(programs,),
         num_warps=warps,
+        # Triton's own prefetching is off: the kernels load a tile ahead by themselves.
         num_stages=1,
         compute_capability=cuda_compute_capability(),
         name=name,

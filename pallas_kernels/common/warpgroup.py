@@ -25,10 +25,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.partitioning import varying_like
 
+# Sizes that the hardware fixes: 32 lanes a warp, 4 warps a warpgroup, which is what Mosaic GPU programs.
 LANES = 32
 WARPS = 4
 THREADS = LANES * WARPS
+# One element of an array in each thread, in a register.
 _REGISTER = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
+# The widest load or store of a thread.
 _MAX_ACCESS_BYTES = 16
 # Stands for any dynamic index in the position list of LLVM's getelementptr.
 _DYNAMIC = -(2**31)
@@ -94,6 +97,7 @@ def widen(words: Sequence[jax.Array], dtype: jnp.dtype) -> tuple[jax.Array, ...]
     """The float32 values of words loaded from memory of a dtype."""
     if dtype == jnp.float32:
         return tuple(words)
+    # A bfloat16 is the upper half of a float32: a shift for the first of a word, a mask for the second.
     values = []
     for word in words:
         for bits in (word << 16, word & np.int32(-65536)):
@@ -102,6 +106,8 @@ def widen(words: Sequence[jax.Array], dtype: jnp.dtype) -> tuple[jax.Array, ...]
 
 
 def _scalar(array: mgpu.FragmentedArray) -> ir.Value:
+    """The value that each thread holds of an array, as MLIR sees it."""
+    # Arithmetic may leave a scalar or a vector of one.
     (register,) = array.registers.flat
     if isinstance(register.type, ir.VectorType):
         return vector.extract(register, [], [0])
@@ -109,6 +115,7 @@ def _scalar(array: mgpu.FragmentedArray) -> ir.Value:
 
 
 def _array(scalar: ir.Value, *, is_signed: bool | None = None) -> mgpu.FragmentedArray:
+    """The array of which each thread holds the given value."""
     register = vector.broadcast(ir.VectorType.get((1,), scalar.type), scalar)
     registers = np.empty((1,), dtype=object)
     registers[0] = register
@@ -116,6 +123,7 @@ def _array(scalar: ir.Value, *, is_signed: bool | None = None) -> mgpu.Fragmente
 
 
 def _registers(dtype, count: int):
+    """Types of `count` arrays with one value a thread, for results of inline code."""
     return tuple(plgpu.ShapeDtypeStruct((THREADS,), dtype, layout=_REGISTER) for _ in range(count))
 
 
@@ -137,10 +145,12 @@ class _Address:
         base = utils.memref_ptr(ref)
         element = ir.MemRefType(ref.type).element_type
         position = _scalar(coordinates[0])
+        # Only rows of global memory need 64 bits: tensors may exceed 2^31 elements, shared memory cannot.
         if self.pitch is not None:
             i64 = ir.IntegerType.get_signless(64)
             row = arith.muli(arith.extsi(i64, _scalar(coordinates[1])), utils.c(self.pitch, i64))
             position = arith.addi(row, arith.extsi(i64, position))
+        # The constant comes last and by itself, so it becomes the immediate offset of the instruction.
         return self._moved(self._moved(base, element, [position], [_DYNAMIC]), element, [], [self.offset])
 
     @staticmethod
@@ -151,6 +161,7 @@ class _Address:
         return dataclasses.replace(self, offset=self.offset + elements)
 
 
+# Cached, so that the same access is the same function however often a kernel is traced.
 @functools.cache
 def _load_function(address: _Address, count: int, dtype: jnp.dtype, constant: bool):
     """Inline code that loads `count` elements of a dtype."""
@@ -168,6 +179,7 @@ def _load_function(address: _Address, count: int, dtype: jnp.dtype, constant: bo
         for start, length in _pieces(count, itemsize):
             size = length * itemsize
             pointer = address.later(start).pointer(ref, coordinates)
+            # Invariant loads may be moved across barriers and stores: only memory that the kernel never writes.
             loaded = llvm.load(
                 ir.VectorType.get((size // 4,), word), pointer, alignment=size, invariant=constant or None
             )
@@ -187,6 +199,7 @@ def _store_function(address: _Address, count: int, dtype: jnp.dtype, is_masked: 
     def store(ctx, ref, *arrays):
         del ctx
         values = [_scalar(array) for array in arrays[len(coordinates) :]]
+        # A branch around the store, not a select: there is nothing to write elsewhere.
         with utils.when(values.pop()) if is_masked else contextlib.nullcontext():
             write(ref, arrays[: len(coordinates)], values)
 
@@ -194,6 +207,7 @@ def _store_function(address: _Address, count: int, dtype: jnp.dtype, is_masked: 
         element = utils.dtype_to_ir_type(dtype)
         for start, length in _pieces(count, dtype.itemsize):
             wide = vector.from_elements(ir.VectorType.get((length,), values[0].type), values[start : start + length])
+            # One conversion of the vector, which rounds two values an instruction.
             if element != values[0].type:
                 wide = arith.truncf(ir.VectorType.get((length,), element), wide)
             pointer = address.later(start).pointer(ref, coordinates)
@@ -204,6 +218,8 @@ def _store_function(address: _Address, count: int, dtype: jnp.dtype, is_masked: 
 
 @functools.cache
 def _shuffle_function(mask: int):
+    """Inline code that exchanges a value with the lane whose number differs in the bits of `mask`."""
+
     @plgpu.inline_mgpu(arg_types=(_REGISTER,), return_type=_registers(jnp.float32, 1)[0])
     def shuffle(ctx, value):
         del ctx
@@ -214,6 +230,7 @@ def _shuffle_function(mask: int):
 
 @plgpu.inline_mgpu(arg_types=(_REGISTER,), return_type=_registers(jnp.float32, 1)[0])
 def _reciprocal(ctx, value):
+    # One instruction of the special-function unit; a division takes several. Infinity gives 0, as sigmoid needs.
     del ctx
     return _array(utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", _scalar(value), result_types=ir.F32Type.get()))
 
@@ -222,6 +239,7 @@ def _reciprocal(ctx, value):
 def _thread_index(ctx):
     del ctx
     i32 = ir.IntegerType.get_signless(32)
+    # The index within the warpgroup; the mask also tells the compiler how large it can be.
     return _array(arith.andi(utils.thread_idx(), utils.c(THREADS - 1, i32)), is_signed=True)
 
 
@@ -287,12 +305,14 @@ class Interpreted(Warpgroup):
 
     def load(self, ref, index, count, *, offset=0, row=None, pitch=0):
         elements = ref[...].reshape(-1)[self._positions(index, count, offset, row, pitch)]
+        # As on the device, two bfloat16 come as one word, the first in its lower half.
         if elements.dtype.itemsize == 2:
             elements = jax.lax.bitcast_convert_type(elements.reshape(THREADS, -1, 2), jnp.int32)
         return tuple(elements[:, i] for i in range(elements.shape[1]))
 
     def store(self, ref, index, values, *, offset=0, row=None, pitch=0, mask=None):
         positions = self._positions(index, len(values), offset, row, pitch)
+        # A position past the end is dropped: the store of a masked thread.
         if mask is not None:
             positions = jnp.where(mask[:, None], positions, ref.size)
         columns = [jnp.broadcast_to(value, (THREADS,)) for value in values]
@@ -338,6 +358,7 @@ def launch(
     """
     warpgroup = Interpreted() if interpreted else Device()
 
+    # Pallas passes references by position; the kernel takes them by name.
     def body(*refs):
         remaining = iter(refs)
         kernel(warpgroup, *({key: next(remaining) for key in group} for group in (inputs, outputs, scratch)))

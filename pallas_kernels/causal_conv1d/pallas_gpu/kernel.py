@@ -47,23 +47,26 @@ def runs_of_row(walk: Walk, tokens: int) -> int:
 
 
 class Thread:
-    """A thread's place, and its access to memory."""
+    """Where each thread works (its channels and its run of tokens), and its access to memory."""
 
     def __init__(self, w: Warpgroup, walk: Walk, shape, extra_tokens: int, inputs: dict, outputs: dict):
         self.w, self.walk, self.inputs, self.outputs = w, walk, inputs, outputs
         self.batch, self.length, _ = shape
         self.pitch = inputs["x"].shape[1]
         self.width = inputs["weight"].shape[0]
+        # A scalar becomes an array with one value a thread by adding it to this zero.
         thread = w.thread_index()
         self.zero = thread & 0
         runs_of_a_row = runs_of_row(walk, self.length + extra_tokens)
         run = (self.zero + jax.lax.axis_index("run")) * RUNS + (thread >> _COLUMN_BITS)
         column = (self.zero + jax.lax.axis_index("column")) * (COLUMNS * walk.channels)
         column = column + (thread & (COLUMNS - 1)) * walk.channels
+        # Threads past the last run or channel repeat the last one, so that they read what exists; they write nothing.
         last = self.batch * runs_of_a_row - 1
         self.is_inside = (run <= last) & (column < self.pitch)
         self.run = jnp.minimum(run, self.zero + last)
         self.column = jnp.minimum(column, self.zero + (self.pitch - walk.channels))
+        # Runs are numbered through all batch rows; each row has equally many.
         self.row = jax.lax.div(self.run, self.zero + runs_of_a_row)
         self.start = (self.run - self.row * runs_of_a_row) * walk.tokens
         self.is_first = self.start == 0
@@ -90,6 +93,7 @@ class Thread:
 
     def past_input(self, distance: int) -> tuple[Registers, jax.Array | None]:
         """The input `distance` tokens before the run, which may lie in the window, and its segment."""
+        # Both places are read and one is chosen: threads of a warp need not branch.
         words = self.load_token(("x",), self.start - distance)
         values = self.values("x", words["x"])
         window = self.window_input(-distance)
@@ -98,6 +102,7 @@ class Thread:
 
     def window_input(self, token: int) -> Registers:
         """The input of a token before the sequence; zero before the window."""
+        # The window holds the last K - 1 inputs; the backward kernel asks for earlier ones, which no output needs.
         past = self.width - 1
         if -token > past:
             return [self.w.full(0.0)] * self.walk.channels
@@ -115,14 +120,16 @@ class Thread:
 
     def masked(self, values: Registers, segment, other) -> Registers:
         """Values of a token, zero if it is not of the other's segment."""
+        # The newest token is in its own segment: no comparison is compiled for it.
         if segment is None or segment is other:
             return values
         return [jnp.where(segment == other, value, self.w.full(0.0)) for value in values]
 
 
 def forward(thread: Thread, activation: Activation | None) -> None:
-    """y_t of a run, one token after the other."""
+    """y_t = act(bias + sum_k weight_k x_{t - K + 1 + k}) for a run, one token after the other."""
     w, walk, past = thread.w, thread.walk, thread.width - 1
+    # Weights, bias and the last K - 1 inputs stay in registers: an input is read once for its K outputs.
     weight = [thread.load("weight", thread.zero + k) for k in range(thread.width)]
     bias = thread.load("bias", thread.zero)
     history = [thread.past_input(distance) for distance in range(past, 0, -1)]
@@ -131,6 +138,7 @@ def forward(thread: Thread, activation: Activation | None) -> None:
         return [thread.load_token(("x",), thread.start + step * walk.ahead + i) for i in range(walk.ahead)]
 
     def advance(step, carry):
+        # `ahead` tokens are on their way from memory while the ones before are computed.
         words, history = carry
         following = fetch(step + 1)
         for i in range(walk.ahead):
@@ -140,6 +148,7 @@ def forward(thread: Thread, activation: Activation | None) -> None:
             y = thread.pre_activation(inputs, segments, weight, bias)
             if activation == "silu":
                 y = [value * sigmoid(w, value) for value in y]
+            # The last run of a row may reach past its end.
             token = thread.start + step * walk.ahead + i
             thread.store("y", thread.token_row(token), y, token < thread.length)
             history = history[1:]
@@ -159,6 +168,7 @@ def backward(thread: Thread, activation: Activation | None) -> None:
 
     def gradient(history, words, token):
         """The gradient by the pre-activation of the newest token of the history, zero if it does not exist."""
+        # silu'(p) = s (1 + p (1 - s)) with s = sigmoid(p), and p computed again from the inputs.
         inputs, segments = zip(*history, strict=True)
         dy = thread.values("dy", words["dy"])
         if activation == "silu":
@@ -189,21 +199,24 @@ def backward(thread: Thread, activation: Activation | None) -> None:
             history = [*history, (thread.values("x", words[i]["x"]), segment)]
             gradients = [*gradients, gradient(history, words[i], token)]
             inputs, segments = zip(*history, strict=True)
+            # With r_t the gradient by the pre-activation: dbias = sum_t r_t, dweight_k = sum_t r_t x_{t - K + 1 + k}.
             newest = gradients[-1]
             dbias = [a + b for a, b in zip(dbias, newest, strict=True)]
             taps = [thread.masked(inputs[k], segments[k], segments[-1]) for k in range(thread.width)]
             dweight = [
                 [a + b * c for a, b, c in zip(dweight[k], newest, taps[k], strict=True)] for k in range(thread.width)
             ]
-            # Tap k of the token K - 1 back meets the gradient of the token k back.
+            # dx_s = sum_k weight_k r_{s + K - 1 - k}: tap k of the token K - 1 back meets the gradient k tokens back.
             later = [thread.masked(gradients[past - k], segments[past - k], segments[0]) for k in range(thread.width)]
             dx = [total(weight[k][c] * later[k][c] for k in range(thread.width)) for c in range(walk.channels)]
+            # Only now has that token all its terms. Before the sequence it is an input of the window.
             target = token - past
             is_token = (target >= 0) & (target < thread.length)
             thread.store("dx", thread.token_row(target), dx, is_token)
             if past:
                 row = thread.row * past + jnp.minimum(jnp.maximum(target + past, thread.zero), thread.zero + (past - 1))
                 thread.store("dwindow", row, dx, target < 0)
+                # The last K - 1 inputs are also the final window, whose gradient XLA adds in float32.
                 tail = target - (thread.length - past)
                 row = thread.row * past + jnp.minimum(jnp.maximum(tail, thread.zero), thread.zero + (past - 1))
                 thread.store("dtail", row, dx, (tail >= 0) & is_token)
@@ -214,6 +227,7 @@ def backward(thread: Thread, activation: Activation | None) -> None:
     carry = fetch(jnp.int32(0)), history, gradients, [zeros] * thread.width, zeros
     *_, dweight, dbias = loop(0, walk.tokens // walk.ahead, advance, carry)
     always = thread.zero == 0
+    # One row a run, which XLA adds up in a fixed order.
     for k in range(thread.width):
         thread.store("dweight", thread.run * thread.width + k, dweight[k], always)
     thread.store("dbias", thread.run, dbias, always)

@@ -6,7 +6,8 @@ lanes of a warp to the last axes first, P and then E, and warps to what is left 
 registers of one thread: the scan over T and the sum over R need no communication.
 
 Suffixes spell shapes: T tokens of a tile, E channels of a block, N = P R states, L length. Steps, states, and
-everything computed from them are float32. README.md derives the equations; names beginning with d are gradients.
+everything computed from them are float32. Numbers of equations are those of README.md one folder up; names beginning
+with d are gradients.
 """
 
 # Triton compiles what only looks like Python, and need not be installed.
@@ -78,15 +79,17 @@ def forward(
     P: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Writes y (B, L, E), final_state (B, E, N) and, every CHUNK tiles, the state in checkpoints (B, chunks, E, N).
+    """Equations 1 to 6: writes y (B, L, E), final_state (B, E, N) and checkpoints (B, chunks, E, N).
 
-    Pointers of absent arguments are not read. B_GROUPS and C_GROUPS are 0 for a matrix that is constant over time.
+    A checkpoint is the state before a chunk of CHUNK tiles. Pointers of absent arguments are not read. B_GROUPS and
+    C_GROUPS are 0 for a matrix that is constant over time.
     """
     row, group, _block, channel_E, exists_E = block_of_program(CHANNELS, GROUPS, E)
     state_REP, is_state_REP = state_tile(channel_E, exists_E, STATES, R, P)
     A_REP = load_state(A + state_REP, is_state_REP) * LOG2_E
     D_E = load_channels(D, channel_E, exists_E, HAS_D)
     bias_E = load_channels(dt_bias, channel_E, exists_E, HAS_BIAS)
+    # The state, equation 4: it stays in registers from the first token to the last.
     h_REP = tl.zeros_like(A_REP)
     if HAS_INITIAL:
         h_REP = load_state(initial_state + row * CHANNELS * STATES + state_REP, is_state_REP)
@@ -94,10 +97,11 @@ def forward(
     chunks: tl.constexpr = (tiles + CHUNK - 1) // CHUNK
     time_T = tl.arange(0, T)
 
-    # Every load is issued a tile ahead of its use.
+    # Every load is issued a tile ahead of its use. Adding row * 0 makes the token's index 64 bits wide.
     first = row * 0
     x_TE = load_sequence(x, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
     dt_TE = load_sequence(dt, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
+    # A variable of the loop needs a value even if it is not used.
     z_TE = x_TE
     if HAS_Z:
         z_TE = load_sequence(z, row, first, channel_E, exists_E, LENGTH, CHANNELS, T)
@@ -115,16 +119,19 @@ def forward(
         next_B = load_matrix(B, row, next_first, group, state_REP, is_state_REP, LENGTH, STATES, B_GROUPS, T, R, P)
         next_C = load_matrix(C, row, next_first, group, state_REP, is_state_REP, LENGTH, STATES, C_GROUPS, T, R, P)
         next_starts_T = load_starts(segment_ids, row, next_first, LENGTH, T, HAS_SEGMENTS)
+        # The state before a chunk, from which the backward kernel starts.
         if HAS_CHECKPOINTS and tile % CHUNK == 0:
             place = (row * chunks + tile // CHUNK) * CHANNELS * STATES
             tl.store(checkpoints + place + state_REP, h_REP, mask=is_state_REP)
 
+        # Equation 1. Past the end steps are zero: a is 1 and u is 0 there, so the state stays as it is.
         valid_T = first + time_T < LENGTH
         x32_TE = x_TE.to(tl.float32)
         step_TE, _slope_TE = step_size(dt_TE, bias_E, valid_T, SOFTPLUS)
         a_TREP, u_TREP, _gain_TREP, _step_T1E1, _inflow_T1E1 = coefficients(
             x32_TE, step_TE, A_REP, B_tile, starts_T, B_GROUPS, ZOH, HAS_SEGMENTS
         )
+        # Equations 4, 5 and 6.
         _before_TREP, after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
         y_TE = sum_states(after_TREP * matrix_tile(C_tile, C_GROUPS)) + D_E[None] * x32_TE
         if HAS_Z:
@@ -180,7 +187,7 @@ def backward(
     P: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Writes the gradients, chunk by chunk from the end.
+    """Equations 8 to 20: writes the gradients, chunk by chunk from the end.
 
     A chunk's states at the starts of its tiles are recomputed from its checkpoint into scratch (programs, CHUNK, E, N);
     the tiles then follow in reverse. dx, ddt, dz are (B, L, E); dA, dinitial_state, and dB and dC of constant matrices,
@@ -195,11 +202,13 @@ def backward(
     of_row = row * CHANNELS * STATES
     chunks: tl.constexpr = (LENGTH + T * CHUNK - 1) // (T * CHUNK)
     time_T = tl.arange(0, T)
+    # Where a lane keeps a state in scratch: laid out for this program alone, so every lane reads what it wrote itself.
     kept_REP = tl.arange(0, E)[None, :, None] * (R * P) + state_index(R, P)
     kept_REP += tl.program_id(0).to(tl.int64) * (CHUNK * E * R * P)
 
-    # The cotangent that reaches the state before a tile from the tile.
+    # g of equation 10: what the tokens from a tile on contribute to the gradient of the state before it.
     carry_REP = load_state(dfinal_state + of_row + state_REP, is_state_REP)
+    # Sums over time; those of D and the bias keep the tokens of a tile apart, and are added at the very end.
     dA_REP = tl.zeros_like(A_REP)
     dB_REP = tl.zeros_like(A_REP)
     dC_REP = tl.zeros_like(A_REP)
@@ -217,6 +226,7 @@ def backward(
     C_tile = load_matrix(C, row, first, group, state_REP, is_state_REP, LENGTH, STATES, C_GROUPS, T, R, P)
     starts_T = load_starts(segment_ids, row, first, LENGTH, T, HAS_SEGMENTS)
     for chunk_from_end in tl.range(0, chunks):
+        # First stage: equation 4 again, from the chunk's checkpoint, keeping the state before each of its tiles.
         chunk = chunks - 1 - chunk_from_end
         first_tile = chunk * CHUNK
         h_REP = load_state(checkpoints + (row * chunks + chunk) * CHANNELS * STATES + state_REP, is_state_REP)
@@ -245,8 +255,10 @@ def backward(
             tl.store(scratch + kept_REP + index * (E * R * P), h_REP)
             early_x_TE, early_dt_TE, early_starts_T = next_early_x_TE, next_early_dt_TE, next_early_starts_T
             early_B = next_early_B
+        # Scratch is global memory: its stores must be visible before the loads below, which Triton does not see to.
         tl.debug_barrier()
 
+        # Second stage: the tiles of the chunk in reverse.
         for index_from_end in tl.range(0, CHUNK):
             index = CHUNK - 1 - index_from_end
             first = row * 0 + (first_tile + index) * T
@@ -271,7 +283,7 @@ def backward(
             )
             before_TREP, after_TREP, h_REP = scan(a_TREP, u_TREP, h_REP, T)
 
-            # Through the gate and the output.
+            # Equations 8, 9 and 19.
             dout_TE = dy_TE.to(tl.float32)
             if HAS_Z:
                 out_TE = sum_states(after_TREP * C_TREP) + D_E[None] * x32_TE
@@ -280,12 +292,14 @@ def backward(
             dD_TE += dout_TE * x32_TE
             dout_T1E1 = per_state(dout_TE)
 
-            # Through the recurrence: du is the cotangent of u and of the state after, flow of the state before a token.
+            # Equations 10 and 11: du is dh_t, the gradient of u_t and of the state after a token, flow is g_{t-1}.
             du_TREP, flow_TREP, carry_REP = adjoint_scan(a_TREP, dout_T1E1 * C_TREP, carry_REP, T)
             dx_TE, dstep_TE, dA_TREP, dB_TREP = through_coefficients(
                 flow_TREP * before_TREP, du_TREP, x32_TE, step_TE, A_REP, B_TREP, gain_TREP, step_T1E1, inflow_T1E1, ZOH
             )
+            # Equation 14 for C; `store_matrix` sums it over the channels, in a fixed order.
             dC_TREP = dout_T1E1 * after_TREP
+            # Equation 16's skip, then 18.
             dx_TE += D_E[None] * dout_TE
             ddt_TE = dstep_TE * slope_TE
             ddt_bias_TE += ddt_TE
@@ -302,8 +316,10 @@ def backward(
                 store_matrix(dC, dC_TREP, row, first, group, block, BATCH, LENGTH, STATES, GROUPS, T, R, P)
             x_TE, dt_TE, dy_TE, z_TE, starts_T = next_x_TE, next_dt_TE, next_dy_TE, next_z_TE, next_starts_T
             B_tile, C_tile = next_B, next_C
+        # The next chunk overwrites scratch.
         tl.debug_barrier()
 
+    # g_0 of equation 11, and the sums over time: one row for each batch row, which the caller adds up.
     tl.store(dinitial_state + of_row + state_REP, carry_REP, mask=is_state_REP)
     tl.store(dA + of_row + state_REP, dA_REP, mask=is_state_REP)
     if B_GROUPS == 0:

@@ -1,6 +1,6 @@
 """Tiles of the selective scan in Triton: loads and stores, pointwise arithmetic, the recurrence and its adjoint.
 
-Import only where triton is installed; `triton_kernels.py` explains layout and suffixes.
+Import only where triton is installed; `kernels.py` explains layout and suffixes.
 """
 
 # Triton compiles what only looks like Python, and need not be installed.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# What float32 leaves over of it.
+# What rounding LOG2_E to float32 loses, for `exponential`.
 LOG2_E_LOW = tl.constexpr(1.9259629911266175e-08)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -23,9 +23,11 @@ def block_of_program(CHANNELS: tl.constexpr, GROUPS: tl.constexpr, E: tl.constex
     per_group: tl.constexpr = CHANNELS // GROUPS
     blocks: tl.constexpr = (per_group + E - 1) // E
     program = tl.program_id(0)
+    # A row's offset in an array may exceed 2^31 elements.
     row = (program // (blocks * GROUPS)).to(tl.int64)
     group = program // blocks % GROUPS
     block = program % blocks
+    # No block crosses a group: its channels share B and C.
     within_group_E = block * E + tl.arange(0, E)
     return row, group, block, group * per_group + within_group_E, within_group_E < per_group
 
@@ -109,8 +111,10 @@ def load_matrix(
     if GROUPS == 0:
         return tl.load(pointer + state_REP, mask=is_state_REP, other=0.0)
     else:
+        # B and C may differ in their groups: a matrix with one group serves those of the other.
         if GROUPS == 1:
             group = 0
+        # E is missing on purpose: the matrix is loaded once for all channels of a block.
         state_1RP = tl.arange(0, P)[None, None, :] * R + tl.arange(0, R)[None, :, None]
         time_T = tl.arange(0, T)[:, None, None]
         offset = ((row * LENGTH + first) * GROUPS + group) * STATES
@@ -136,6 +140,7 @@ def store_matrix(
     P: tl.constexpr,
 ):
     """Sums over the block's channels into the block's part (T, R, P) of an array (blocks, B, L, GROUPS, N)."""
+    # Blocks write apart from each other, and the caller adds them up: atomic additions would have no fixed order.
     state_1RP = tl.arange(0, P)[None, None, :] * R + tl.arange(0, R)[None, :, None]
     time_T = tl.arange(0, T)[:, None, None]
     offset = (((block * BATCH + row) * LENGTH + first) * GROUPS + group) * STATES
@@ -158,6 +163,7 @@ def matrix_tile(tile, GROUPS: tl.constexpr):
 def load_starts(segment_ids, row, first, LENGTH: tl.constexpr, T: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
     """(T,): the token's segment is not that of the token before; the first token of all starts none."""
     token_T = first + tl.arange(0, T)
+    # False for all, in the right shape.
     starts_T = token_T < 0
     if HAS_SEGMENTS:
         has_past_T = (token_T > 0) & (token_T < LENGTH)
@@ -170,7 +176,7 @@ def load_starts(segment_ids, row, first, LENGTH: tl.constexpr, T: tl.constexpr, 
 @triton.jit
 @no_type_check
 def step_size(dt_TE, bias_E, valid_T, SOFTPLUS: tl.constexpr):
-    """The step and its derivative by dt, both zero where there is no token."""
+    """The step of equation 1 and its derivative, the sigmoid of equation 18; both zero where there is no token."""
     step_TE = dt_TE.to(tl.float32) + bias_E[None]
     slope_TE = tl.full(step_TE.shape, 1.0, tl.float32)
     if SOFTPLUS:
@@ -190,6 +196,7 @@ def step_size(dt_TE, bias_E, valid_T, SOFTPLUS: tl.constexpr):
 @triton.jit
 @no_type_check
 def sigmoid(value):
+    # exp(-|value|) cannot overflow.
     e = exponential(-tl.abs(value))
     return tl.where(value >= 0, 1.0, e) / (1 + e)
 
@@ -198,6 +205,7 @@ def sigmoid(value):
 @no_type_check
 def exponential(value):
     """The exponential of a value that is not positive; the rounding of value log2(e) is made up for."""
+    # For infinity the rest below would be inf - inf; exp(-120) is 0 in float32 already.
     value = tl.maximum(value, -120.0, propagate_nan=tl.PropagateNan.ALL)
     exponent = value * LOG2_E
     rest = tl.fma(value, LOG2_E, -exponent) + value * LOG2_E_LOW
@@ -207,9 +215,10 @@ def exponential(value):
 @triton.jit
 @no_type_check
 def decay(step_T1E1, A_REP, starts_T, HAS_SEGMENTS: tl.constexpr):
-    """exp(step A), zero where a segment starts; A_REP is log2(e) A."""
+    """Equation 2: exp(step A), zero where a segment starts; A_REP is log2(e) A."""
     exponent_TREP = step_T1E1 * A_REP[None]
     if HAS_SEGMENTS:
+        # The exponent, not the step, becomes infinite: steps stay finite for equation 13.
         exponent_TREP += tl.where(starts_T, float("-inf"), 0.0)[:, None, None, None]
     return tl.exp2(exponent_TREP)
 
@@ -217,11 +226,13 @@ def decay(step_T1E1, A_REP, starts_T, HAS_SEGMENTS: tl.constexpr):
 @triton.jit
 @no_type_check
 def gain(step_T1E1, A_REP):
-    """(exp(v) - 1) / A with v = step A, as step phi(v); a power series where it would cancel."""
+    """W of equation 20, step phi(v) with v = step A; a power series where exp(v) - 1 would cancel."""
     v = step_T1E1 * (A_REP * LN_2)[None]
     is_small = tl.abs(v) < 1
+    # Both branches are computed; each gets a harmless argument where the other one counts.
     far = tl.where(is_small, 1.0, v)
     near = tl.where(is_small, v, 0.0)
+    # phi(v) = sum of v^k / (k + 1)! up to k = 11: for |v| < 1 the rest is below 1 / 13!, 2e-10.
     series = tl.full(v.shape, 1.0, tl.float32)
     for k in tl.static_range(11):
         series = series * (near * (1.0 / (12 - k))) + 1.0
@@ -231,7 +242,7 @@ def gain(step_T1E1, A_REP):
 @triton.jit
 @no_type_check
 def gain_by_A(step_T1E1, A_REP):
-    """Its derivative by A, step^2 phi'(v) with phi'(v) = (exp(v) - phi(v)) / v."""
+    """The derivative of `gain` by A, step^2 phi'(v) with phi'(v) = (exp(v) - phi(v)) / v."""
     v = step_T1E1 * (A_REP * LN_2)[None]
     is_small = tl.abs(v) < 1
     far = tl.where(is_small, 1.0, v)
@@ -246,7 +257,7 @@ def gain_by_A(step_T1E1, A_REP):
 @triton.jit
 @no_type_check
 def sum_states(values_TREP):
-    """(T, E)."""
+    """(T, E): first over the R states of a lane, in its registers, then over the P lanes of a channel."""
     return tl.sum(tl.sum(values_TREP, axis=1), axis=2)
 
 
@@ -282,7 +293,8 @@ def replaced(values_TREP, token_T, token: tl.constexpr, value_REP):
 @triton.jit
 @no_type_check
 def scan(a_TREP, u_TREP, h_REP, T: tl.constexpr):
-    """The states before and after every token, and after the last, from the state before the first."""
+    """Equation 4: the states before and after every token, and after the last, from the state before the first."""
+    # T is an axis of registers, which Triton cannot index: masks that are known at compile time choose a token.
     token_T = tl.arange(0, T)
     before_TREP = tl.zeros_like(u_TREP)
     after_TREP = tl.zeros_like(u_TREP)
@@ -296,10 +308,9 @@ def scan(a_TREP, u_TREP, h_REP, T: tl.constexpr):
 @triton.jit
 @no_type_check
 def adjoint_scan(a_TREP, dh_TREP, carry_REP, T: tl.constexpr):
-    """Cotangents of the states after and before every token, and before the first.
+    """Equations 10 and 11: dh_t and g_{t-1} of every token, and g before the first.
 
-    dh_TREP is what reaches the state after a token from that token's output, carry_REP what reaches the last one from
-    later tokens.
+    dh_TREP is dp_t C_t, what a token's own output contributes; carry_REP is g after the last token.
     """
     token_T = tl.arange(0, T)
     after_TREP = tl.zeros_like(dh_TREP)
