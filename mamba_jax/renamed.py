@@ -12,7 +12,8 @@ from typing import Any
 _HERE = "mamba_jax"
 _MIXERS = Path(__file__).parent / "models" / "mixers"
 _MOVED = {
-    "data.sources": "data.text_folder",
+    "data.text_files": "data.sources.text_files",
+    "data.tfds_documents": "data.sources.tfds",
     "distributed": "run.distributed",
     "evaluation.report": "evaluation.checkpoints",
     "export.configs": "export.published_config",

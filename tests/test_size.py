@@ -69,14 +69,11 @@ def test_functions_are_short(path: Path, function: ast.FunctionDef) -> None:
         assert count <= MAX_ARGUMENTS, f"{path}: {function.name} takes {count} arguments, limit {MAX_ARGUMENTS}"
 
 
-def _folders() -> Iterator:
-    for folder in sorted({path.parent for path in _source_files()} - {ROOT}):
-        name = ".".join(folder.relative_to(ROOT).parts)
-        marks = [pytest.mark.xfail(reason="to be split", strict=False)] if name == "mamba_jax.data" else []
-        yield pytest.param(folder, id=name, marks=marks)
+def _folders() -> list[Path]:
+    return sorted({path.parent for path in _source_files()} - {ROOT})
 
 
-@pytest.mark.parametrize("folder", list(_folders()))
+@pytest.mark.parametrize("folder", _folders(), ids=lambda folder: folder.name)
 def test_folders_are_small(folder: Path) -> None:
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     assert len(names) <= MAX_MODULES, f"{folder} has {len(names)} modules, limit {MAX_MODULES}: {names}"

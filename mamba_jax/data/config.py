@@ -124,7 +124,7 @@ class TextFolderSource(Source):
 
     def open(self) -> "DocumentReader":
         """The files of the folder, found and not read yet."""
-        from mamba_jax.data.text_folder import TextFolder
+        from mamba_jax.data.sources.text_folder import TextFolder
 
         return TextFolder(self)
 
@@ -156,13 +156,13 @@ class TfdsSource(Source):
 
     def open(self) -> "DocumentReader":
         """The records of the split; a published set that is not prepared yet is downloaded and prepared."""
-        from mamba_jax.data.tfds_documents import TfdsDocuments
+        from mamba_jax.data.sources.tfds import TfdsDocuments
 
         return TfdsDocuments(self)
 
     def require_present(self) -> None:
         """See `Source.require_present`."""
-        from mamba_jax.data.tfds_documents import require_prepared
+        from mamba_jax.data.sources.tfds import require_prepared
 
         require_prepared(self)
 

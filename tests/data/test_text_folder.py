@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from mamba_jax.config import TextFolderSource
-from mamba_jax.data import text_folder
-from mamba_jax.data.text_files import find_files
-from mamba_jax.data.text_folder import TextFolder as open_documents
-from mamba_jax.data.text_folder import _is_held_out
+from mamba_jax.data.sources import text_folder
+from mamba_jax.data.sources.text_files import find_files
+from mamba_jax.data.sources.text_folder import TextFolder as open_documents
+from mamba_jax.data.sources.text_folder import _is_held_out
 from mamba_jax.errors import InputError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mamba_jax.data.config import TextFolderSource
 from mamba_jax.data.documents import DocumentReader, Piece
-from mamba_jax.data.text_files import find_files
+from mamba_jax.data.sources.text_files import find_files
 from mamba_jax.errors import InputError
 
 # Longer files are tokenised in pieces, which bounds memory whatever the size of a file.
