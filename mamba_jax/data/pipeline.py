@@ -28,7 +28,7 @@ from mamba_jax.errors import InputError
 _TASK_EVALUATION = 16
 
 
-def open_source(source: Source, tokenizer: Tokenizer, cache_dir: str | Path) -> TokenDataset | Task:
+def open_source(source: Source, cache_dir: str | Path | DataConfig, tokenizer: Tokenizer) -> TokenDataset | Task:
     """Opens a source; documents are tokenised into `cache_dir` first unless they are there already.
 
     The name of a cached folder is a hash of the source, of the names, sizes and times of its files, and of the
@@ -38,8 +38,8 @@ def open_source(source: Source, tokenizer: Tokenizer, cache_dir: str | Path) -> 
 
     Args:
         source: of any registered kind.
+        cache_dir: holds a folder for each tokenised source; or the config that names it.
         tokenizer: must be the one that made the ids, if the source holds ids already.
-        cache_dir: holds a folder for each tokenised source.
 
     Returns:
         The token stream, or the task if the source makes its batches itself.
@@ -49,7 +49,8 @@ def open_source(source: Source, tokenizer: Tokenizer, cache_dir: str | Path) -> 
     """
     opened = source.open()
     if isinstance(opened, DocumentReader):
-        return _open_cache(opened, tokenizer, Path(cache_dir))
+        folder = cache_dir.cache_dir if isinstance(cache_dir, DataConfig) else cache_dir
+        return _open_cache(opened, tokenizer, Path(folder))
     if isinstance(opened, TokenDataset):
         opened.require_vocabulary(tokenizer.vocabulary)
     return opened

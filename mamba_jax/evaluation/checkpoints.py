@@ -187,7 +187,7 @@ def _perplexity(
     batch_size = request.batch_size or (experiment.evaluation_batch_size if experiment else _BATCH_SIZE)
     rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
     with _cache(request) as cache:
-        dataset = open_source(source, tokenizer, cache)
+        dataset = open_source(source, cache, tokenizer)
         batches = evaluation_batches(
             dataset,
             seq_len=request.seq_len or (experiment.data.seq_len if experiment else _SEQ_LEN),

@@ -15,6 +15,7 @@ from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.export import huggingface
 from mamba_jax.export.companions import tokenizer_beside
 from mamba_jax.models.config import ModelConfig
+from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.parameters import Params
 
 # Fields that say how random weights are drawn, or how and in which precision a step is computed.
@@ -24,13 +25,6 @@ _FREE = {
     "param_dtype",
     "compute_dtype",
     "remat",
-    "mixer.dt_min",
-    "mixer.dt_max",
-    "mixer.dt_init",
-    "mixer.dt_scale",
-    "mixer.dt_init_floor",
-    "mixer.a_init",
-    "mixer.scan_implementation",
 }
 
 
@@ -58,7 +52,9 @@ def initial_params(config: ExperimentConfig) -> Params | None:
         for name in ("vocab_multiple", "vocab_size") if loaded.layout == "hf" else ("vocab_multiple",):
             was[name] = here[name]
     differences = [
-        f"model.{name} was {short(was[name])}, here {short(here[name])}" for name in was if was[name] != here[name]
+        f"model.{name} was {short(was.get(name))}, here {short(here.get(name))}"
+        for name in dict.fromkeys([*was, *here])
+        if was.get(name) != here.get(name)
     ]
     differences += _other_tokenizer(tokenizer_beside(folder), config.data.tokenizer)
     if differences:
@@ -71,10 +67,15 @@ def initial_params(config: ExperimentConfig) -> Params | None:
 
 def _decisive(config: ModelConfig) -> dict[str, Any]:
     """What the weights depend on, by name."""
-    fields = flatten_dict(dataclasses.asdict(config), sep=".")
-    mixer: Any = config.mixer
-    fields |= {"mixer.dt_rank": mixer.rank(config.d_model), "padded_vocab_size": config.padded_vocab_size}
-    return {str(name): value for name, value in fields.items() if name not in _FREE}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    mixer = config.mixer
+    if isinstance(mixer, MixerConfig):
+        fields["mixer"] = mixer.decisive(config.d_model)
+    else:
+        units = [[one.decisive(config.d_model) for one in unit.mixers] for unit in mixer.units]
+        fields["mixer"] = {"kind": mixer.kind, "units": units}
+    fields["padded_vocab_size"] = config.padded_vocab_size
+    return {str(name): value for name, value in flatten_dict(fields, sep=".").items()}
 
 
 def _other_tokenizer(stored: TokenizerConfig | None, own: TokenizerConfig) -> list[str]:

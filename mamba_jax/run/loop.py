@@ -96,9 +96,9 @@ def train(
         mesh = make_mesh(config.mesh, devices)
         check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
         program = TrainProgram(config.program, mesh)
-        dataset = open_source(config.data.train, tokenizer, config.data.cache_dir)
+        dataset = open_source(config.data.train, config.data.cache_dir, tokenizer)
         held_out = config.data.validation
-        validation = None if held_out is None else open_source(held_out, tokenizer, config.data.cache_dir)
+        validation = None if held_out is None else open_source(held_out, config.data.cache_dir, tokenizer)
         record = settle_run(config, dataset.identity, from_scratch=from_scratch)
         given = _Given(
             tokenizer=tokenizer,

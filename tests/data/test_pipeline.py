@@ -268,20 +268,20 @@ def test_text_is_tokenised_once_for_each_text_and_tokenizer(
     text: TextFolderSource, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config, tokenizer = make_config(), ByteTokenizer()
-    dataset = open_source(text, tokenizer, config.cache_dir)
+    dataset = open_source(text, config.cache_dir, tokenizer)
     assert dataset.num_documents == 3
     assert dataset.num_bytes == sum(path.stat().st_size for path in Path(text.path).iterdir())
     first = cached(config)
-    open_source(text, tokenizer, config.cache_dir)
+    open_source(text, config.cache_dir, tokenizer)
     assert cached(config) == first
     path = Path(text.path) / "b.txt"
     path.write_text(path.read_text().replace("thing", "think"))
     os.utime(path, (1, 1))
-    changed = open_source(text, tokenizer, config.cache_dir)
+    changed = open_source(text, config.cache_dir, tokenizer)
     assert len(cached(config)) == 2
     assert b"think" in changed.read(np.array([0]), length=changed.num_tokens)[0].astype(np.uint8).tobytes()
     bpe = make_tokenizer(train_bpe(tmp_path / "bpe.json"))
-    assert open_source(text, bpe, config.cache_dir).num_tokens < changed.num_tokens
+    assert open_source(text, config.cache_dir, bpe).num_tokens < changed.num_tokens
     assert len(cached(config)) == 3
 
 
@@ -289,12 +289,12 @@ def test_shards_of_another_tokenizer_are_refused(
     text: TextFolderSource, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config()
-    open_source(text, ByteTokenizer(), config.cache_dir)
+    open_source(text, config.cache_dir, ByteTokenizer())
     shards = ShardSource(path=str(Path(config.cache_dir) / cached(config)[0]))
-    assert open_source(shards, ByteTokenizer(), config.cache_dir).num_documents == 3
+    assert open_source(shards, config.cache_dir, ByteTokenizer()).num_documents == 3
     bpe = make_tokenizer(train_bpe(tmp_path / "bpe.json"))
     with pytest.raises(InputError, match="was made by another tokenizer"):
-        open_source(shards, bpe, config.cache_dir)
+        open_source(shards, config.cache_dir, bpe)
 
 
 def test_processes_may_fill_the_same_cache_and_find_the_same_damage(
@@ -340,19 +340,19 @@ def test_a_damaged_cache_is_made_again(
     damage: Callable[[Path], object],
 ) -> None:
     config = make_config()
-    dataset = open_source(text, ByteTokenizer(), config.cache_dir)
+    dataset = open_source(text, config.cache_dir, ByteTokenizer())
     stream = dataset.read(np.array([0]), length=dataset.num_tokens)
     (name,) = cached(config)
     damage(Path(config.cache_dir) / name)
     capsys.readouterr()
     for message in (1, 0):
-        again = open_source(text, ByteTokenizer(), config.cache_dir)
+        again = open_source(text, config.cache_dir, ByteTokenizer())
         np.testing.assert_array_equal(again.read(np.array([0]), length=dataset.num_tokens), stream)
         assert again.identity == dataset.identity
         assert cached(config) == [name, f"{name}.1"]
         assert capsys.readouterr().err.count("tokenised text is damaged and made again: ") == message
     damage(Path(config.cache_dir) / f"{name}.1")
-    open_source(text, ByteTokenizer(), config.cache_dir)
+    open_source(text, config.cache_dir, ByteTokenizer())
     assert cached(config) == [name, f"{name}.1", f"{name}.2"]
 
 
@@ -360,7 +360,7 @@ def test_a_cache_that_cannot_be_read_or_written_is_one_line(
     text: TextFolderSource, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
-    open_source(text, ByteTokenizer(), config.cache_dir)
+    open_source(text, config.cache_dir, ByteTokenizer())
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -368,28 +368,28 @@ def test_a_cache_that_cannot_be_read_or_written_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", fail)
         with pytest.raises(InputError, match=r"cannot read .*: Input/output error"):
-            open_source(text, ByteTokenizer(), config.cache_dir)
+            open_source(text, config.cache_dir, ByteTokenizer())
     with monkeypatch.context() as patch:
         # What was made is enough where nothing can be written.
         patch.setattr(Path, "mkdir", fail)
-        open_source(text, ByteTokenizer(), config.cache_dir)
+        open_source(text, config.cache_dir, ByteTokenizer())
         with pytest.raises(InputError, match=r"cannot create token shards in .*: Input/output error"):
-            open_source(dataclasses.replace(text, pattern="*.txt"), ByteTokenizer(), config.cache_dir)
+            open_source(dataclasses.replace(text, pattern="*.txt"), config.cache_dir, ByteTokenizer())
     assert len(cached(config)) == 1
 
 
 def test_the_same_text_has_the_same_identity(text: TextFolderSource, make_config: MakeConfig, tmp_path: Path) -> None:
     config, tokenizer = make_config(), ByteTokenizer()
-    identity = open_source(text, tokenizer, config.cache_dir).identity
+    identity = open_source(text, config.cache_dir, tokenizer).identity
     for path in Path(text.path).iterdir():
         os.utime(path, (1, 1))
-    assert open_source(text, tokenizer, config.cache_dir).identity == identity
+    assert open_source(text, config.cache_dir, tokenizer).identity == identity
     copy = shutil.copytree(text.path, tmp_path / "copy")
-    assert open_source(TextFolderSource(path=str(copy)), tokenizer, config.cache_dir).identity == identity
+    assert open_source(TextFolderSource(path=str(copy)), config.cache_dir, tokenizer).identity == identity
     path = copy / "b.txt"
     path.write_text(path.read_text().replace("thing", "think"))
-    assert open_source(TextFolderSource(path=str(copy)), tokenizer, config.cache_dir).identity != identity
+    assert open_source(TextFolderSource(path=str(copy)), config.cache_dir, tokenizer).identity != identity
 
 
 def _num_tokens(text: TextFolderSource, config: DataConfig) -> int:
-    return open_source(text, ByteTokenizer(), config.cache_dir).num_tokens
+    return open_source(text, config.cache_dir, ByteTokenizer()).num_tokens

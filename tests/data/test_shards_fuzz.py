@@ -28,7 +28,7 @@ LONGEST_SECONDS = 20.0
 
 def batches(folder: Path) -> bytes:
     config = DataConfig(train=ShardSource(path=str(folder)), seq_len=2048, global_batch=8)
-    found = TrainBatches(open_source(config.train, ByteTokenizer(), config.cache_dir), config, seed=0).at(0)
+    found = TrainBatches(open_source(config.train, config.cache_dir, ByteTokenizer()), config, seed=0).at(0)
     return b"".join(np.asarray(part).tobytes() for part in (found.tokens, found.targets, found.loss_mask))
 
 

@@ -66,17 +66,17 @@ def test_open_source_tokenises_once_and_again_after_a_change(
     folder = tmp_path / "copy" / "1.0.0"
     shutil.copytree(prepared / "mamba_jax_test_text" / "1.0.0", folder)
     source, config, tokenizer = TfdsSource(name=str(folder), split="train"), make_config(), ByteTokenizer()
-    dataset = open_source(source, tokenizer, config.cache_dir)
+    dataset = open_source(source, config.cache_dir, tokenizer)
     assert dataset.num_documents == len(TEXTS) - 1
     assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS)
     assert dataset.num_tokens == dataset.num_bytes + dataset.num_documents
     ids = dataset.read(np.array([0]), length=dataset.num_tokens)[0]
     decoded = [tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
     assert decoded == texts(source)
-    open_source(source, tokenizer, config.cache_dir)
+    open_source(source, config.cache_dir, tokenizer)
     assert len(list(Path(config.cache_dir).iterdir())) == 1
     (folder / "dataset_info.json").touch()
-    open_source(source, tokenizer, config.cache_dir)
+    open_source(source, config.cache_dir, tokenizer)
     assert len(list(Path(config.cache_dir).iterdir())) == 2
 
 

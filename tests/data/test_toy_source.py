@@ -43,7 +43,7 @@ def make_copy_run(make_config: Callable[..., ExperimentConfig]) -> Callable[...,
 
 
 def opened(config: DataConfig) -> Task:
-    task = open_source(config.train, ByteTokenizer(), "unused")
+    task = open_source(config.train, "unused", ByteTokenizer())
     assert isinstance(task, Task)
     return task
 

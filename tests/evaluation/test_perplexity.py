@@ -26,7 +26,7 @@ from tests.evaluation.conftest import SavedRun
 def dataset(saved_run: SavedRun) -> TokenDataset:
     data = saved_run.config.data
     assert data.validation is not None
-    return open_source(data.validation, ByteTokenizer(), data.cache_dir)
+    return open_source(data.validation, data.cache_dir, ByteTokenizer())
 
 
 def cut(saved_run: SavedRun, dataset: TokenDataset, **options: int) -> Iterator[LMBatch]:

@@ -28,6 +28,15 @@ class MixerConfig(Config):
         """The mixer that this configures. It is imported here, so that configs can be read without any model."""
         raise NotImplementedError
 
+    def decisive(self, d_model: int) -> dict[str, Any]:
+        """What trained weights depend on, by name: not how random ones are drawn, nor which backend computes.
+
+        Args:
+            d_model: D, for fields whose default follows from it.
+        """
+        del d_model
+        return dataclasses.asdict(self)
+
     @classmethod
     def formats(cls) -> "tuple[Format, ...]":
         """The formats in which models of this mixer are published; none by default."""

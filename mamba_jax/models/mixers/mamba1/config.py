@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mamba_jax.config_base import require
 from mamba_jax.models.mixers.declaration import MIXERS, MixerConfig
@@ -76,6 +76,12 @@ class Mamba1Config(MixerConfig):
         from mamba_jax.models.mixers.mamba1.mixer import Mamba1
 
         return Mamba1
+
+    def decisive(self, d_model: int) -> dict[str, Any]:
+        """All but how random weights are drawn, and the backend."""
+        free = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "a_init", "scan_implementation")
+        fields = dataclasses.asdict(self) | {"dt_rank": self.rank(d_model)}
+        return {name: value for name, value in fields.items() if name not in free}
 
     @classmethod
     def formats(cls) -> "tuple[Format, ...]":
