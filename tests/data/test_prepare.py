@@ -12,8 +12,9 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from mamba_jax.config import TextFolderSource
-from mamba_jax.data import prepare, text_folder
+from mamba_jax.data import prepare
 from mamba_jax.data.shards import TokenDataset
+from mamba_jax.data.sources import text_folder
 from tests.data.test_tokenizer import train_bpe
 
 
