@@ -42,26 +42,26 @@ __all__ = [
     "train",
 ]
 _PLACES = {
-    "Decoder": "mamba_jax.generation.decoder",
-    "ExperimentConfig": "mamba_jax.experiment",
-    "LanguageModel": "mamba_jax.models.language_model",
-    "Model": "mamba_jax.loaded",
-    "ModelConfig": "mamba_jax.models.config",
-    "SamplingConfig": "mamba_jax.generation.sampling",
-    "evaluate": "mamba_jax.evaluation.checkpoints",
-    "generate": "mamba_jax.generation.generate",
-    "load": "mamba_jax.loaded",
-    "save": "mamba_jax.export.huggingface",
-    "train": "mamba_jax.run.loop",
+    "Decoder": "mamba_jax.generation.decoder.Decoder",
+    "ExperimentConfig": "mamba_jax.experiment.ExperimentConfig",
+    "LanguageModel": "mamba_jax.models.language_model.LanguageModel",
+    "Model": "mamba_jax.loaded.Model",
+    "ModelConfig": "mamba_jax.models.config.ModelConfig",
+    "SamplingConfig": "mamba_jax.generation.sampling.SamplingConfig",
+    "evaluate": "mamba_jax.evaluation.checkpoints.evaluate_checkpoint",
+    "generate": "mamba_jax.generation.generate.generate",
+    "load": "mamba_jax.loaded.load",
+    "save": "mamba_jax.export.huggingface.save",
+    "train": "mamba_jax.run.loop.train",
 }
-_OTHER_NAMES = {"evaluate": "evaluate_checkpoint"}
 renamed.install()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'mamba_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_PLACES[name]), _OTHER_NAMES.get(name, name))
+    module, _, attribute = _PLACES[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

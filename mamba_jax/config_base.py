@@ -104,11 +104,6 @@ class Kinds:
             _field_types.cache_clear()
         return cls
 
-    def remove(self, cls: type[Config]) -> None:
-        """Forgets a class that `register` has added."""
-        self._choices.remove(cls)
-        _field_types.cache_clear()
-
     def get(self, kind: str, default: Any = None) -> Any:
         """The class of a kind."""
         return next((cls for cls in self if _kind(cls) == kind), default)

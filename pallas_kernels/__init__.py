@@ -5,7 +5,7 @@ from pallas_kernels.causal_conv1d.arguments import CONVOLUTION, ConvOutput
 from pallas_kernels.common.arguments import OpTable
 from pallas_kernels.common.derivatives import differentiable
 from pallas_kernels.selective_scan.api import selective_scan
-from pallas_kernels.selective_scan.arguments import FINAL_STATE, INITIAL_COTANGENT, SCAN, ScanOutput
+from pallas_kernels.selective_scan.arguments import FINAL_STATE, INITIAL_COTANGENT, SCAN, ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.edge_states import selective_scan_final_state, selective_scan_initial_cotangent
 from pallas_kernels.selective_state_update.api import selective_state_update
 from pallas_kernels.selective_state_update.arguments import STATE_UPDATE, StateUpdateOutput
@@ -23,6 +23,7 @@ __all__ = [
     "TABLES",
     "ConvOutput",
     "OpTable",
+    "ScanArguments",
     "ScanOutput",
     "StateUpdateOutput",
     "causal_conv1d",

@@ -24,7 +24,7 @@ _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|removed)")
 # Damaged, in a folder of their own or, where that is on another disk, beside the others.
 _DAMAGED_STEP = re.compile(r"\d+(-\d+)?")
 _ASIDE = re.compile(r"\d+\.damaged(-\d+)?")
-# Linux takes paths of 4096 bytes; below a run's folder come those of Orbax, the longest some 140.
+# Linux takes paths of 4096 bytes, and what Orbax adds below a run's folder is at most some 140 of them.
 _LONGEST = 4096 - 256
 
 
@@ -37,7 +37,7 @@ class LiteralPath(PosixGPath):
 
 
 def check_path(run_dir: str | Path) -> None:
-    """Makes sure that checkpoints can be kept below a path; whether it exists plays no part.
+    """Makes sure that checkpoints can be kept below a path, which need not exist.
 
     Raises:
         InputError: it has characters that Orbax or TensorStore take for something else, or is too long.
@@ -45,10 +45,12 @@ def check_path(run_dir: str | Path) -> None:
     path = os.path.abspath(run_dir)
     kinds = {unicodedata.category(character) for character in path}
     problem = None
+    # Lone surrogates (Cs) are how Python decodes bytes that are not UTF-8.
     if "Cs" in kinds:
         problem = "has bytes that are not UTF-8"
     elif kinds & {"Cc", "Zl", "Zp"} or "\\" in path:
         problem = "has a line break, another control character or a backslash in it"
+    # Some libraries make an address of a leading /gs/, /s3/, ..., and of gs:// anywhere, of which abspath leaves gs:/.
     elif re.match("/(gs|s3|az|hf)/", f"{path}/") or "gs:/" in f"{path}/":
         problem = "would be taken for an address of object storage"
     elif len(path.encode()) > _LONGEST:

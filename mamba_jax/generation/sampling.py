@@ -107,14 +107,20 @@ def sample(
 
 def _draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Tokens by logits whose highest is 0."""
-    temperature = jnp.asarray(sampling.temperature)[:, None]
+    temperature = jnp.asarray(sampling.temperature)
     likeliest = jnp.argmax(logits, axis=-1)
+    # Without noise there is nothing to draw, and no random number to make for every id.
+    drawn = jax.lax.cond(jnp.any(temperature > 0), lambda: _draw_randomly(logits, key, sampling), lambda: likeliest)
+    return jnp.where(temperature == 0, likeliest, drawn)
+
+
+def _draw_randomly(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    temperature = jnp.asarray(sampling.temperature)[:, None]
     logits = logits / jnp.where(temperature == 0, 1, temperature)
     is_cut = jnp.any((sampling.top_k < logits.shape[-1]) | (sampling.top_p < 1))
     # Sorting the vocabulary takes longer than all else, and most settings do not need it.
     logits = jax.lax.cond(is_cut, _cut, lambda logits, sampling: logits, logits, sampling)
-    drawn = jax.random.categorical(key, logits, axis=-1)
-    return jnp.where(temperature[:, 0] == 0, likeliest, drawn)
+    return jax.random.categorical(key, logits, axis=-1)
 
 
 def _cut(logits: jax.Array, sampling: Sampling) -> jax.Array:

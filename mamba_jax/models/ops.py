@@ -14,7 +14,6 @@ import pallas_kernels
 from mamba_jax import sharding
 from mamba_jax.models import sequence_parallel
 from mamba_jax.sharding import Axis, per_shard
-from pallas_kernels import ConvOutput, ScanOutput, StateUpdateOutput
 
 # Letters of `pallas_kernels`: the window before a sequence (W) and groups of channels (G, or 1) are never split.
 AXES = {
@@ -40,13 +39,11 @@ class ShardedOp[Output]:
 
     Attributes:
         op: function of keyword arguments, with a table in `pallas_kernels.TABLES` under its name.
-        output: class of its result, a dataclass with the outputs of the table as fields.
         split: the same function of a device's part of sequences whose length is split, for use inside `per_shard`; None
             gives every device the sequences whole.
     """
 
     op: Callable[..., Output]
-    output: Callable[..., Output]
     split: Callable[..., Output] | None = None
 
     def __call__(self, *, past: int = 0, **arguments: Any) -> Output:
@@ -72,9 +69,9 @@ class ShardedOp[Output]:
 
         given = {name: axes(table.letters(name, array)) for name, array in arrays.items() if array is not None}
         outputs = per_shard(run, arrays, given, [axes(letters) for letters in table.outputs.values()])
-        return self.output(**dict(zip(table.outputs, outputs, strict=True)))
+        return table.returns(**dict(zip(table.outputs, outputs, strict=True)))
 
 
-causal_conv1d = ShardedOp(pallas_kernels.causal_conv1d, ConvOutput, sequence_parallel.convolve)
-selective_scan = ShardedOp(pallas_kernels.selective_scan, ScanOutput, sequence_parallel.scan)
-selective_state_update = ShardedOp(pallas_kernels.selective_state_update, StateUpdateOutput)
+causal_conv1d = ShardedOp(pallas_kernels.causal_conv1d, sequence_parallel.convolve)
+selective_scan = ShardedOp(pallas_kernels.selective_scan, sequence_parallel.scan)
+selective_state_update = ShardedOp(pallas_kernels.selective_state_update)

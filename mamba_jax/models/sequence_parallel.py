@@ -24,17 +24,16 @@ from jaxtyping import Bool, Float, Int
 from mamba_jax.sharding import Axis, from_last, from_shard, parts, shard_count, shard_number
 from pallas_kernels import (
     ConvOutput,
+    ScanArguments,
     ScanOutput,
     causal_conv1d,
     selective_scan,
     selective_scan_final_state,
     selective_scan_initial_cotangent,
 )
-from pallas_kernels.common import derivatives
+from pallas_kernels.common.derivatives import differentiable_op
 
 Decay = Callable[[jax.Array], jax.Array]
-_Arrays = dict[str, Any]
-_Options = tuple[tuple[str, Any], ...]
 
 
 def is_split(length: int, *, past: int) -> bool:
@@ -76,102 +75,71 @@ def convolve(
     return ConvOutput(y=output.y, final_window=from_last(output.final_window, Axis.LENGTH))
 
 
-def scan(
-    *,
-    x: Float[jax.Array, "B L E"],
-    dt: Float[jax.Array, "B L E"],
-    A: Float[jax.Array, "E N"],
-    B: Float[jax.Array, "..."],
-    C: Float[jax.Array, "..."],
-    dt_bias: Float[jax.Array, " E"],
-    initial_state: Float[jax.Array, "B E N"] | None,
-    segment_ids: Int[jax.Array, "B L"] | None,
-    D: Float[jax.Array, " E"],
-    z: Float[jax.Array, "B L E"] | None,
-    dt_softplus: bool,
-    **options: Any,
-) -> ScanOutput:
+def scan(*, implementation: str | None = None, **given: Any) -> ScanOutput:
     """`selective_scan` of this shard's tokens, from the state that the shards before leave.
 
     Args:
-        x: this shard's inputs, (B, L, E).
-        dt: (B, L, E) step size, before bias and softplus.
-        A: (E, N) decay rates.
-        B: (B, L, N), or constant (E, N).
-        C: like B.
-        dt_bias: (E,).
-        initial_state: before the whole sequence, (B, E, N); None is zero.
-        segment_ids: document of each token of the shard, (B, L), or None.
-        D: (E,) skip connection.
-        z: (B, L, E) gate, or None.
-        dt_softplus: True; the step size goes through the softplus.
-        **options: of `selective_scan`.
+        implementation: of `selective_scan`.
+        **given: arguments of `selective_scan`: those with a length hold this shard's tokens, `initial_state` is that
+            before the whole sequence, and the step size goes through the softplus.
 
     Returns:
         Output of the shard, and the state after the last shard, on every device.
     """
-    assert dt_softplus
-    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "dt_bias": dt_bias, "D": D, "z": z}
-    arrays["initial_state"] = initial_state
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    y, final_state = _scan(tuple(options.items()), arrays, segment_ids)
-    return ScanOutput(y=y, final_state=from_last(final_state, Axis.LENGTH))
+    arguments = ScanArguments.of(**given)
+    assert arguments.dt_softplus
+    output = _scan(implementation, arguments)
+    return ScanOutput(y=output.y, final_state=from_last(output.final_state, Axis.LENGTH))
 
 
-def _scan_outputs(options: _Options, arrays: _Arrays, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _scan_outputs(implementation: str | None, arguments: ScanArguments) -> ScanOutput:
     """Output of the shard and the state after it."""
-    return _scan_forward(options, arrays, segment_ids)[0]
+    return _scan_forward(implementation, arguments)[0]
 
 
-def _scan_forward(options: _Options, arrays: _Arrays, segment_ids: jax.Array | None):
+def _scan_forward(implementation: str | None, arguments: ScanArguments) -> tuple[ScanOutput, Any]:
+    options = {"discretization": arguments.discretization, "dt_softplus": True, "implementation": implementation}
+    operands, integers = arguments.operands()
+    arrays = operands.arrays()
     left_behind = selective_scan_final_state(
-        **{name: arrays[name] for name in ("x", "dt", "A", "B", "dt_bias")},
-        dt_softplus=True,
-        segment_ids=segment_ids,
-        **dict(options),
+        **{name: arrays[name] for name in ("x", "dt", "A", "B", "dt_bias")}, **integers, **options
     )
     s_BE = elapsed(arrays["dt"], arrays["dt_bias"])
-    entering = entering_state(left_behind, s_BE, segment_ids, arrays.get("initial_state"), decay=_decay(arrays))
+    decay = _decay(arguments.A)
+    entering = entering_state(left_behind, s_BE, arguments.segment_ids, arguments.initial_state, decay=decay)
 
-    def scan_shard(arrays: _Arrays) -> tuple[jax.Array, jax.Array]:
-        output = selective_scan(**arrays, dt_softplus=True, segment_ids=segment_ids, **dict(options))
-        return output.y, output.final_state
+    def scan_shard(arrays: dict[str, jax.Array]) -> ScanOutput:
+        return selective_scan(**arrays, **integers, **options)
 
-    outputs, scan_vjp = jax.vjp(scan_shard, arrays | {"initial_state": entering})
-    return outputs, (scan_vjp, s_BE, arrays, segment_ids)
+    output, scan_vjp = jax.vjp(scan_shard, arrays | {"initial_state": entering})
+    return output, (scan_vjp, s_BE)
 
 
-def _scan_backward(options: _Options, residuals, cotangents):
-    scan_vjp, s_BE, arrays, segment_ids = residuals
-    dy, dfinal_state = cotangents
+def _scan_backward(
+    implementation: str | None, arguments: ScanArguments, kept: Any, cotangents: ScanOutput
+) -> dict[str, jax.Array]:
+    scan_vjp, s_BE = kept
+    operands, integers = arguments.operands()
+    arrays = operands.arrays()
     from_outputs = selective_scan_initial_cotangent(
-        dy,
+        cotangents.y,
         **{name: arrays[name] for name in ("dt", "A", "C", "z", "dt_bias") if name in arrays},
+        **integers,
         dt_softplus=True,
-        segment_ids=segment_ids,
-        implementation=dict(options).get("implementation"),
+        implementation=implementation,
     )
-    dleaving = leaving_cotangent(from_outputs, s_BE, segment_ids, dfinal_state, decay=_decay(arrays))
-    (gradients,) = scan_vjp((dy, dleaving))
-    dentering = gradients.pop("initial_state")
-    if "initial_state" in arrays:
-        dstate = jnp.where(shard_number(Axis.LENGTH) == 0, dentering, 0)
-        gradients["initial_state"] = dstate.astype(arrays["initial_state"].dtype)
+    decay = _decay(arguments.A)
+    dleaving = leaving_cotangent(from_outputs, s_BE, arguments.segment_ids, cotangents.final_state, decay=decay)
+    (gradients,) = scan_vjp(ScanOutput(y=cotangents.y, final_state=dleaving))
+    gradients["initial_state"] = jnp.where(shard_number(Axis.LENGTH) == 0, gradients["initial_state"], 0)
     return gradients
 
 
-def _scan_tangent(options: _Options, residuals, tangents: _Arrays):
-    *_, arrays, segment_ids = residuals
-    tangents = {name: tangent for name, tangent in tangents.items() if tangent is not None}
-    moving = {name: arrays[name] for name in tangents}
-    return jax.jvp(lambda moved: _scan_outputs(options, arrays | moved, segment_ids), (moving,), (tangents,))[1]
+_scan = differentiable_op(_scan_outputs, forward=_scan_forward, backward=_scan_backward)
 
 
-_scan = derivatives.differentiable(_scan_outputs, forward=_scan_forward, backward=_scan_backward, tangent=_scan_tangent)
-
-
-def _decay(arrays: _Arrays) -> Decay:
-    return lambda s_BE: jnp.exp(s_BE[:, :, None] * arrays["A"][None])
+def _decay(A_EN: jax.Array) -> Decay:
+    return lambda s_BE: jnp.exp(s_BE[:, :, None] * A_EN[None])
 
 
 def elapsed(dt: Float[jax.Array, "B L C"], dt_bias: Float[jax.Array, " C"]) -> Float[jax.Array, "B C"]:

@@ -129,19 +129,21 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_runs_here(program: TrainProgram) -> None:
-    """Traces the step, where an implementation that a mixer asks for by name says that it does not run here."""
+    """Traces the step if a mixer asks for an implementation by name, which says there that it does not run here."""
+    asked = {
+        f"{name}={value!r}": None
+        for stack in program.config.model.stacks
+        for name, value in vars(stack.mixer).items()
+        if name.endswith("_implementation") and value is not None
+    }
+    if not asked:
+        return
     try:
         with jax.set_mesh(program.mesh):
             program.step.trace(program.state, program.batch)
     except NotImplementedError as error:
-        asked = [
-            f"{name}={value!r}"
-            for stack in program.config.model.stacks
-            for name, value in vars(stack.mixer).items()
-            if name.endswith("_implementation") and value is not None
-        ]
         raise InputError(
-            f"model.mixer.{', '.join(dict.fromkeys(asked))} cannot run this: {error}; None lets the platform decide"
+            f"model.mixer.{', '.join(asked)} cannot run this: {error}; None lets the platform decide"
         ) from error
 
 

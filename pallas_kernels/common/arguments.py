@@ -48,10 +48,10 @@ def option(default: Any, *, choices: tuple[Any, ...]) -> Any:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(array, option))
 def arguments(op: str) -> Callable[[type], type]:
-    """Makes a class of fields the arguments of the op of this name."""
+    """Class decorator: makes the class a frozen dataclass and a pytree that declares the arguments of the op."""
 
     def decorate(cls: type) -> type:
-        setattr(cls, "op", op)  # noqa: B010  no field
+        setattr(cls, "op", op)  # noqa: B010  a class variable of `Arguments`, which types of `type` do not know
         return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
     return decorate
@@ -59,7 +59,7 @@ def arguments(op: str) -> Callable[[type], type]:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(array,))
 def result[Output](cls: type[Output]) -> type[Output]:
-    """Makes a class of fields the result of an op."""
+    """Class decorator: makes the class a frozen dataclass and a pytree that declares the result of an op."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 

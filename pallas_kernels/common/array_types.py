@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 else:
     Leaf = Any
 
+# Arrays by name.
+Arrays = dict[str, Array]
+
 # A size is an int, or a symbol in an export for any size.
 Size = Any
 

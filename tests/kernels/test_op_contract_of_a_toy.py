@@ -15,7 +15,7 @@ from mamba_jax.sharding.config import MeshConfig
 from pallas_kernels.common.arg_spec import Arguments
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Op, make_call
-from tests.toys.op import AverageOutput, moving_average
+from tests.toys.op import moving_average
 
 OP = Op(name="moving_average", function=moving_average)
 
@@ -69,7 +69,7 @@ def test_bad_arguments_are_one_line() -> None:
 def test_over_devices() -> None:
     call = make_call(AverageSpec())
     expected = moving_average(**call.arrays)
-    sharded = ShardedOp(moving_average, AverageOutput)
+    sharded = ShardedOp(moving_average)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
         found = jax.jit(lambda arrays: sharded(**arrays))(call.arrays)
     np.testing.assert_allclose(found.y, expected.y, rtol=0, atol=1e-6)

@@ -18,12 +18,12 @@ from pallas_kernels.causal_conv1d.windows import (
     final_window,
     with_defaults,
 )
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.common.devices import cuda_compute_capability, target_platform
 from pallas_kernels.common.segments import count_segments
 from pallas_kernels.common.warpgroup import Warpgroup, launch
 
-Arrays = dict[str, jax.Array]
 FORWARD = Walk(channels=8, tokens=64, ahead=4)
 BACKWARD = Walk(channels=4, tokens=64, ahead=4)
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.common.channels import round_up
 from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES, choose_tiles
 
 # The most of a block.
@@ -19,7 +20,7 @@ class Geometry:
         batch, length, channels: B, L and E, padded.
         valid_length: tokens that exist.
         width: K.
-        tokens, tiles: of a block.
+        tokens, tiles: size of a block: tokens, and tiles of LANES channels.
     """
 
     batch: int
@@ -40,7 +41,7 @@ class Geometry:
 
     @property
     def spans(self) -> int:
-        """Groups of a block."""
+        """Spans of SPAN tokens in a block."""
         return self.tokens // SPAN
 
     @property
@@ -87,14 +88,14 @@ class Geometry:
 
 
 def choose_geometry(*, batch: int, length: int, channels: int, width: int) -> Geometry:
-    """How a convolution is cut into blocks."""
-    tokens = min(TOKENS, -(-length // SPAN) * SPAN)
-    count = -(-channels // LANES)
-    tiles = choose_tiles(count, most=TILES)
+    """Chooses the sizes of blocks, and pads those of the convolution to whole blocks."""
+    tokens = min(TOKENS, round_up(length, SPAN))
+    channel_tiles = round_up(channels, LANES) // LANES
+    tiles = choose_tiles(channel_tiles, most=TILES)
     return Geometry(
         batch=batch,
-        length=-(-length // tokens) * tokens,
-        channels=-(-count // tiles) * tiles * LANES,
+        length=round_up(length, tokens),
+        channels=round_up(channel_tiles, tiles) * LANES,
         valid_length=length,
         width=width,
         tokens=tokens,

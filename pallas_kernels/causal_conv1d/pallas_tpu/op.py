@@ -19,6 +19,7 @@ from pallas_kernels.causal_conv1d.windows import (
     final_window,
     with_defaults,
 )
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.checks import decline_off_tpu
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.common.devices import target_platform
@@ -26,7 +27,6 @@ from pallas_kernels.common.partitioning import result_type
 from pallas_kernels.common.segments import count_segments
 from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES, Refs
 
-Arrays = dict[str, jax.Array]
 INTERPRETER = pltpu.InterpretParams()
 _VMEM_BYTES = 15 * 2**20
 

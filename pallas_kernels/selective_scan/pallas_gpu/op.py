@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.arguments import Arguments
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import (
     gradient_of_matrix,
     group_count,
@@ -39,7 +40,6 @@ from pallas_kernels.selective_scan.pallas_gpu import backward, edge, forward
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, Geometry, Tiling
 from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
 
-Arrays = dict[str, jax.Array]
 _SEQUENCES = ("x", "dt", "z")
 
 

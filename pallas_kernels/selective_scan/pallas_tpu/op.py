@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.arguments import Arguments
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import gradient_of_matrix, group_count, pad_channels, per_group, unpad_channels
 from pallas_kernels.common.checks import decline_off_tpu
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode, not_differentiable
@@ -33,7 +34,6 @@ from pallas_kernels.selective_scan.pallas_tpu import backward, edge, forward
 from pallas_kernels.selective_scan.pallas_tpu.geometry import Geometry
 from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, choose_geometry, generation
 
-Arrays = dict[str, jax.Array]
 # Makes softplus of a token that does not exist zero.
 _NEVER = -1e30
 INTERPRETER = pltpu.InterpretParams()

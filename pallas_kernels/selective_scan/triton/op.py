@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import triton_call
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import gradient_of_matrix, group_count
 from pallas_kernels.common.checks import decline_double_precision, decline_symbolic_sizes
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.kernel_inputs import MAX_STATES
 
-Arrays = dict[str, jax.Array]
 _KERNELS = "pallas_kernels.selective_scan.triton.kernels"
 _LANES = 32
 
@@ -90,15 +90,17 @@ def selective_scan(arguments: ScanArguments, *, tiling: Tiling | None = None) ->
 def default_tiling(states: int, *, batch_channels: int) -> Tiling:
     """The tiling for N states.
 
-    The backward pass keeps several copies of a tile in the registers of a thread, of which there are 255. More channels
-    in its programs mean fewer partial sums of the gradients of B and C, which take 8 N / channels bytes a token and
-    channel; fewer mean more programs to fill the chip with.
+    A thread has 255 registers, and the backward pass keeps several copies of a tile there. More channels a program:
+    fewer partial sums of the gradients of B and C (8 N / channels bytes a token and channel). Fewer channels: more
+    programs to fill the chip with.
     """
-    states = _power_of_two(states)
+    states = _next_power_of_two(states)
     lanes = min(max(states // 4, 1), 16)
     channels = max(_LANES // lanes, 8)
+    # A thread holds at most 32 values, tokens x states of a lane, of a tile of the forward pass.
     tokens = max(min(32 * lanes // states, 8), 1)
     backward = _BACKWARD_TILES[states]
+    # So many channels fill the chip also in wider programs.
     if states == 16 and batch_channels >= 2**15:
         backward = Tile(tokens=4, channels=64, warps=4)
     return Tiling(
@@ -110,8 +112,8 @@ def default_tiling(states: int, *, batch_channels: int) -> Tiling:
     )
 
 
-def _power_of_two(size: int) -> int:
-    """The smallest one that is not below `size`."""
+def _next_power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 

@@ -275,9 +275,10 @@ def per_state(values_TE):
 @triton.jit
 @no_type_check
 def at(values_TREP, token_T, token: tl.constexpr):
-    """(R, E, P) of one token. Adding -0.0 changes nothing: the compiler drops the sum and keeps the term.
+    """(R, E, P): the values of one token.
 
-    A literal -0.0 would become 0.0 in Triton.
+    Triton cannot index registers, so the other tokens are masked to -0.0 and summed away: x + -0.0 is x for every x,
+    so the compiler drops the additions. The bits are spelt out because Triton makes 0.0 of a literal -0.0.
     """
     nothing = tl.full((), -(2**31), tl.int32).to(tl.float32, bitcast=True)
     return tl.sum(tl.where((token_T == token)[:, None, None, None], values_TREP, nothing), axis=0)

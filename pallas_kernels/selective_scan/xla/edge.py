@@ -6,11 +6,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import group_count, per_group, round_up
 from pallas_kernels.common.discretization import step_size, zero_order_hold_gain
 from pallas_kernels.common.segments import segment_starts
 from pallas_kernels.selective_scan.arguments import EdgeState, FinalStateArguments, InitialCotangentArguments
-from pallas_kernels.selective_scan.xla.pointwise import Tree
 
 # Tokens per chunk: bounds the (B, chunk, E, N) terms that exist at once if the compiler does not fuse the sum.
 _CHUNK = 64
@@ -105,7 +105,7 @@ def _sum_to_edge(
     def by_group(array_BTE: jax.Array) -> jax.Array:
         return array_BTE.reshape(*array_BTE.shape[:2], groups, 1, -1)
 
-    def advance(state_BGNF: jax.Array, tokens: Tree) -> tuple[jax.Array, None]:
+    def advance(state_BGNF: jax.Array, tokens: Arrays) -> tuple[jax.Array, None]:
         to_edge_BTE, total_BE = direction.to_edge(tokens["steps"])
         rows = tokens["matrix"][..., None] if "matrix" in tokens else constant(matrix)
         terms = jnp.exp(by_group(to_edge_BTE) * rates) * (by_group(tokens["weights"]) * rows)

@@ -16,13 +16,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import group_count, round_up
 from pallas_kernels.common.checks import decline_double_precision
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
 from pallas_kernels.common.segments import segment_starts
 from pallas_kernels.selective_scan.arguments import Discretization, ScanArguments, ScanOutput
-from pallas_kernels.selective_scan.xla.pointwise import Tree, emit, inject
+from pallas_kernels.selective_scan.xla.pointwise import emit, inject
 from pallas_kernels.selective_scan.xla.recurrence import (
     ASSOCIATIVE,
     ASSOCIATIVE_TIME_FIRST,
@@ -92,7 +93,7 @@ def _scan_forward(options: _Options, arguments: ScanArguments) -> tuple[ScanOutp
 
 def _scan_backward(
     options: _Options, arguments: ScanArguments, starts_CBGNF: jax.Array, cotangents: ScanOutput
-) -> Tree:
+) -> Arrays:
     operands, _ = arguments.operands()
     (sequences, constants, state_BGNF), split_vjp = jax.vjp(functools.partial(_split, options), operands.arrays())
     masks = _masks(options, arguments)
@@ -121,7 +122,12 @@ def _on_platform(options: _Options, run, *args):
 
 
 def _run_forward(
-    options: _Options, recurrence: Recurrence, sequences: Tree, masks: Tree, constants: Tree, state_BGNF: jax.Array
+    options: _Options,
+    recurrence: Recurrence,
+    sequences: Arrays,
+    masks: Arrays,
+    constants: Arrays,
+    state_BGNF: jax.Array,
 ):
     """Final state, state at the start of every chunk, and output."""
     inject_token = functools.partial(
@@ -149,9 +155,9 @@ def _run_forward(
 def _run_backward(
     options: _Options,
     recurrence: Recurrence,
-    sequences: Tree,
-    masks: Tree,
-    constants: Tree,
+    sequences: Arrays,
+    masks: Arrays,
+    constants: Arrays,
     starts_CBGNF: jax.Array,
     cotangents: tuple[jax.Array, jax.Array],
 ):
@@ -159,12 +165,12 @@ def _run_backward(
     dy_BLE, dstate_BGNF = cotangents
     arrange = functools.partial(_arranged, groups=dstate_BGNF.shape[1], time_axis=recurrence.time_axis)
 
-    def inject_chunk(slices: Tree, constants: Tree, masks: Tree):
+    def inject_chunk(slices: Arrays, constants: Arrays, masks: Arrays):
         static = {"dt_softplus": options.dt_softplus, "discretization": options.discretization}
         inject_token = functools.partial(inject, constants=constants, **static)
         return over_chunk(inject_token, arrange(slices), arrange(masks))
 
-    def emit_chunk(states: jax.Array, slices: Tree, constants: Tree):
+    def emit_chunk(states: jax.Array, slices: Arrays, constants: Arrays):
         return over_chunk(functools.partial(emit, constants=constants), states, arrange(slices))
 
     def chunk(carry, inputs):
@@ -193,7 +199,7 @@ def _run_backward(
     return dsequences, dconstants, dstate_BGNF
 
 
-def _split(options: _Options, arrays: Tree) -> tuple[Tree, Tree, jax.Array]:
+def _split(options: _Options, arrays: Arrays) -> tuple[Arrays, Arrays, jax.Array]:
     """The arguments as sequences of whole chunks, constants in float32, and the state.
 
     Returns:
@@ -220,7 +226,7 @@ def _split(options: _Options, arrays: Tree) -> tuple[Tree, Tree, jax.Array]:
     return sequences, constants, _packed_state(arrays["initial_state"].astype(constants["A"].dtype), groups)
 
 
-def _masks(options: _Options, arguments: ScanArguments) -> Tree:
+def _masks(options: _Options, arguments: ScanArguments) -> Arrays:
     """(B, L): `is_valid`, only if the length is padded, and `is_start` of a new segment, if there are any."""
     masks, shape = {}, arguments.x.shape[:2]
     if shape[1] % options.chunk_length:
@@ -236,7 +242,7 @@ def _padded(array: jax.Array, chunk: int) -> jax.Array:
     return jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
 
 
-def _slices(options: _Options, sequences: Tree, index: jax.Array) -> Tree:
+def _slices(options: _Options, sequences: Arrays, index: jax.Array) -> Arrays:
     """The chunk `index` of every sequence, (B, T, ...)."""
     size = options.chunk_length
     return {k: jax.lax.dynamic_slice_in_dim(v, index * size, size, axis=1) for k, v in sequences.items()}
@@ -248,7 +254,7 @@ def _update(options: _Options, sequence: jax.Array, update: jax.Array, index: ja
     return jax.lax.dynamic_update_slice_in_dim(sequence, update, index * options.chunk_length, axis=1)
 
 
-def _arranged(slices: Tree, *, groups: int, time_axis: int) -> Tree:
+def _arranged(slices: Arrays, *, groups: int, time_axis: int) -> Arrays:
     """A chunk as a recurrence wants it, here for time axis 0.
 
     Channels (B, T, E) become (T, B, G, F); matrices (B, T, G, N) or (B, T, 1, N) become (T, B, G, N); masks (B, T)

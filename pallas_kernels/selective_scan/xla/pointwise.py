@@ -7,14 +7,13 @@ Constants are (1, G, N, F) for A and, if they do not change over time, for B and
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.discretization import step_size, zero_order_hold_gain
 from pallas_kernels.selective_scan.arguments import Discretization
 
-Tree = dict[str, jax.Array]
-
 
 def inject(
-    tokens: Tree, masks: Tree, constants: Tree, *, dt_softplus: bool, discretization: Discretization
+    tokens: Arrays, masks: Arrays, constants: Arrays, *, dt_softplus: bool, discretization: Discretization
 ) -> tuple[jax.Array, jax.Array]:
     """Decay a = exp(dt A), zero where a segment starts, and injection u = Bbar x.
 
@@ -44,7 +43,7 @@ def inject(
     return a_BGNF, u_BGNF.astype(a_BGNF.dtype)
 
 
-def emit(states_BGNF: jax.Array, tokens: Tree, constants: Tree) -> jax.Array:
+def emit(states_BGNF: jax.Array, tokens: Arrays, constants: Arrays) -> jax.Array:
     """Output (C h + D x) silu(z), (B, G, F), in float32; 2 Re(C h) for complex states.
 
     Args:
@@ -66,7 +65,7 @@ def emit(states_BGNF: jax.Array, tokens: Tree, constants: Tree) -> jax.Array:
     return y_BGF
 
 
-def _outer(tokens: Tree, constants: Tree, x_BGF: jax.Array) -> jax.Array:
+def _outer(tokens: Arrays, constants: Arrays, x_BGF: jax.Array) -> jax.Array:
     """B x, (B, G, N, F)."""
     if "B" in constants:
         return constants["B"] * x_BGF[:, :, None, :]

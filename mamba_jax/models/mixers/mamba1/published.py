@@ -127,16 +127,21 @@ def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_original(config: ModelConfig) -> dict[str, Any]:
+    """The content of `config.json`; a key is left out where it has the authors' default, which is ours as well."""
     mixer, default = _mixer(config), Mamba1Config()
     if config.norm_eps != 1e-5:
         raise InputError(f"the original layout fixes norm_eps at 1e-05, the model has {config.norm_eps}")
-    values = {key: (getattr(mixer, name), getattr(default, name)) for key, name in _ORIGINAL_MIXER_KEYS.items()}
+    chosen = {
+        key: getattr(mixer, name)
+        for key, name in _ORIGINAL_MIXER_KEYS.items()
+        if getattr(mixer, name) != getattr(default, name)
+    }
     return {
         "d_model": config.d_model,
         "d_intermediate": 0,
         "n_layer": config.num_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": {key: value for key, (value, unset) in values.items() if value != unset},
+        "ssm_cfg": chosen,
         "attn_layer_idx": [],
         "attn_cfg": {},
         "rms_norm": True,
