@@ -50,3 +50,16 @@ def numbered_stream(make_stream: MakeStream) -> TokenDataset:
     positions = np.arange(20_000)
     ids = np.where(positions % 2, positions // 2 % 251, positions // 502 % 251)
     return make_stream([ids.tolist()], shard_tokens=8192)
+
+
+@pytest.fixture
+def documents() -> list[np.ndarray]:
+    """Ids of documents, from one byte to more than a block."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, size=size, dtype=np.int32) for size in (1, 5000, 3, 12_000, 70_001)]
+
+
+@pytest.fixture
+def stream(documents: list[np.ndarray]) -> np.ndarray:
+    """The documents in a row, each with the byte tokenizer's end of text."""
+    return np.concatenate([np.append(ids, 256) for ids in documents])

@@ -19,7 +19,7 @@ from mamba_jax.data.shard_index import BLOCK_TOKENS
 from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
-from tests.data.test_shards import make_version_1
+from tests.data.test_shard_damage import make_version_1
 
 FILES = ["index.json", *(f"tokens-{shard:05}.array_record" for shard in range(3))]
 # Far above what an example takes, far below what an endless one would.
