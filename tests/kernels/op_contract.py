@@ -162,8 +162,15 @@ def _terms(call: Call) -> int:
     return math.prod(call.arrays["x"].shape[:-1]) + sum(call.arrays.get("A", call.arrays["x"]).shape[-2:])
 
 
-def check_values_and_gradients(op: Op, implementation: str, call: Call) -> None:
-    """Outputs and every gradient agree with the float64 reference; running twice gives the same bits."""
+def check_values_and_gradients(op: Op, implementation: str, call: Call, *, relative: float | None = None) -> None:
+    """Outputs and every gradient agree with the float64 reference; running twice gives the same bits.
+
+    Args:
+        op: the op.
+        implementation: its name.
+        call: the arguments.
+        relative: limit of every error's root mean square over that of the exact result; None sets none.
+    """
     cotangents = cotangents_of(op, call)
     run = compiled(op, call, implementation)
     outputs, gradients = run(call.arrays, cotangents)
@@ -171,6 +178,13 @@ def check_values_and_gradients(op: Op, implementation: str, call: Call) -> None:
     for first, second in zip(jax.tree.leaves((outputs, gradients)), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
     _assert_equals_reference(op, call, outputs, gradients, f"{op.name}.{implementation}")
+    if relative is None:
+        return
+    exact_outputs, exact_gradients = in_double_precision(op, call)
+    for name, actual in (_to_numpy(outputs) | _to_numpy(gradients)).items():
+        exact = (exact_outputs | exact_gradients)[name]
+        error = np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+        assert error < relative, f"{op.name}.{implementation}: {name} is off by {error:.1e}"
 
 
 def check_backend_is_visible(op: Op, implementation: str, call: Call) -> None:

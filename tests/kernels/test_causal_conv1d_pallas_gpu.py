@@ -14,11 +14,20 @@ from tests.kernels import op_contract
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_causal_conv1d import OP
 
+ON_GPU = jax.default_backend() == "gpu"
 UNSEGMENTED = dataclasses.replace(FULL, has_segments=False)
 LARGE = dataclasses.replace(FULL, batch=3, length=300, channels=200)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+# The others take 5 s each to interpret.
+QUICK = ("full", "bfloat16", "width_7", "shorter_than_window")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [spec if ON_GPU or spec.name in QUICK else pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS],
+    ids=lambda spec: spec.name,
+)
 def test_values_and_gradients(spec: ConvSpec) -> None:
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
 
