@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 DType = Literal["float32", "bfloat16"]
@@ -24,6 +25,18 @@ class Arguments:
     narrow: dict[str, np.ndarray]
     integers: dict[str, np.ndarray]
     static: Mapping[str, object]
+
+    def rounded(self, dtype: DType) -> dict[str, np.ndarray]:
+        """The arguments with a gradient, the narrow ones in `dtype`.
+
+        Rounded by NumPy, which compiles nothing, and by way of float32 as an array of JAX would be.
+        """
+        single = {name: _to_single(array) for name, array in (self.wide | self.narrow).items()}
+        return single | {name: single[name].astype(jnp.dtype(dtype)) for name in self.narrow}
+
+
+def _to_single(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.complex64 if np.iscomplexobj(array) else np.float32)
 
 
 def segment_ids(rng: np.random.Generator, *, batch: int, length: int) -> np.ndarray:
