@@ -1,7 +1,7 @@
 """Sets the last two results of every program on the same hardware side by side, and says what became slower.
 
     python benchmarks/compare.py
-    python benchmarks/compare.py --op selective_scan --workload mamba_130m --threshold 1.1
+    python benchmarks/compare.py --op selective_scan --workload mamba_130m --threshold 1.2
 
 Exits with status 1 if something did.
 """
@@ -13,9 +13,12 @@ from pathlib import Path
 
 import harness
 from harness import Measurement
-
 from mamba_jax.cli import one_line_errors, parse, print_result
 from mamba_jax.errors import InputError
+
+# Eighteen programs stand both in results/ops_gpu_edge_states_2026-11-24.md and in results/ops_gpu_scan_2026-11-24.md,
+# from two runs on H100s: their times differ by less than 3%. More than 5% is a change.
+THRESHOLD = 1.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +29,14 @@ class Options:
         results: file of results.
         op: only this one.
         workload: only those that are this, or whose name is.
-        threshold: ratio of the last result to the one before above which a program has become slower. Medians of an
-            unchanged program on a GPU of its own repeat within THRESHOLD_REASON; on a processor that others use as
-            well, give more.
+        threshold: ratio of the last result to the one before above which a program has become slower. Give more on a
+            machine that others use as well.
     """
 
     results: Path = harness.RESULTS / harness.FILE_NAME
     op: str | None = None
     workload: str | None = None
-    threshold: float = 1.1
+    threshold: float = THRESHOLD
 
     def __post_init__(self) -> None:
         """Checks the threshold."""
@@ -52,7 +54,8 @@ class Pair:
     @property
     def ratio(self) -> float:
         """Time of the later over that of the earlier."""
-        assert self.before.milliseconds and self.after.milliseconds is not None
+        assert self.before.milliseconds is not None
+        assert self.after.milliseconds is not None
         return self.after.milliseconds / self.before.milliseconds
 
 

@@ -257,8 +257,9 @@ def append(path: Path, measurement: Measurement) -> None:
     try:
         with path.open("a+b") as file:
             # A line that was cut short stays one damaged line and does not spoil this one.
-            if file.tell() and not path.read_bytes().endswith(b"\n"):
-                line = f"\n{line}"
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else f"\n{line}"
             file.write(f"{line}\n".encode())
     except OSError as error:
         raise InputError(f"cannot write results to {path} ({reason(error)}): choose another --output") from None

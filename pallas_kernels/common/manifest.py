@@ -14,7 +14,7 @@ import numpy as np
 
 from pallas_kernels.common.arg_spec import Arguments, DType
 
-Count = Mapping[str, float]
+Count = Mapping[str, int]
 Platform = Literal["cpu", "accelerator"]
 
 # A float32 operation is off by half an epsilon of its result at most.
@@ -45,18 +45,18 @@ class CallSpec(Protocol):
         ...
 
 
-def evaluate(count: Count, sizes: Mapping[str, int]) -> float:
+def evaluate(count: Count, sizes: Mapping[str, int]) -> int:
     """The value of a count at given sizes."""
     return sum(times * math.prod(sizes[letter] for letter in letters) for letters, times in count.items())
 
 
 def written(count: Count) -> str:
     """A count as text, such as "6 B L E N + E"."""
-    terms = [" ".join(([] if times == 1 else [f"{times:g}"]) + list(letters)) for letters, times in count.items()]
+    terms = [" ".join(([] if times == 1 else [str(times)]) + list(letters)) for letters, times in count.items()]
     return " + ".join(terms) or "0"
 
 
-def allowed_error(exact: np.ndarray, dtype: Any, *, terms: float) -> np.ndarray:
+def allowed_error(exact: np.ndarray, dtype: Any, *, terms: int) -> np.ndarray:
     """Largest error that an array may have, element by element.
 
         8 (eps / 2) sqrt(n) max |exact|,    eps = 2^-23,

@@ -122,7 +122,7 @@ def in_double_precision(op: Op, call: Call) -> tuple[dict, dict]:
         return _to_numpy(outputs), _to_numpy(gradients)
 
 
-def assert_close(actual: dict, expected: dict, dtypes: dict, *, terms: float, context: str) -> None:
+def assert_close(actual: dict, expected: dict, dtypes: dict, *, terms: int, context: str) -> None:
     """Compares named arrays at the tolerance that their dtypes and the longest sum of `terms` terms imply."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
@@ -144,7 +144,7 @@ def _assert_equals_reference(op: Op, call: Call, outputs, gradients: dict, conte
     assert_close(_to_numpy(gradients), expected_gradients, dtypes, terms=terms, context=f"{context}, gradient")
 
 
-def _terms(op: Op, call: Call) -> float:
+def _terms(op: Op, call: Call) -> int:
     """Terms of the longest sum, as the op's manifest says."""
     return evaluate(MANIFESTS[op.name].tolerance.longest_sum, TABLES[op.name].sizes(call.arrays))
 
