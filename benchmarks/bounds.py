@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from mamba_jax.models.flops import PEAK_FLOPS
-from pallas_kernels.common.manifest import Work, evaluate
+from pallas_kernels.common.arg_spec import Work, evaluate
 
 # Of an NVIDIA multiprocessor and cycle: "Arithmetic Instructions" in the CUDA C++ Programming Guide, compute
 # capabilities 8.0 and 9.0. A lane's fused multiply-add is two operations.

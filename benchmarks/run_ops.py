@@ -34,8 +34,7 @@ from pallas_kernels import (
     selective_state_update,
 )
 from pallas_kernels.common.ahead_of_time import cuda_devices, described, tracing_for
-from pallas_kernels.common.arg_spec import DType
-from pallas_kernels.common.manifest import CallSpec, Platform
+from pallas_kernels.common.arg_spec import CallSpec, DType, Platform
 from pallas_kernels.manifests import MANIFESTS
 
 # Milliseconds of the authors' CUDA kernels (mamba-ssm 2.3.2.post1 and causal-conv1d, PyTorch) on an H100 80GB HBM3 with

@@ -1,5 +1,4 @@
-"""Trains the quickstart's model with AdamW and with Muon at several peak learning rates; keeps the losses and writes a
-table.
+"""Trains the quickstart's model with AdamW and with Muon at several peak learning rates, and keeps the losses.
 
     python benchmarks/run_optimizers.py
     python benchmarks/run_optimizers.py --num-steps 1200 --peak-lrs 5e-3

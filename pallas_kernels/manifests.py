@@ -4,7 +4,7 @@ No implementation imports this module.
 """
 
 from pallas_kernels.causal_conv1d import arg_specs as causal_conv1d
-from pallas_kernels.common.manifest import Manifest
+from pallas_kernels.common.arg_spec import Manifest
 from pallas_kernels.selective_scan import arg_specs as selective_scan
 from pallas_kernels.selective_state_update import arg_specs as selective_state_update
 

@@ -8,8 +8,7 @@ import dataclasses
 import numpy as np
 
 from pallas_kernels.causal_conv1d.arguments import Activation
-from pallas_kernels.common.arg_spec import Arguments, DType, segment_ids
-from pallas_kernels.common.manifest import Manifest, Tolerance, Work
+from pallas_kernels.common.arg_spec import Arguments, DType, Manifest, Tolerance, Work, segment_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from pallas_kernels.common.arg_spec import Arguments, DType, segment_ids
-from pallas_kernels.common.manifest import Manifest, Tolerance, Work
+from pallas_kernels.common.arg_spec import Arguments, DType, Manifest, Tolerance, Work, segment_ids
 from pallas_kernels.selective_scan.arguments import Discretization
 
 Layout = Literal["shared", "grouped", "constant"]

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.common.arg_spec import Arguments
-from pallas_kernels.common.manifest import Count, Manifest, Tolerance, Work
+from pallas_kernels.common.arg_spec import Arguments, Count, Manifest, Tolerance, Work
 from pallas_kernels.selective_scan import arg_specs as scan
 
 

@@ -11,7 +11,7 @@ import harness
 import run_ops
 from bounds import CHIPS, Bound, Chip, bound
 from mamba_jax.errors import InputError
-from pallas_kernels.common.manifest import Work
+from pallas_kernels.common.arg_spec import Work
 from pallas_kernels.manifests import MANIFESTS
 
 SIZES = {"B": 8, "L": 2048, "E": 1536, "N": 16}

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import TABLES
-from pallas_kernels.common.arg_spec import Arguments
-from pallas_kernels.common.manifest import allowed_error, evaluate
+from pallas_kernels.common.arg_spec import Arguments, allowed_error, evaluate
 from pallas_kernels.manifests import MANIFESTS
 
 

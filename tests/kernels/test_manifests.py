@@ -11,7 +11,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import TABLES
-from pallas_kernels.common.manifest import (
+from pallas_kernels.common.arg_spec import (
     BFLOAT16_ROUNDING,
     Manifest,
     Work,

@@ -12,8 +12,7 @@ from jax.sharding import AxisType
 from mamba_jax.models.ops import ShardedOp
 from mamba_jax.sharding import make_mesh
 from mamba_jax.sharding.config import MeshConfig
-from pallas_kernels.common.arg_spec import Arguments, DType
-from pallas_kernels.common.manifest import Manifest, Tolerance, Work
+from pallas_kernels.common.arg_spec import Arguments, DType, Manifest, Tolerance, Work
 from pallas_kernels.manifests import MANIFESTS
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Op, make_call
