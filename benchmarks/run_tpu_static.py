@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from mamba_jax.pods import chips
+from mamba_jax.chips import CHIPS
 from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
@@ -55,26 +55,8 @@ KERNELS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """What to compile for.
-
-    Attributes:
-        topology: of one chip.
-        figures: its cores.
-        bytes_per_second: of its memory.
-    """
-
-    topology: str
-    figures: chips.Cores
-    bytes_per_second: float
-
-
-CHIPS = {
-    "v4": Chip(topology="v4:1x1x1", figures=chips.CORES["TPU v4"], bytes_per_second=1228e9),
-    "v5e": Chip(topology="v5e:1x1", figures=chips.CORES["TPU v5 lite"], bytes_per_second=819e9),
-    "v5p": Chip(topology="v5p:1x1x1", figures=chips.CORES["TPU v5"], bytes_per_second=2765e9),
-}
+# Topologies of one chip, and the kind of its device.
+TOPOLOGIES = {"v4": ("v4:1x1x1", "TPU v4"), "v5e": ("v5e:1x1", "TPU v5 lite"), "v5p": ("v5p:1x1x1", "TPU v5")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +194,7 @@ def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Gener
 
 def compile_program(op: str, chip: str, shape: tuple[int, ...], implementation: str, variant: str, folder: str) -> int:
     """Compiles in this process, which dumps schedules; returns the bytes of temporaries."""
-    device = tpu_devices(CHIPS[chip].topology)[0]
+    device = tpu_devices(TOPOLOGIES[chip][0])[0]
     function, args = program_of(op, shape, implementation, varied(generation(device.device_kind), variant))
     compiled = compile_for(device, function, *args)
     Path(folder, "program.txt").write_text(compiled.as_text() or "")
@@ -306,26 +288,29 @@ def passes(work: Work, schedule: Schedule, cores: int) -> list[float]:
 
 def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str) -> list[str]:
     """A line for every kernel, and one for everything together."""
-    figures, bandwidth = CHIPS[chip].figures, CHIPS[chip].bytes_per_second
+    figures = CHIPS[TOPOLOGIES[chip][1]]
+    cores, bandwidth = figures.cores, figures.memory_bytes_per_second
+    assert cores is not None, chip
+    assert bandwidth is not None, chip
     lines, total = [], program.other_cycles
     for direction, schedule in program.kernels.items():
         work = works[direction]
-        counts = passes(work, schedule, figures.number)
+        counts = passes(work, schedule, cores.number)
         cycles = sum(loop.bundles * count for loop, count in zip(schedule.loops, counts, strict=True))
         unit = {
             name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
             for name, slots in schedule.capacity.items()
         }
-        memory = work.memory / bandwidth * figures.clock_hz
+        memory = work.memory / bandwidth * cores.clock_hz
         bound = max(unit["VALU"], unit["EUP"], memory)
         total += max(cycles, memory)
-        cells = [label, direction, f"{cycles / 1e6:.3f}", f"{cycles * figures.number / work.size:.1f}"]
+        cells = [label, direction, f"{cycles / 1e6:.3f}", f"{cycles * cores.number / work.size:.1f}"]
         cells += [f"{unit[name] / 1e6:.3f}" for name in ("VALU", "EUP", "VSTORE", "VLOAD", "XLU")]
         cells += [f"{memory / 1e6:.3f}", f"{max(cycles, memory) / bound:.2f}"]
-        cells += [f"{1e3 * max(cycles, memory) / figures.clock_hz:.2f}", ""]
+        cells += [f"{1e3 * max(cycles, memory) / cores.clock_hz:.2f}", ""]
         lines.append("| " + " | ".join(cells) + " |")
     cells = [label, "everything", f"{total / 1e6:.3f}", *[""] * 8]
-    cells += [f"{1e3 * total / figures.clock_hz:.2f}", f"{program.temporaries / MEGABYTE:.0f}"]
+    cells += [f"{1e3 * total / cores.clock_hz:.2f}", f"{program.temporaries / MEGABYTE:.0f}"]
     return [*lines, "| " + " | ".join(cells) + " |"]
 
 
@@ -335,7 +320,7 @@ def table(op: str, chip: str, variants: Sequence[str], implementations: Sequence
     columns = ["implementation", "pass", "Mcycles", "a step", "VALU", "EUP", "stores", "loads", "XLU", "memory"]
     columns += ["over bound", "ms", "temporaries MB"]
     yield from (f"## {op} {SHAPES[op]}, {chip}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns))
-    entry = generation(tpu_devices(CHIPS[chip].topology)[0].device_kind)
+    entry = generation(TOPOLOGIES[chip][1])
     tried = ("", *variants) if op == "selective_scan" else ("",)
     for variant in tried if op in KERNELS and "pallas_tpu" in implementations else ():
         changed = varied(entry, variant)
@@ -353,7 +338,7 @@ def main() -> None:
     """Compiles everything and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--chips", nargs="+", default=["v5e", "v5p"], choices=CHIPS)
+    parser.add_argument("--chips", nargs="+", default=["v5e", "v5p"], choices=TOPOLOGIES)
     parser.add_argument(
         "--variants", nargs="*", default=["12x64", "6x128", "4x128"], help="tiles x tokens, of the scan"
     )

@@ -36,7 +36,7 @@ def commands(text: str) -> list[tuple[str, str]]:
     A command ends where the shell's line, its quotes or the sentence do. A program named in code type and called with
     nothing is asked for its help.
     """
-    joined = re.sub(r"\\\n\s*", " ", text)
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
     known = "|".join(re.escape(program) for program in PROGRAMS)
     word = r" +(?:\"[^\"]*\"|[^\s\"'`>;|&#]+)"
     typed = re.findall(rf"python (-m [\w.]+|[\w./-]+\.py)\b((?:{word})*)(`?)", joined)
