@@ -47,10 +47,11 @@ class Chip:
     cores: Cores | None = None
 
 
-# By the device kind that JAX reports. NVIDIA's data sheets, and Google's Cloud TPU documentation, pages of v4, v5e, v5p,
-# v6e and TPU7x. The latter gives links both ways, the network of v5e for 256 chips (6.4 Tb/s), and peak, links, network
-# and memory of TPU7x for a chip, which is two devices. Cycles of kernels: benchmarks/results/tpu_static_2026-11-24.md,
-# and for the state at an edge the mean of both directions in tpu_static_edge_states_2026-11-24.md.
+# By the device kind that JAX reports. From NVIDIA's data sheets, and from the pages of v4, v5e, v5p, v6e and TPU7x of
+# Google's Cloud TPU documentation. These give links both ways, the network of v5e for 256 chips (6.4 Tb/s), and peak,
+# links, network and memory of TPU7x for a chip, which is two devices. Cycles of kernels are those of
+# benchmarks/results/tpu_static_2026-11-24.md, and for the state at an edge the mean of both directions in
+# tpu_static_edge_states_2026-11-24.md.
 CHIPS = {
     "NVIDIA A100-SXM4-40GB": Chip(peak_flops=312e12),
     "NVIDIA A100-SXM4-80GB": Chip(peak_flops=312e12),

@@ -19,6 +19,7 @@ import pytest
 
 from pallas_kernels import selective_scan
 from pallas_kernels.common.ahead_of_time import tracing_for_kind
+from pallas_kernels.common.arg_spec import DType
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from pallas_kernels.selective_scan.pallas_gpu import backward as pallas_gpu_backward
 from pallas_kernels.selective_scan.pallas_gpu import edge as pallas_gpu_edge
@@ -173,7 +174,7 @@ def test_zero_step_keeps_the_state() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 3e-3)])
-def test_relative_error(dtype: str, limit: float) -> None:
+def test_relative_error(dtype: DType, limit: float) -> None:
     test_selective_scan.check_relative_error("pallas_gpu", dtype, limit)
 
 
@@ -191,7 +192,7 @@ def _lowered(spec: ScanSpec, device_kind: str, implementation: str | None = None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lowers_for_hopper(dtype: str) -> None:
+def test_lowers_for_hopper(dtype: DType) -> None:
     spec = dataclasses.replace(SMALL, dtype=dtype, length=2048, channels=64, states=16)
     text = _lowered(spec, "NVIDIA H100 80GB HBM3")
     kernels = [name for name in ("forward", "backward", "edge") if f"pallas_gpu_{name}" in text]

@@ -26,6 +26,7 @@ from pallas_kernels.common.ahead_of_time import tpu_devices
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan_pallas_tpu import needs_tpu_compiler
+from tests.programs import text_of
 
 SCAN = ScanSpec(name="scan", length=19, batch=4, channels=8, states=3, B="grouped", has_segments=True)
 CONV = ConvSpec(name="conv", length=9, batch=4, channels=8, has_segments=True)
@@ -47,7 +48,7 @@ NAMES = ("scan", "convolution", "update", "final state", "initial cotangent")
 
 
 def number(outputs: tuple[Any, ...]) -> jax.Array:
-    return sum(jnp.sum(jnp.sin(output)) for output in outputs)
+    return jnp.asarray(sum(jnp.sum(jnp.sin(output)) for output in outputs))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def test_forward_mode_of_the_scan(spec: ScanSpec, implementation: str) -> None:
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(name: str) -> Any:
-        def scan(arrays: dict[str, jax.Array]) -> Any:
+        def scan(arrays: dict[str, Any]) -> Any:
             return selective_scan(**arrays, **call.integers, **call.static, implementation=name)
 
         return jax.jvp(scan, (call.arrays,), (tangents,))
@@ -213,7 +214,7 @@ def test_second_derivatives_in_any_order(order: str) -> None:
         if order == "reverse over forward":
             return jax.jvp(loss, (arrays,), (tangents,))[1]
         pairs = zip(jax.tree.leaves(jax.grad(loss)(arrays)), jax.tree.leaves(tangents), strict=True)
-        return sum(jnp.vdot(one, other) for one, other in pairs)
+        return jnp.asarray(sum(jnp.vdot(one, other) for one, other in pairs))
 
     assert_close(jax.jit(jax.grad(slope))(case.arrays), hessian_product("reference"))
 
@@ -350,14 +351,14 @@ def test_compiled_for_tpus_every_device_runs_kernels_on_its_part(kind: AxisType)
         for name, array in arrays.items()
     }
 
-    def layer(arrays: dict[str, jax.Array]) -> jax.Array:
+    def layer(arrays: dict[str, Any]) -> jax.Array:
         y = selective_scan(**arrays, dt_softplus=True).y
         return causal_conv1d(y, jnp.ones((4, y.shape[2]))).y
 
     run = layer if kind == AxisType.Explicit else jax.shard_map(layer, in_specs=(specs,), out_specs=specs["x"])
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(lambda arrays: number((run(arrays).astype(jnp.float32),))))
-        text = gradient.lower(shapes).compile().as_text()
+        text = text_of(gradient.lower(shapes).compile())
     instructions = [line for line, _ in compiled_instructions(text)]
     assert sum("tpu_custom_call" in line for line in instructions) == 4
     assert any(" all-reduce(" in line for line in instructions)
@@ -411,8 +412,8 @@ def test_numpy_arrays_and_lists_are_arrays(name: str) -> None:
     def convert(index: int, array: jax.Array) -> Any:
         return np.asarray(array) if index % 2 else array.tolist()
 
-    given = [
+    first, second = (
         {name: convert(index, array) for index, (name, array) in enumerate(arrays.items())}
         for arrays in (case.arrays, case.fixed)
-    ]
-    assert_close(jax.jit(lambda: case.run(*given))(), unsharded(name)[0])
+    )
+    assert_close(jax.jit(lambda: case.run(first, second))(), unsharded(name)[0])
