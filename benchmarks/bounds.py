@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from mamba_jax.models.flops import PEAK_FLOPS
+from mamba_jax.chips import CHIPS
 from pallas_kernels.common.arg_spec import Work, evaluate
 
 # Of an NVIDIA multiprocessor and cycle: "Arithmetic Instructions" in the CUDA C++ Programming Guide, compute
@@ -61,30 +61,27 @@ A100 = Multiprocessors(number=108, clock_hz=1.41e9, lanes=64)
 H100 = Multiprocessors(number=132, clock_hz=1.98e9, lanes=128)
 
 
-def _gpu(kind: str, processors: Multiprocessors, memory: float) -> Chip:
-    cycles = processors.number * processors.clock_hz
-    return Chip(
-        memory=memory,
-        vector=2 * processors.lanes * cycles,
-        special=SPECIAL_A_CYCLE * cycles,
-        matrix=PEAK_FLOPS[kind],
-    )
-
-
-def _tpu(kind: str, memory: float) -> Chip:
-    return Chip(memory=memory, vector=None, special=None, matrix=PEAK_FLOPS[kind])
-
-
-# By the device kind that JAX reports. Google's Cloud TPU documentation has the memory of TPUs.
-CHIPS = {
-    "NVIDIA A100-SXM4-40GB": _gpu("NVIDIA A100-SXM4-40GB", A100, 1555e9),
-    "NVIDIA A100-SXM4-80GB": _gpu("NVIDIA A100-SXM4-80GB", A100, 2039e9),
-    "NVIDIA H100 80GB HBM3": _gpu("NVIDIA H100 80GB HBM3", H100, 3352e9),
-    "NVIDIA H200": _gpu("NVIDIA H200", H100, 4800e9),
-    "TPU v4": _tpu("TPU v4", 1228e9),
-    "TPU v5 lite": _tpu("TPU v5 lite", 819e9),
-    "TPU v5": _tpu("TPU v5", 2765e9),
+MULTIPROCESSORS = {
+    "NVIDIA A100-SXM4-40GB": A100,
+    "NVIDIA A100-SXM4-80GB": A100,
+    "NVIDIA H100 80GB HBM3": H100,
+    "NVIDIA H200": H100,
 }
+
+
+def chip(kind: str) -> Chip | None:
+    """The rates of a device kind; None where that of its memory is not known."""
+    figures = CHIPS.get(kind)
+    if figures is None or figures.memory_bytes_per_second is None:
+        return None
+    processors = MULTIPROCESSORS.get(kind)
+    cycles = None if processors is None else processors.number * processors.clock_hz
+    return Chip(
+        memory=figures.memory_bytes_per_second,
+        vector=None if processors is None or cycles is None else 2 * processors.lanes * cycles,
+        special=None if cycles is None else SPECIAL_A_CYCLE * cycles,
+        matrix=figures.peak_flops,
+    )
 
 
 def bound(chip: Chip, *, moved: float, passes: Sequence[Work], sizes: Mapping[str, int]) -> Bound:

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+import bounds
 import harness
 import pallas_kernels
-from bounds import CHIPS, bound
 from harness import MIB, Results, Setting, time_calls
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
@@ -231,9 +231,9 @@ def programs(function: Callable, arrays: dict) -> dict[str, tuple[Callable, tupl
 def comparisons(op: str, spec: CallSpec, dtype: DType, direction: str, *, sizes, moved, milliseconds) -> dict[str, Any]:
     """What a time on an accelerator amounts to: of the chip's least time, and of the authors' CUDA kernel's."""
     manifest, figures = MANIFESTS[op], {}
-    if chip := CHIPS.get(harness.hardware()):
+    if chip := bounds.chip(harness.hardware()):
         passes = [manifest.forward] if direction == "forward" else [manifest.forward, manifest.backward]
-        least = bound(chip, moved=moved, passes=passes, sizes=sizes)
+        least = bounds.bound(chip, moved=moved, passes=passes, sizes=sizes)
         share = 100 * least.milliseconds / milliseconds
         figures = {"bound_ms": least.milliseconds, "bound_by": least.unit, "of_bound_%": share}
     if official := OFFICIAL_CUDA.get((op, dtype, manifest.shape_text(spec))):

@@ -29,8 +29,8 @@ import bounds
 import harness
 import pallas_kernels
 from harness import Results, Setting
+from mamba_jax import chips
 from mamba_jax.cli import one_line_errors, parse
-from mamba_jax.pods import chips
 from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
@@ -89,12 +89,14 @@ class Options:
     Attributes:
         ops: their names.
         chips: generations.
+        implementations: the kernels, XLA's form, or both; the compiler takes minutes for XLA's loop over a scan.
         variants: other blocks of the scan, tiles x tokens.
         output: folder of the results.
     """
 
     ops: tuple[OpName, ...] = tuple(SHAPES)
     chips: tuple[Literal["v4", "v5e", "v5p"], ...] = ("v5e", "v5p")
+    implementations: tuple[Literal["pallas_tpu", "xla"], ...] = ("pallas_tpu", "xla")
     variants: tuple[str, ...] = ("12x64", "6x128", "4x128")
     output: Path = harness.RESULTS
 
@@ -114,7 +116,9 @@ class Chip:
     @property
     def cores(self) -> chips.Cores:
         """Their number and clock."""
-        return chips.CORES[self.kind]
+        cores = chips.CHIPS[self.kind].cores
+        assert cores is not None, self.kind
+        return cores
 
 
 CHIPS = {
@@ -287,7 +291,9 @@ def kernel_figures(chip: Chip, schedule: Schedule, work: Work) -> dict[str, floa
         name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
         for name, slots in schedule.capacity.items()
     }
-    memory = work.memory / bounds.CHIPS[chip.kind].memory * chip.cores.clock_hz
+    rates = bounds.chip(chip.kind)
+    assert rates is not None, chip.kind
+    memory = work.memory / rates.memory * chip.cores.clock_hz
     least = max(unit["VALU"], unit["EUP"], memory)
     return {
         "milliseconds": 1e3 * max(cycles, memory) / chip.cores.clock_hz,
@@ -316,18 +322,20 @@ def add(
     keep(direction="everything", milliseconds=total, **everything)
 
 
-def compile_all(op: OpName, name: str, variants: tuple[str, ...], results: Results) -> None:
+def compile_all(op: OpName, name: str, options: Options, results: Results) -> None:
     """An op on a chip: its kernels, other sizes of blocks, and XLA's form."""
     shape, chip = tuple(map(int, SHAPES[op].split("x"))), CHIPS[name]
-    entry = generation(tpu_devices(chip.topology)[0].device_kind)
-    for variant in ("", *variants) if op == "selective_scan" else ("",) if op in KERNELS else ():
+    entry = generation(chip.kind)
+    tried = ("", *options.variants) if op == "selective_scan" else ("",)
+    for variant in tried if op in KERNELS and "pallas_tpu" in options.implementations else ():
         changed = varied(entry, variant)
         works = convolution_work(shape) if op == "causal_conv1d" else scan_work(op, shape, changed)
         label = "pallas_tpu"
         if op == "selective_scan":
             label += f", up to {changed.tiles} tiles, {changed.tokens} tokens{'' if variant else ' (chosen)'}"
         add(results, op, chip, label, measure(op, name, shape, "pallas_tpu", variant), works)
-    add(results, op, chip, "xla", measure(op, name, shape, "xla"), {})
+    if "xla" in options.implementations:
+        add(results, op, chip, "xla", measure(op, name, shape, "xla"), {})
 
 
 def main() -> None:
@@ -337,7 +345,7 @@ def main() -> None:
         results = Results(options.output, Setting.here("TPU compiler, nothing run", libraries=("libtpu",)))
         for op in options.ops:
             for chip in options.chips:
-                compile_all(op, chip, options.variants, results)
+                compile_all(op, chip, options, results)
         print(f"wrote {results.write_table('tpu_static', 'Static schedules of the ops on TPUs', *NOTES)}")
 
 

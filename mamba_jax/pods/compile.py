@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import jax
 from jax.errors import JaxRuntimeError
 
+from mamba_jax.chips import CHIPS
 from mamba_jax.cli import print_result
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.flops import flops_per_token
-from mamba_jax.pods.chips import CORES
 from mamba_jax.pods.estimate import StepEstimate
 from mamba_jax.pods.hlo import count_instructions
 from mamba_jax.run.out_of_memory import advice
@@ -87,7 +87,8 @@ def _estimate(
     assert memory is not None, "the TPU compiler reports memory"
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
     counts = count_instructions(compiled.as_text() or "", num_slices)
-    cores = CORES.get(devices[0].device_kind)
+    chip = CHIPS.get(devices[0].device_kind)
+    cores = None if chip is None else chip.cores
     tokens = config.global_batch * config.seq_len / len(devices)
     return StepEstimate(
         devices=len(devices),

@@ -10,10 +10,8 @@ model operations / (peak * lower end).
 """
 
 import dataclasses
-import math
 
-from mamba_jax.models.flops import PEAK_FLOPS
-from mamba_jax.pods.chips import CHIPS, GIB
+from mamba_jax.chips import CHIPS, GIB
 
 MIB = 2**20
 
@@ -65,7 +63,8 @@ class StepEstimate:
     @property
     def matmul_seconds(self) -> float:
         """Model operations at the device's peak; 0 if that is not known."""
-        return self.flops / PEAK_FLOPS.get(self.device_kind, math.inf)
+        chip = CHIPS.get(self.device_kind)
+        return 0.0 if chip is None else self.flops / chip.peak_flops
 
     @property
     def link_seconds(self) -> float | None:

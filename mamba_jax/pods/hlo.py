@@ -17,8 +17,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from mamba_jax.pods.chips import KERNELS
-
+# Pallas kernels that a step may call.
+KERNELS = (
+    "selective_scan_pallas_tpu_forward",
+    "selective_scan_pallas_tpu_backward",
+    "causal_conv1d_pallas_tpu_forward",
+    "causal_conv1d_pallas_tpu_backward",
+    "selective_scan_pallas_tpu_edge",
+)
 _COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 

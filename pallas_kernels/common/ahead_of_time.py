@@ -20,9 +20,11 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
         num_slices: slices that a data-centre network joins; with more than one, devices have a `slice_index`.
     """
     # Only the compiler is wanted, so it does not matter whether another process has the library loaded as well,
-    # nor what a metadata server says about this machine.
+    # nor what a metadata server says about this machine; without the last two libtpu complains that it has no answer.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     # The two cores of a v4 chip are one device, as they are by default on Cloud TPU.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     if num_slices > 1:

@@ -16,6 +16,7 @@ from mamba_jax.config import DataConfig, TfdsSource
 from mamba_jax.data.pipeline import open_source
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
+from tests.data.conftest import open_tokens
 
 TEXTS = [f"document {i}, é" * (i + 1) for i in range(9)] + [""]
 
@@ -55,7 +56,7 @@ def texts(source: TfdsSource) -> list[str]:
 @pytest.mark.parametrize("by_name", [True, False])
 def test_local_set(prepared: Path, by_name: bool) -> None:
     folder = str(prepared / "mamba_jax_test_text" / "1.0.0")
-    fields = {"name": "mamba_jax_test_text", "data_dir": str(prepared)} if by_name else {"name": folder}
+    fields: dict[str, Any] = {"name": "mamba_jax_test_text", "data_dir": str(prepared)} if by_name else {"name": folder}
     assert sorted(texts(TfdsSource(split="train", **fields))) == sorted(filter(None, TEXTS))
     assert texts(TfdsSource(split="train[50%:]", **fields)) == texts(TfdsSource(split="train[5:]", **fields))
 
@@ -66,7 +67,7 @@ def test_open_source_tokenises_once_and_again_after_a_change(
     folder = tmp_path / "copy" / "1.0.0"
     shutil.copytree(prepared / "mamba_jax_test_text" / "1.0.0", folder)
     source, config, tokenizer = TfdsSource(name=str(folder), split="train"), make_config(), ByteTokenizer()
-    dataset = open_source(source, config.cache_dir, tokenizer)
+    dataset = open_tokens(source, config.cache_dir, tokenizer)
     assert dataset.num_documents == len(TEXTS) - 1
     assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS)
     assert dataset.num_tokens == dataset.num_bytes + dataset.num_documents
@@ -104,8 +105,8 @@ def test_published_names(name: str) -> None:
         ({"text_field": "number"}, "feature 'number' of TFDS set .* is no text but"),
     ],
 )
-def test_mistakes_get_one_line(prepared: Path, fields: dict[str, str], expected: str) -> None:
-    defaults = {"name": "mamba_jax_test_text", "split": "train", "data_dir": str(prepared)}
+def test_mistakes_get_one_line(prepared: Path, fields: dict[str, Any], expected: str) -> None:
+    defaults: dict[str, Any] = {"name": "mamba_jax_test_text", "split": "train", "data_dir": str(prepared)}
     with pytest.raises(InputError, match=expected) as raised:
         texts(TfdsSource(**{**defaults, **fields}))
     assert "\n" not in str(raised.value)

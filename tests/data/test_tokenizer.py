@@ -64,7 +64,7 @@ def test_json_has_the_same_ids_and_texts(tokenizer: Tokenizer) -> None:
 
 
 def test_json_adds_no_markers(tmp_path: Path) -> None:
-    marked = tokenizers.Tokenizer.from_file(train_bpe(tmp_path / "marked.json").path)
+    marked = tokenizers.Tokenizer.from_file(str(train_bpe(tmp_path / "marked.json").path))
     marked.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     marked.save(str(tmp_path / "marked.json"))
     ours = make_tokenizer(TokenizerConfig(kind="hf_json", path=str(tmp_path / "marked.json")))

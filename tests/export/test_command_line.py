@@ -30,9 +30,7 @@ from tests.export.conftest import random_model
 GOLDEN = Path("tests/golden/mamba1_tiny")
 
 
-def save_run(
-    folder: Path, tokenizer: TokenizerConfig | None = None, **optimizer: float
-) -> tuple[ExperimentConfig, Any]:
+def save_run(folder: Path, tokenizer: TokenizerConfig | None = None, **optimizer: Any) -> tuple[ExperimentConfig, Any]:
     """A checkpoint of step 5, with averaged weights twice the weights."""
     model, params = random_model(vocab_size=257)
     experiment = ExperimentConfig(

@@ -45,10 +45,10 @@ class Op:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """Concrete arguments of a call: what has a gradient, integers, static options. Calls are compared by identity."""
+    """Concrete arguments of a call by name: what has a gradient, integers, static options; compared by identity."""
 
-    arrays: dict[str, jax.Array]
-    integers: dict[str, jax.Array]
+    arrays: dict[str, Any]
+    integers: dict[str, Any]
     static: dict[str, Any]
 
 
@@ -245,7 +245,7 @@ def check_segments(op: Op, implementation: str, call: Call, starts: tuple[int, .
     run = compiled(op, packed, implementation)
     context = f"{op.name}.{implementation}"
 
-    y, carry = [], None
+    y, carry, outputs = [], None, None
     for first, stop in zip((0, *starts), (*starts, length), strict=True):
         outputs, gradients = run(packed.arrays, _only_y(op, packed, first, stop))
         for name, gradient in gradients.items():

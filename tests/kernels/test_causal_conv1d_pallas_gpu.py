@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import causal_conv1d
 from pallas_kernels.causal_conv1d.arg_specs import FULL, SPECS, ConvSpec
 from pallas_kernels.common.ahead_of_time import tracing_for_kind
+from pallas_kernels.common.arg_spec import DType
 from tests.kernels import op_contract
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_causal_conv1d import OP
@@ -34,7 +35,7 @@ def test_values_and_gradients(spec: ConvSpec) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_many_runs_and_columns(dtype: str) -> None:
+def test_many_runs_and_columns(dtype: DType) -> None:
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(dataclasses.replace(LARGE, dtype=dtype)))
 
 
@@ -47,7 +48,7 @@ def test_split_causality_and_segments() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lowers_for_hopper(dtype: str) -> None:
+def test_lowers_for_hopper(dtype: DType) -> None:
     call = make_call(dataclasses.replace(LARGE, dtype=dtype))
     run = functools.partial(causal_conv1d, **call.integers, **call.static, implementation="pallas_gpu")
     gradient = jax.jit(jax.value_and_grad(lambda arrays: run(**arrays).y.astype(jnp.float32).sum()))

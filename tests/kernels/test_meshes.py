@@ -27,6 +27,7 @@ from tests.kernels.cases import (
 )
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan_pallas_tpu import needs_tpu_compiler
+from tests.programs import text_of
 
 
 def _mesh(kind: AxisType) -> jax.sharding.Mesh:
@@ -113,14 +114,14 @@ def test_compiled_for_tpus_every_device_runs_kernels_on_its_part(kind: AxisType)
         for name, array in arrays.items()
     }
 
-    def layer(arrays: dict[str, jax.Array]) -> jax.Array:
+    def layer(arrays: dict[str, Any]) -> jax.Array:
         y = selective_scan(**arrays, dt_softplus=True).y
         return causal_conv1d(y, jnp.ones((4, y.shape[2]))).y
 
     run = layer if kind == AxisType.Explicit else jax.shard_map(layer, in_specs=(specs,), out_specs=specs["x"])
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(lambda arrays: number((run(arrays).astype(jnp.float32),))))
-        text = gradient.lower(shapes).compile().as_text()
+        text = text_of(gradient.lower(shapes).compile())
     instructions = [line for line, _ in compiled_instructions(text)]
     assert sum("tpu_custom_call" in line for line in instructions) == 4
     assert any(" all-reduce(" in line for line in instructions)

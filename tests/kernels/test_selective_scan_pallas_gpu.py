@@ -197,7 +197,7 @@ def _lowered(spec: ScanSpec, device_kind: str, implementation: str | None = None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lowers_for_hopper(dtype: str) -> None:
+def test_lowers_for_hopper(dtype: DType) -> None:
     spec = dataclasses.replace(SMALL, dtype=dtype, length=2048, channels=64, states=16)
     text = _lowered(spec, "NVIDIA H100 80GB HBM3")
     kernels = [name for name in ("forward", "backward", "edge") if f"pallas_gpu_{name}" in text]

@@ -47,7 +47,7 @@ def test_forward_mode_of_the_scan(spec: ScanSpec, implementation: str) -> None:
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(name: str) -> Any:
-        def scan(arrays: dict[str, jax.Array]) -> Any:
+        def scan(arrays: dict[str, Any]) -> Any:
             return selective_scan(**arrays, **call.integers, **call.static, implementation=name)
 
         return jax.jvp(scan, (call.arrays,), (tangents,))
@@ -95,7 +95,7 @@ def test_second_derivatives_in_any_order(order: str) -> None:
         if order == "reverse over forward":
             return jax.jvp(loss, (arrays,), (tangents,))[1]
         pairs = zip(jax.tree.leaves(jax.grad(loss)(arrays)), jax.tree.leaves(tangents), strict=True)
-        return sum(jnp.vdot(one, other) for one, other in pairs)
+        return jnp.asarray(sum(jnp.vdot(one, other) for one, other in pairs))
 
     assert_close(jax.jit(jax.grad(slope))(case.arrays), hessian_product("reference"))
 
@@ -195,8 +195,8 @@ def test_numpy_arrays_and_lists_are_arrays(name: str) -> None:
     def convert(index: int, array: jax.Array) -> Any:
         return np.asarray(array) if index % 2 else array.tolist()
 
-    given = [
+    first, second = (
         {name: convert(index, array) for index, (name, array) in enumerate(arrays.items())}
         for arrays in (case.arrays, case.fixed)
-    ]
-    assert_close(jax.jit(lambda: case.run(*given))(), unsharded(name)[0])
+    )
+    assert_close(jax.jit(lambda: case.run(first, second))(), unsharded(name)[0])

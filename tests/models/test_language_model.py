@@ -14,6 +14,7 @@ from mamba_jax.config import MeshConfig, ModelConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.state import init_state
 from mamba_jax.sharding import batch_sharding, make_mesh, parameter_sharding, put_batch
+from tests.programs import text_of
 
 # Two orders of summation of the same float32 model: a few roundings (6e-8) per layer, against logits of order 0.3.
 SAME_MODEL = {"rtol": 1e-5, "atol": 1e-6}
@@ -249,7 +250,7 @@ def test_no_device_gathers_the_sequences_of_another(small_config) -> None:
         return jnp.sum(jnp.square(definition.merge(params).hidden(tokens).hidden))
 
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+        text = text_of(jax.jit(jax.grad(loss)).lower(params, tokens).compile())
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
     assert not [shape for shape in gathered if "37" in shape.split(",")], gathered
     assert "all-reduce" in text
@@ -266,7 +267,7 @@ def test_gradient_never_holds_all_states(small_config) -> None:
 
     compiled = jax.jit(jax.grad(loss)).lower(definition.params, tokens).compile()
     sizes = [
-        np.prod([int(dim) for dim in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+        np.prod([int(dim) for dim in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text_of(compiled))
     ]
     assert max(sizes) < 3 * 512 * 38 * 7 / 2
 

@@ -55,7 +55,8 @@ def model(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def small(**fields: Any) -> ModelConfig:
-    return ModelConfig(**{"vocab_size": 29, "d_model": 16, "compute_dtype": "float32", "remat": "none"} | fields)
+    defaults: dict[str, Any] = {"vocab_size": 29, "d_model": 16, "compute_dtype": "float32", "remat": "none"}
+    return ModelConfig(**defaults | fields)
 
 
 def test_names_of_stacks_and_their_repeats() -> None:

@@ -50,7 +50,7 @@ def document_ids() -> jax.Array:
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
-def run_layer(mesh: jax.sharding.Mesh | None, segment_ids: jax.Array | None, dtype: str, options: dict[str, str]):
+def run_layer(mesh: jax.sharding.Mesh | None, segment_ids: jax.Array | None, dtype: str, options: dict[str, Any]):
     """Outputs and every gradient of the convolution followed by the scan; without a mesh by the operations alone."""
     conv_arrays, scan_arrays, cotangents = make_arrays(dtype)
 
@@ -145,7 +145,7 @@ def test_a_document_sees_nothing_of_another(documents: str) -> None:
     conv_arrays["x"] = conv_arrays["x"].at[:, 17].set(jnp.nan)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=8))):
         x = jax.jit(lambda: SPLIT_CONV(**conv_arrays, segment_ids=segment_ids, activation="silu").y)()
-        arrays = {"x": x, **scan_arrays, "segment_ids": segment_ids, "dt_softplus": True}
+        arrays: dict[str, Any] = {"x": x, **scan_arrays, "segment_ids": segment_ids, "dt_softplus": True}
         scanned = jax.jit(lambda: ops.selective_scan(**arrays))()
     y, state = scanned.y, scanned.final_state
     assert np.all(np.isfinite(y[:, :17]))

@@ -21,9 +21,9 @@ from mamba_jax.config import (
     OptimizerConfig,
 )
 from mamba_jax.errors import InputError
-from mamba_jax.pods.chips import KERNELS
 from mamba_jax.pods.compile import compile_step
 from mamba_jax.pods.estimate import StepEstimate
+from mamba_jax.pods.hlo import KERNELS
 from mamba_jax.sharding import make_mesh
 from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.program import TrainProgram

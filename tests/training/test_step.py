@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from mamba_jax.config import ExperimentConfig, MeshConfig
+from mamba_jax.config import ExperimentConfig, Mamba1Config, MeshConfig
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training.config import ProgramConfig
@@ -171,6 +171,7 @@ def test_metrics(make_config: Callable[..., ExperimentConfig]) -> None:
 def test_on_gpus_no_sum_is_taken_in_a_free_order(make_config: Callable[..., ExperimentConfig]) -> None:
     """A scatter on a GPU adds with atomic operations, unless no two of its places are the same."""
     config = make_config(mesh=ALL_AXES, accumulation_steps=2, order="streams")
+    assert isinstance(config.model.mixer, Mamba1Config)
     mixer = dataclasses.replace(config.model.mixer, scan_implementation="xla")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer=mixer))
     device_mesh, state, step = set_up(config)
