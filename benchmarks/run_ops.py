@@ -121,14 +121,14 @@ def calls(options: Options) -> dict[str, list[CallSpec]]:
     if options.op is None:
         if options.shapes or options.workloads:
             raise InputError("--shapes and --workloads need --op: the ops have different sizes")
-        return {op: list(manifest.timed[options.platform]) for op, manifest in MANIFESTS.items()}
+        return {op: list(manifest.timed.get(options.platform, ())) for op, manifest in MANIFESTS.items()}
     manifest = MANIFESTS[options.op]
     try:
         chosen = [manifest.workload(name) for name in options.workloads]
         chosen += [manifest.workload_of(text) for text in options.shapes]
     except ValueError as error:
         raise InputError(f"{options.op}: {error}") from None
-    return {options.op: chosen or list(manifest.timed[options.platform])}
+    return {options.op: chosen or list(manifest.timed.get(options.platform, ()))}
 
 
 def unchunked_associative_scan(x, dt, A, B, C, *, D, z, dt_bias):

@@ -175,13 +175,13 @@ class Manifest:
         return known[name]
 
     def workload_of(self, text: str) -> CallSpec:
-        """The call of sizes such as "8x2048x1536x16", with the options of the first call that benchmarks time.
+        """The call of sizes such as "8x2048x1536x16", with the options of the first call that is timed, or tested.
 
         Raises:
             ValueError: it is not positive integers, as many as the op has sizes.
         """
         numbers = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
-        first: Any = next(spec for specs in self.timed.values() for spec in specs)
+        first: Any = next((spec for specs in self.timed.values() for spec in specs), self.tested[0])
         if len(numbers) != len(self.sizes) or 0 in numbers:
             raise ValueError(
                 f"{text!r} is not a shape of this op: expected {' x '.join(self.sizes)}, for example "

@@ -32,6 +32,28 @@ def test_a_run_leaves_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert page.read_text().count("| xla |") == 2
 
 
+def test_a_run_on_a_gpu_says_what_its_times_amount_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run on a GPU does, with the implementations that run on a CPU too."""
+    monkeypatch.setattr(harness, "select_platform", lambda device: None)
+    monkeypatch.setattr(harness, "hardware", lambda: H100)
+    monkeypatch.setitem(run_ops.IMPLEMENTATIONS["causal_conv1d"], "gpu", ("xla",))
+    monkeypatch.setattr(run_ops, "UPDATES", 2)
+    for op, shape in (("causal_conv1d", "1x16x8x4"), ("selective_state_update", "2x8x4")):
+        command = ["--op", op, "--device", "gpu", "--shapes", shape, "--dtypes", "bfloat16", "--seconds", "0"]
+        monkeypatch.setattr(sys, "argv", ["run_ops.py", *command, "--output", str(tmp_path)])
+        run_ops.main()
+    results = harness.read(tmp_path / harness.FILE_NAME)
+    assert {result.setting.hardware for result in results} == {H100}
+    *convolutions, update = results
+    assert [result.direction for result in convolutions] == ["forward", "forward + backward"] * 2
+    for result in convolutions:
+        assert result.figures["bound by"] == "memory"
+        share = 100 * result.figures["bound ms"] / result.milliseconds
+        assert result.figures["of bound %"] == pytest.approx(share)
+    assert (update.op, update.direction) == ("selective_state_update", "forward")
+    assert "bound ms" not in update.figures, "the state need not cross the memory in a loop"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -52,7 +74,8 @@ def test_unknown_names_say_what_there_is(options: dict, message: str) -> None:
 def test_calls_suit_the_device() -> None:
     for device, platform in (("cpu", "cpu"), ("gpu", "accelerator"), ("tpu", "accelerator")):
         chosen = run_ops.calls(run_ops.Options(device=device))
-        assert chosen == {op: list(manifest.timed[platform]) for op, manifest in MANIFESTS.items()}
+        assert chosen == {op: list(manifest.timed.get(platform, ())) for op, manifest in MANIFESTS.items()}
+        assert len(chosen["selective_scan"]) > 2
     (spec,) = run_ops.calls(run_ops.Options(op="selective_scan", shapes=("1x2x3x4",)))["selective_scan"]
     assert MANIFESTS["selective_scan"].shape_text(spec) == "1x2x3x4"
 
