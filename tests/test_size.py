@@ -13,7 +13,7 @@ MAX_MODULES = 16
 MAX_LINES, MAX_ARGUMENTS = 50, 7
 # A kernel is one program for a device: splitting it hides the order of its loads and stores.
 MAX_KERNEL_LINES = 120
-KERNEL_MODULES = {"kernel", "kernels", "forward", "backward", "edge", "tiles"}
+KERNEL_MODULES = {"kernel", "forward", "backward", "edge"}
 # The paper's equations have this many terms, and callers pass them by name. Wrappers take the same arguments.
 SIGNATURES_OF_OPS = {
     "selective_scan",
@@ -25,10 +25,6 @@ SIGNATURES_OF_OPS = {
     "peer_scan",
     "edge_state",
     "generate",
-}
-# Above the limit, and to be split: a test that passes is to be taken off this list.
-TO_BE_SPLIT = {
-    ("pallas_kernels.selective_scan.triton.kernels", "backward"),
 }
 REPEATED_LINES = 6
 MAX_REPEATS = 32
@@ -44,9 +40,7 @@ def _functions() -> Iterator:
     for path in _source_files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                name = (_module_name(path), node.name)
-                marks = [pytest.mark.xfail(reason="to be split", strict=False)] if name in TO_BE_SPLIT else []
-                yield pytest.param(path, node, id=f"{name[0]}:{node.lineno}", marks=marks)
+                yield pytest.param(path, node, id=f"{_module_name(path)}:{node.lineno}")
 
 
 def _lines(function: ast.FunctionDef) -> int:
