@@ -143,16 +143,16 @@ def first_carry(dfinal_state, block, constants: tl.constexpr):
     of_row = block.row * constants.CHANNELS * constants.STATES
     g_REP = load_state(dfinal_state + of_row + block.state_REP, block.is_state_REP)
     nothing_REP = tl.zeros_like(g_REP)
-    nothing_TE = tl.zeros((constants.T, constants.E), tl.float32)
+    nothing_TE = tl.full((constants.T, constants.E), 0.0, tl.float32)
     return Carry(g_REP, nothing_REP, nothing_REP, nothing_REP, nothing_TE, nothing_TE)
 
 
 @triton.jit
 @no_type_check
 def load_tile(inputs, dy, block, first, constants: tl.constexpr):
-    inject_tile = load_inject_tile(inputs, block, first, constants)
+    dy_TE = load_sequence(dy, block, first, constants)
     emit_tile = load_emit_tile(inputs, block, first, constants)
-    return BackwardTile(inject_tile, emit_tile, load_sequence(dy, block, first, constants))
+    return BackwardTile(load_inject_tile(inputs, block, first, constants), emit_tile, dy_TE)
 
 
 @triton.jit
@@ -237,15 +237,15 @@ def matrix_gradient(pointer, gradient_TREP, sum_REP, block, first, GROUPS: tl.co
 def store_carry(gradients, carry, block, constants: tl.constexpr):
     """g_0 of equation 11, and the sums over time: one row for each batch row, which the caller adds up."""
     of_row = block.row * constants.CHANNELS * constants.STATES
-    state_REP, is_state_REP = of_row + block.state_REP, block.is_state_REP
-    tl.store(gradients.dinitial_state + state_REP, carry.g_REP, mask=is_state_REP)
-    tl.store(gradients.dA + state_REP, carry.dA_REP, mask=is_state_REP)
+    state_REP, is_state_REP = block.state_REP, block.is_state_REP
+    tl.store(gradients.dinitial_state + of_row + state_REP, carry.g_REP, mask=is_state_REP)
+    tl.store(gradients.dA + of_row + state_REP, carry.dA_REP, mask=is_state_REP)
     if constants.B_GROUPS == 0:
-        tl.store(gradients.dB + state_REP, carry.dB_REP, mask=is_state_REP)
+        tl.store(gradients.dB + of_row + state_REP, carry.dB_REP, mask=is_state_REP)
     if constants.C_GROUPS == 0:
-        tl.store(gradients.dC + state_REP, carry.dC_REP, mask=is_state_REP)
-    channel_E = block.row * constants.CHANNELS + block.channel_E
+        tl.store(gradients.dC + of_row + state_REP, carry.dC_REP, mask=is_state_REP)
+    of_row = block.row * constants.CHANNELS
     if constants.HAS_D:
-        tl.store(gradients.dD + channel_E, tl.sum(carry.dD_TE, axis=0), mask=block.exists_E)
+        tl.store(gradients.dD + of_row + block.channel_E, tl.sum(carry.dD_TE, axis=0), mask=block.exists_E)
     if constants.HAS_BIAS:
-        tl.store(gradients.ddt_bias + channel_E, tl.sum(carry.ddt_bias_TE, axis=0), mask=block.exists_E)
+        tl.store(gradients.ddt_bias + of_row + block.channel_E, tl.sum(carry.ddt_bias_TE, axis=0), mask=block.exists_E)

@@ -218,11 +218,11 @@ def load_inject_tile(inputs, block, first, constants: tl.constexpr):
 @triton.jit
 @no_type_check
 def load_emit_tile(inputs, block, first, constants: tl.constexpr):
-    C = load_matrix(inputs.C, block, first, constants.C_GROUPS, constants)
-    # A variable of a loop needs a value even if it is not used.
-    z_TE = C
+    # A variable of a loop needs a value even if it is not read.
+    z_TE = first
     if constants.HAS_Z:
         z_TE = load_sequence(inputs.z, block, first, constants)
+    C = load_matrix(inputs.C, block, first, constants.C_GROUPS, constants)
     return EmitTile(z_TE, C)
 
 
