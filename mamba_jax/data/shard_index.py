@@ -117,7 +117,7 @@ def read_index(folder: Path) -> ShardIndex:
 
     Raises:
         InputError: it cannot be read.
-        DamagedShards: it is missing, or no index, or contradicts itself.
+        DamagedShards: it is missing, is not an index, or contradicts itself.
     """
     path = folder / INDEX_NAME
     try:
@@ -126,7 +126,7 @@ def read_index(folder: Path) -> ShardIndex:
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"]))
         raise DamagedShards(
-            f"{path} is no index of token shards: {where + ': ' if where else ''}{detail['msg']}"
+            f"{path} is not an index of token shards: {where + ': ' if where else ''}{detail['msg']}"
         ) from None
     if contradiction := _contradiction(index):
         raise DamagedShards(f"{path} contradicts itself: {contradiction}; prepare the folder again")
@@ -145,7 +145,7 @@ def _read(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}; {advice}") from None
     if not regular or len(data) > _MAX_INDEX_BYTES:
-        raise DamagedShards(f"{path} is no regular file of at most {_MAX_INDEX_BYTES} bytes; {advice}")
+        raise DamagedShards(f"{path} is not a regular file of at most {_MAX_INDEX_BYTES} bytes; {advice}")
     return data
 
 

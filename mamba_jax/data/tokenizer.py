@@ -161,7 +161,7 @@ class JsonTokenizer(Tokenizer):
         end_of_document: the token that separates documents.
 
     Raises:
-        InputError: the file is missing, no tokenizer or a random one, or the token is unknown or can be spelled by
+        InputError: the file is missing, is not a tokenizer or makes ids at random, or the token is unknown or can be spelled by
             ordinary text.
     """
 

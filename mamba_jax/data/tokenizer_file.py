@@ -40,7 +40,7 @@ def read_tokenizer(path: str) -> TokenizerFile:
     and special tokens read out of plain text would let a document forge its own end.
 
     Raises:
-        InputError: the file cannot be read, is no tokenizer, or makes ids at random.
+        InputError: the file cannot be read, is not a tokenizer, or makes ids at random.
     """
     data = _read(path)
     try:
@@ -107,7 +107,7 @@ def _read(path: str) -> bytes:
     try:
         # A pipe would be waited for, and a device never ends.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"tokenizer {path!r} is no regular file: give the path of a tokenizer's JSON file")
+            raise InputError(f"tokenizer {path!r} is not a regular file: give the path of a tokenizer's JSON file")
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:

@@ -41,7 +41,7 @@ def _ends(folder: Path) -> Iterator[str]:
         token = read_json(folder / "tokenizer_config.json").get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(token, str):
-            raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token={short(token)} is no text")
+            raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token={short(token)} is not text")
         if token is not None:
             yield token
     if lexists(folder / "config.json"):
@@ -70,7 +70,7 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer of a checkpoint, whose path may come out of a config that was written elsewhere.
 
     Raises:
-        InputError: the file is missing, no file, or no tokenizer.
+        InputError: the file is missing, or is not a regular file or not a tokenizer.
     """
     if config.path is not None:
         try:

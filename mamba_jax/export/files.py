@@ -43,7 +43,7 @@ def read_file(path: Path, *, limit: int | None = None) -> bytes:
         limit: most bytes that it may have.
 
     Raises:
-        InputError: it is no file, cannot be read or is larger.
+        InputError: it is not a file, cannot be read or is larger.
     """
     require_file(path)
     try:
@@ -96,7 +96,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     A new folder is renamed into place. One that is there and empty may be a mount point, the working directory or a
     link, which no other folder can take the place of: files are moved into it, config.json last, so that until then
-    it is no model to any reader.
+    no reader takes it for a model.
 
     Args:
         path: the folder; it must not exist, or be empty.

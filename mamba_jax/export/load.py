@@ -65,9 +65,9 @@ def load_model(
     if not lexists(path / "config.json"):
         raise InputError(f"{path} is neither a training run (no folder 'checkpoints') nor a model (no 'config.json')")
     if step is not None:
-        raise InputError(f"{path} is no training run, so it has no step {step}: leave the step out")
+        raise InputError(f"{path} is not a training run, so it has no step {step}: leave the step out")
     if weights == "average":
-        raise InputError(f"{path} is no training run, so it keeps no average of the weights: leave --weights out")
+        raise InputError(f"{path} is not a training run, so it keeps no average of the weights: leave --weights out")
     model = huggingface.load(path)
     return LoadedCheckpoint(
         config=model.config,

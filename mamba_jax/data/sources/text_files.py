@@ -21,7 +21,7 @@ def find_files(root: Path, pattern: str) -> list[str]:
         pattern: relative glob.
 
     Raises:
-        InputError: the pattern is no relative glob; a folder cannot be read; a link on the way leads nowhere; what
+        InputError: the pattern is not a relative glob; a folder cannot be read; a link on the way leads nowhere; what
             matches is a pipe, a socket or a device.
     """
     parts = _parts(pattern)
@@ -54,7 +54,7 @@ def _parts(pattern: str) -> list[str]:
     parts = list(PurePosixPath(pattern).parts)
     if not parts or parts[0].startswith("/") or ".." in parts or any("**" in part and part != "**" for part in parts):
         raise InputError(
-            f"text folder pattern {pattern!r} is no relative glob: name files below the folder, such as **/*.txt"
+            f"text folder pattern {pattern!r} is not a relative glob: name files below the folder, such as **/*.txt"
         )
     # Two in a row mean the same as one, and would only multiply the ways to read them.
     return [part for i, part in enumerate(parts) if part != "**" or i == 0 or parts[i - 1] != "**"]

@@ -73,7 +73,7 @@ class TextFolder(DocumentReader):
         path = self._root / name
         if (suffix := path.suffix.lower()) in _NO_PROSE:
             raise InputError(
-                f"{path} is no plain text by its suffix {suffix}, and its syntax would be trained on: unpack it, or "
+                f"{path} is not plain text by its suffix {suffix}, and its syntax would be trained on: unpack it, or "
                 "write its texts to files such as .txt, and exclude it by the pattern"
             )
         try:

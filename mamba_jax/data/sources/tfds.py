@@ -52,7 +52,7 @@ class TfdsDocuments(DocumentReader):
             )
         value = record[self._field]
         if not isinstance(value, str | bytes):
-            raise InputError(f"feature {self._field!r} of TFDS set {self.name} is no text but {type(value).__name__}")
+            raise InputError(f"feature {self._field!r} of TFDS set {self.name} is not text but {type(value).__name__}")
 
     def _record(self, index: int) -> dict[str, Any]:
         try:
@@ -93,7 +93,7 @@ def _no_foreign_code() -> Iterator[None]:
 
     def cls_from_name(cls: Any, name: str) -> Any:
         if name not in cls._registered_features and not name.startswith("tensorflow_datasets."):
-            raise ValueError(f"its features.json names {name!r}, which is no class of TFDS and is not imported")
+            raise ValueError(f"its features.json names {name!r}, which is not a class of TFDS and is not imported")
         return original.__get__(None, cls)(name)
 
     connector.cls_from_name = classmethod(cls_from_name)
@@ -156,11 +156,11 @@ def _prepared(folder: str) -> Any:
     for path in (Path(folder, "dataset_info.json"), Path(folder, "features.json")):
         # TFDS would wait for the other end of a pipe.
         if path.exists() and not path.is_file():
-            raise InputError(f"{folder!r} is no prepared TFDS set: {path} is no file; {advice}")
+            raise InputError(f"{folder!r} is not a prepared TFDS set: {path} is not a file; {advice}")
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:
-        raise InputError(f"{folder!r} is no prepared TFDS set; {advice} ({_brief(error)})") from error
+        raise InputError(f"{folder!r} is not a prepared TFDS set; {advice} ({_brief(error)})") from error
 
 
 def _records(builder: Any, source: TfdsSource) -> Sequence[Any]:
