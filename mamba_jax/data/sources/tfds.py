@@ -1,4 +1,4 @@
-"""Documents of a TensorFlow Datasets split, read without TensorFlow."""
+"""The source "tfds": the records of a TensorFlow Datasets split as documents, read without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -82,9 +82,9 @@ class TfdsDocuments(DocumentReader):
 
 @contextlib.contextmanager
 def _no_foreign_code() -> Iterator[None]:
-    """While it lasts, TFDS imports no module that the files of a set name.
+    """Context manager that keeps TFDS from importing modules outside of TFDS that the files of a data set name.
 
-    The `features.json` of a set names a Python class for each feature, and TFDS would import it from anywhere.
+    The `features.json` of a set names a Python class for each feature, and TFDS would import that class from anywhere.
     """
     import tensorflow_datasets as tfds
 
@@ -154,7 +154,7 @@ def _prepared(folder: str) -> Any:
 
     advice = "name the version folder that holds dataset_info.json"
     for path in (Path(folder, "dataset_info.json"), Path(folder, "features.json")):
-        # TFDS would wait for the other end of a pipe.
+        # TFDS would open a pipe and wait for its other end.
         if path.exists() and not path.is_file():
             raise InputError(f"{folder!r} is not a prepared TFDS set: {path} is not a file; {advice}")
     try:

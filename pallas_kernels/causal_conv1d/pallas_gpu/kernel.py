@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d.arguments import Activation
+from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.register_math import Registers, loop, sigmoid, total
 from pallas_kernels.common.warpgroup import THREADS, Warpgroup, widen
 
@@ -43,7 +44,7 @@ BACKWARD = Walk(channels=4, tokens=64, ahead=4)
 
 def runs_of_row(walk: Walk, tokens: int) -> int:
     """Runs of a batch row."""
-    return -(-tokens // walk.tokens)
+    return ceil_div(tokens, walk.tokens)
 
 
 class Thread:

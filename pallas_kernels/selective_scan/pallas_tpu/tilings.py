@@ -7,7 +7,7 @@ paid once for all of them. `python benchmarks/run_tpu_static.py --variants` make
 
 import dataclasses
 
-from pallas_kernels.common.channels import round_up
+from pallas_kernels.common.channels import ceil_div, round_up
 from pallas_kernels.common.tpu_tiles import LANES, SPAN, choose_tiles
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
 
@@ -66,8 +66,8 @@ def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, c
     states = round_up(states, SLICE if states > SLICE // 2 else SLICE // 2)
     tokens = min(chip.tokens, round_up(length, SPAN), max(1, _BLOCK_STATES // (states * SPAN)) * SPAN)
     # As many strips as make their state fit, and work for every core.
-    strips = max(-(-channels * states * 4 // chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
-    tiles_of_strip = -(-channels // (strips * LANES))
+    strips = max(ceil_div(channels * states * 4, chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
+    tiles_of_strip = ceil_div(channels, strips * LANES)
     # Twice the states, half the tiles: the memory of a block stays the same.
     tiles = choose_tiles(tiles_of_strip, most=min(chip.tiles, max(1, chip.tiles * SLICE // states)))
     return Geometry(
