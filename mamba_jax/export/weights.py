@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint folder: names, dtypes and shapes at once, values one at a time."""
+"""Opens the tensors of a checkpoint folder: names, dtypes and shapes at once, values only when asked for."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ _KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor that was not read yet.
+    """A tensor in a file, whose values have not been read yet.
 
     Attributes:
-        file: that holds it.
-        dtype: numpy's name of it, or the file's where numpy has none, such as F8_E4M3.
-        shape: in the orientation of the file.
-        read: gives the values.
+        file: the file that holds it.
+        dtype: numpy's name of its dtype, or the file's name if numpy has none, such as F8_E4M3.
+        shape: its shape as stored, which may be transposed compared to ours.
+        read: function that reads the values.
     """
 
     file: Path

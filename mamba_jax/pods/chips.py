@@ -1,4 +1,4 @@
-"""Figures of TPUs: what Google publishes of a device, and how long our kernels take on its cores."""
+"""Figures of TPUs: published ones of each device, and the cycles that our kernels take on its cores."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class Chip:
     """Published figures of one device of a kind.
 
     Attributes:
-        memory: bytes.
-        link_bytes_per_second: to all neighbours together, one way.
-        network_bytes_per_second: to other slices, one way; None is not published.
+        memory: size of the device's memory, in bytes.
+        link_bytes_per_second: speed of the links to all neighbours together, in one direction.
+        network_bytes_per_second: speed of the network to other slices, in one direction; None if not published.
     """
 
     memory: int
@@ -42,12 +42,13 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cores:
-    """What the time of a device's work is estimated from.
+    """Figures of a device's cores, from which the time of its work is estimated.
 
     Attributes:
-        clock_hz: of a core.
-        number: of cores that share the device's work.
-        kernel_cycles: of a core, by kernel, for a token and 1024 channels; from the committed static schedules.
+        clock_hz: clock of a core.
+        number: number of cores that share the device's work.
+        kernel_cycles: by kernel, the cycles that a core takes for one token of 1024 channels, from the committed static
+            schedules.
     """
 
     clock_hz: float
@@ -55,7 +56,7 @@ class Cores:
     kernel_cycles: dict[str, float]
 
     def kernel_seconds(self, elements: Mapping[str, int]) -> float:
-        """Time of kernels, given the number of tokens times channels that each works on."""
+        """Time of kernels in seconds; `elements` is the number of tokens times channels that each works on, by name."""
         cycles = sum(self.kernel_cycles[name] * count / 1024 for name, count in elements.items())
         return cycles / self.number / self.clock_hz
 
