@@ -260,7 +260,7 @@ class JsonTokenizer(Tokenizer):
             return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_json(self) -> str:
-        # What adds markers is left out: the model never saw any.
+        # The post-processor would add beginning and end markers, which the model has never seen.
         return json.dumps({**json.loads(self._tokenizer.to_str()), "post_processor": None}, ensure_ascii=False)
 
 

@@ -55,9 +55,9 @@ class Stack:
     """Blocks of one mixer whose parameters and states are stacked on a leading axis.
 
     Attributes:
-        name: of their parameters and states.
-        mixer: of each block.
-        repeats: how many.
+        name: name under which their parameters and states are stored.
+        mixer: config of the mixer in each block.
+        repeats: number of blocks.
     """
 
     name: str

@@ -30,7 +30,7 @@ Refs = dict[str, Any]
 
 
 def choose_tiles(count: int, *, most: int) -> int:
-    """Tiles of a block, for `count` tiles in all: few blocks, and little padding."""
+    """Chooses how many tiles a block has, at most `most`, so that `count` tiles need few blocks and little padding."""
     candidates = range(1, min(most, count) + 1)
     return min(candidates, key=lambda tiles: (ceil_div(count, tiles) * (tiles + _OVERHEAD), -tiles))
 

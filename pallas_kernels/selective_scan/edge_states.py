@@ -69,7 +69,7 @@ def selective_scan_final_state(
         B: (B, L, N), (B, L, G, N) or (E, N) input matrix.
         dt_bias: (E,) added to dt; None is none.
         dt_softplus: apply softplus to dt + dt_bias.
-        discretization: of B.
+        discretization: how B is discretised, see `selective_scan`.
         segment_ids: (B, L) document of each token, or None.
         implementation: of `selective_scan`; those without a kernel for this take the one of XLA. None takes the
             platform's best that accepts the arguments.

@@ -28,9 +28,9 @@ class Walk:
     """How a kernel's work is spread.
 
     Attributes:
-        channels: of a thread, so many that it reads 4 to 16 bytes at once.
-        tokens: of a run.
-        ahead: tokens that are read together.
+        channels: number of channels of a thread, such that it reads 4 to 16 bytes at once.
+        tokens: number of tokens in a run.
+        ahead: number of tokens that are loaded together, before they are used.
     """
 
     channels: int
@@ -43,7 +43,7 @@ BACKWARD = Walk(channels=4, tokens=64, ahead=4)
 
 
 def runs_of_row(walk: Walk, tokens: int) -> int:
-    """Runs of a batch row."""
+    """Number of runs that `tokens` tokens of a batch row are cut into."""
     return ceil_div(tokens, walk.tokens)
 
 

@@ -101,7 +101,7 @@ class Geometry:
         batch, groups, channels, states: B, G, F and N.
         length: L, a multiple of CHUNK.
         valid_length: tokens that exist; the rest leave the state as it is.
-        tiling: of the work.
+        tiling: how the work is cut into blocks and lanes.
     """
 
     batch: int

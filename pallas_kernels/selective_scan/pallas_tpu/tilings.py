@@ -21,11 +21,11 @@ class Generation:
     """What a generation of TPUs has room for.
 
     Attributes:
-        tokens: of a block.
-        tiles: the most of a block with 16 states.
-        strip_bytes: of the state of a strip, which stays on the chip, as do its gradient, A and the gradient of A.
-        vmem_bytes: of memory on the chip that a kernel may take.
-        cores: that share a device's work.
+        tokens: largest number of tokens in a block.
+        tiles: largest number of tiles in a block with 16 states; with more states it is less.
+        strip_bytes: largest size of a strip's state. It stays on the chip, as do its gradient, A and the gradient of A.
+        vmem_bytes: memory on the chip that a kernel may take.
+        cores: number of cores that share a device's work.
     """
 
     tokens: int
@@ -52,15 +52,18 @@ def generation(device_kind: str) -> Generation:
 
 
 def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, channels: int, states: int) -> Geometry:
-    """How a scan is cut into blocks.
+    """Chooses how a scan is cut into blocks that fit on the chip, and pads its sizes to whole blocks.
 
     Args:
         chip: what the chip has room for.
         batch: B.
         length: L.
         groups: G.
-        channels: of a group.
+        channels: F, number of channels in a group.
         states: N.
+
+    Returns:
+        The padded sizes and the tiling.
     """
     # 8 rows are a register: fewer states than that gain nothing, and 9 to 16 take a whole slice.
     states = round_up(states, SLICE if states > SLICE // 2 else SLICE // 2)
