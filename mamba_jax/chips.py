@@ -8,12 +8,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cores:
-    """What the time of a device's work is estimated from.
+    """Figures of a device's cores, from which the time of its work is estimated.
 
     Attributes:
-        clock_hz: of a core.
-        number: of cores that share the device's work.
-        kernel_cycles: of a core, by kernel, for a token and 1024 channels; from the committed static schedules.
+        clock_hz: clock of a core.
+        number: number of cores that share the device's work.
+        kernel_cycles: by kernel, the cycles that a core takes for one token of 1024 channels, from the committed static
+            schedules.
     """
 
     clock_hz: float
@@ -21,7 +22,7 @@ class Cores:
     kernel_cycles: dict[str, float]
 
     def kernel_seconds(self, elements: Mapping[str, int]) -> float:
-        """Time of kernels, given the number of tokens times channels that each works on."""
+        """Time of kernels in seconds; `elements` is the number of tokens times channels that each works on, by name."""
         cycles = sum(self.kernel_cycles[name] * count / 1024 for name, count in elements.items())
         return cycles / self.number / self.clock_hz
 
@@ -32,10 +33,10 @@ class Chip:
 
     Attributes:
         peak_flops: dense bfloat16 operations a second.
-        memory: bytes.
-        memory_bytes_per_second: of that memory.
-        link_bytes_per_second: to all neighbours together, one way.
-        network_bytes_per_second: to other slices, one way.
+        memory: size of the device's memory, in bytes.
+        memory_bytes_per_second: speed of that memory.
+        link_bytes_per_second: speed of the links to all neighbours together, in one direction.
+        network_bytes_per_second: speed of the network to other slices, in one direction.
         cores: for the time of kernels; the clocks of newer kinds are not published.
     """
 

@@ -19,8 +19,8 @@ def flops_per_token(config: ModelConfig, *, length: int) -> float:
     mixers count besides.
 
     Args:
-        config: of the model.
-        length: L, tokens of a training sequence.
+        config: config of the model.
+        length: L, number of tokens in a training sequence.
 
     Source: arXiv 2001.08361, section 2.1, for the 6.
     """

@@ -25,11 +25,11 @@ def parameter(
 
     Args:
         rngs: source of the key.
-        initializer: of the value.
-        shape: of the value.
+        initializer: draws the initial value.
+        shape: shape of the value.
         axes: logical axis of every dimension.
-        dtype: of the value.
-        decay: weight decay applies.
+        dtype: dtype of the value.
+        decay: whether weight decay applies.
     """
     return nnx.Param(initializer(rngs.params(), shape, jnp.dtype(dtype)), axes=axes, decay=decay)
 
@@ -81,7 +81,7 @@ def projection(
 
     Args:
         setting: dtypes of the mixer.
-        shape: of the weights, the contracted dimension first.
+        shape: shape of the weights, the contracted dimension first.
         axes: logical axis of every dimension.
         use_bias: whether it has a bias.
         scale: factor on the initial weights.

@@ -23,18 +23,18 @@ class StepEstimate:
     """What the compiler says about a training step; bytes, operations and seconds are those of one device.
 
     Attributes:
-        devices: how many.
-        num_slices: that the devices form.
-        device_kind: their kind.
+        devices: number of devices.
+        num_slices: number of slices that they form.
+        device_kind: JAX's name of the kind of device.
         memory: bytes by kind of use; "temporaries" are what the step needs besides its arguments and results.
         reused: bytes of results that take the memory of arguments.
         collectives: within a slice by kind, how often in a step, and the bytes that arrive at a device.
         collective_lines: the instructions, for a closer look.
-        between_slices: the same as `collectives` over the data-centre network.
+        between_slices: like `collectives`, for exchanges over the data-centre network.
         kernels: how often a step calls each Pallas kernel.
-        flops: model operations.
-        operation_seconds: XLA's operations by the compiler's estimate of cycles, at the clock.
-        kernel_seconds: kernels by their schedules.
+        flops: floating-point operations of the model, see `flops_per_token`.
+        operation_seconds: time of XLA's operations, by the compiler's estimate of cycles; None if the clock is unknown.
+        kernel_seconds: time of the Pallas kernels, by their static schedules; None if there are none for this device.
     """
 
     devices: int

@@ -29,7 +29,7 @@ def differentiable(
     backward: Callable[..., Any],
     tangent: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """A function (static, operands, fixed) with its derivatives by the operands.
+    """Gives a function of (static, operands, fixed) the derivatives by its operands that are written by hand.
 
     `static` is hashable, `operands` a tree of floating arrays, and `fixed` a tree of arrays without a derivative.
 
@@ -37,8 +37,8 @@ def differentiable(
         function: (static, operands, fixed) to a tree of outputs.
         forward: (static, operands, fixed) to the same outputs, and the residuals that the derivatives start from.
         backward: (static, residuals, cotangents of the outputs) to cotangents of the operands.
-        tangent: (static, residuals, tangents of the operands) to tangents of the outputs; the tangent of an operand
-            that does not move is None.
+        tangent: (static, residuals, tangents of the operands) to tangents of the outputs; the tangent is None for an
+            operand that nobody differentiates by.
     """
     derived = jax.custom_jvp(function, nondiff_argnums=(0,))
 

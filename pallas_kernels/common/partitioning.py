@@ -16,15 +16,15 @@ from pallas_kernels.common.arguments import Arguments, fields_of
 
 
 def on_own_part[Output](function: Callable[[Any], Output], arguments: Arguments, returns: type[Output]) -> Output:
-    """Calls `function` on what a device holds of the batch and of the channels.
+    """Calls an op on each device with the batch rows and channels that the device holds.
 
-    Under explicit mesh axes rows and channels stay split as those of the first array are, and the others are brought
-    to them.
+    Under explicit mesh axes, rows and channels stay split as those of the first array are, and the other arrays are
+    laid out to match. Without such axes, `function` is called as it is.
 
     Args:
-        function: of arguments, to the op's result.
-        arguments: of the op.
-        returns: class of the result.
+        function: computes the op's result from its arguments.
+        arguments: the op's arguments, for all rows and channels.
+        returns: class of the op's result.
     """
     arrays, letters = arguments.arrays(), arguments.letters()
     mesh = next((m for m in (jax.typeof(array).sharding.mesh for array in arrays.values()) if m.explicit_axes), None)

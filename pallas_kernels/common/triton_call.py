@@ -56,8 +56,8 @@ def call(
         outputs: shapes and dtypes; None for one that the kernel does not write.
         constants: compile-time parameters: numbers, or frozen dataclasses whose attributes the kernel reads.
         programs: size of the grid.
-        warps: of 32 threads, per program.
-        name: of the kernel in profiles.
+        warps: number of warps (32 threads each) of a program.
+        name: name of the kernel in profiles.
 
     Returns:
         The outputs that are not None.

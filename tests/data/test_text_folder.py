@@ -118,7 +118,7 @@ def test_names_that_are_no_utf8_or_hold_line_breaks(folder: Path) -> None:
 def test_what_is_no_prose_is_refused(folder: Path, suffix: str) -> None:
     (folder / "sub" / f"x.txt{suffix}").write_text('{"text": "prose"}')
     with pytest.raises(
-        InputError, match=rf"x\.txt\{suffix} is no plain text by its suffix .*: unpack it, or write its"
+        InputError, match=rf"x\.txt\{suffix} is not plain text by its suffix .*: unpack it, or write its"
     ):
         open_documents(TextFolderSource(path=str(folder), pattern="**/*"))
     assert len(texts(TextFolderSource(path=str(folder)))) == 3
@@ -271,10 +271,10 @@ def write_latin1(folder: Path) -> None:
         (lambda folder: None, {"package": "no_such_package"}, "no package 'no_such_package' is installed"),
         (lambda folder: None, {"package": "no_such.package"}, "no package 'no_such.package' is installed"),
         (lambda folder: None, {"pattern": "*.doc"}, r"no file in .* matches '\*\.doc'"),
-        (lambda folder: None, {"pattern": "/etc/*"}, "is no relative glob"),
-        (lambda folder: None, {"pattern": ""}, "is no relative glob"),
-        (lambda folder: None, {"pattern": "../*.txt"}, "is no relative glob"),
-        (lambda folder: None, {"pattern": "**.txt"}, "is no relative glob"),
+        (lambda folder: None, {"pattern": "/etc/*"}, "is not a relative glob"),
+        (lambda folder: None, {"pattern": ""}, "is not a relative glob"),
+        (lambda folder: None, {"pattern": "../*.txt"}, "is not a relative glob"),
+        (lambda folder: None, {"pattern": "**.txt"}, "is not a relative glob"),
         (
             lambda folder: (folder / "d.txt").symlink_to("gone"),
             {},

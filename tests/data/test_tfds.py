@@ -102,7 +102,7 @@ def test_published_names(name: str) -> None:
         ({"split": "train[:5"}, r"cannot give split 'train\[:5'"),
         ({"split": "train[:0]"}, r"cannot give split 'train\[:0\]'"),
         ({"text_field": "txt"}, "has no feature 'txt': set text_field to one of number, text"),
-        ({"text_field": "number"}, "feature 'number' of TFDS set .* is no text but"),
+        ({"text_field": "number"}, "feature 'number' of TFDS set .* is not text but"),
     ],
 )
 def test_mistakes_get_one_line(prepared: Path, fields: dict[str, Any], expected: str) -> None:
@@ -130,7 +130,7 @@ def test_bad_records_get_one_line(records: list[dict[str, Any]], expected: str) 
 
 
 def test_folder_without_a_set(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no prepared TFDS set; name the version folder"):
+    with pytest.raises(InputError, match="is not a prepared TFDS set; name the version folder"):
         texts(TfdsSource(name=str(tmp_path), split="train"))
 
 
@@ -162,7 +162,9 @@ def test_a_set_runs_no_code(
     source = edited(prepared, tmp_path / "my_copied_set" / "1.0.0", "features.json", edit)
     if by_name:
         source = TfdsSource(name="my_copied_set", split="train", data_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"names 'code_of_a_set\.Text', which is no class of TFDS and is not imported"):
+    with pytest.raises(
+        InputError, match=r"names 'code_of_a_set\.Text', which is not a class of TFDS and is not imported"
+    ):
         source.open()
 
 
@@ -226,7 +228,7 @@ def test_a_pipe_in_place_of_a_set_is_not_waited_for(prepared: Path, tmp_path: Pa
     for name in ("features.json", "dataset_info.json"):
         (tmp_path / "1.0.0" / name).unlink()
         os.mkfifo(tmp_path / "1.0.0" / name)
-        with pytest.raises(InputError, match=f"{name} is no file"):
+        with pytest.raises(InputError, match=f"{name} is not a file"):
             source.open()
 
 

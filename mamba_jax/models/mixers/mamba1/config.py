@@ -35,7 +35,7 @@ class Mamba1Config(MixerConfig):
         use_conv: the short convolution; False leaves only its SiLU.
         use_gate: the SiLU(z) output gate; False also halves the input projection.
         selective: which of dt, B and C depend on the input; the others are learned constants.
-        discretization: of B: "euler" is dt * B as in the released code, "zoh" is the exact zero-order hold
+        discretization: how B is discretised: "euler" is dt * B as in the released code, "zoh" the exact zero-order hold
             (exp(dt A) - 1) / A * B of the paper's equation 4.
         a_init: "s4d_real" is A_n = -(n + 1), "constant" is -1/2, "random" is -exp(normal).
         scan_implementation: backend of the selective scan; None lets the platform decide.
