@@ -61,7 +61,7 @@ def decays(tokens: Arrays) -> tuple[jax.Array, jax.Array]:
 
 
 def _sums(tokens: Arrays) -> tuple[jax.Array, jax.Array]:
-    """Sums of logarithms from the start of the chunk, or of the token's document in it, in two pieces whose sum is meant.
+    """Sums of logarithms from the start of the chunk, or of the token's document in it, in two pieces to be added.
 
     Returns:
         (B, T, G, F, 2) sums, and (B or 1, T, T), whether the second token counts for the first one.
