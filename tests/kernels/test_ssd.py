@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import config as jaxtyping_config
 from safetensors.numpy import load_file
 
 from pallas_kernels import (
@@ -241,6 +242,12 @@ def test_backward_keeps_boundary_states_only() -> None:
     assert temporaries < all_pairs
 
 
+@pytest.fixture
+def only_our_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the annotations' run-time checks, as in production."""
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+
+
 X, DT, A = np.ones((2, 5, 4, 3)), np.ones((2, 5, 4)), -np.ones(4)
 B = np.ones((2, 5, 2, 6))
 
@@ -267,7 +274,9 @@ def test_bad_arguments_are_one_line(changes: dict[str, Any], message: str) -> No
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("only_our_checks")
 def test_lists_and_limits_in_a_list_are_taken() -> None:
-    output = ssd(X.tolist(), DT.tolist(), A.tolist(), B.tolist(), B.tolist(), dt_limit=[0, 0.5])
+    limits: Any = [0, 0.5]
+    output = ssd(X.tolist(), DT.tolist(), A.tolist(), B.tolist(), B.tolist(), dt_limit=limits)
     expected = ssd(X, 0.5 * DT, A, B, B)
     np.testing.assert_array_equal(output.y, expected.y)
