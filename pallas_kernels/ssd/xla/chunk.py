@@ -9,9 +9,6 @@ import numpy as np
 
 from pallas_kernels.common.array_types import Arrays
 
-# Tokens of a block of `_sums`; chunks are of whole ones.
-BLOCK = 8
-
 
 def advance(
     state_BGNFP: jax.Array, tokens: Arrays, D: jax.Array | None, *, precision: jax.lax.Precision
@@ -59,29 +56,13 @@ def decays(tokens: Arrays) -> tuple[jax.Array, jax.Array]:
 def _sums(log_decay_BGFT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of logarithms between each two tokens, (B, G, F, T, T), and from the chunk's start to each, (B, G, F, T).
 
-    A sum has three terms: the rest of the earlier token's block, the blocks between, and the later token's block so
-    far. Within a block there is only one. Each is a sum of what it stands for alone, so that nothing cancels, neither
-    here nor in the transpose, and a token outside of a pair does not touch its sum.
+    Each is a sum over the tokens in between alone, and not a difference of two, so that nothing cancels, neither here
+    nor in the transpose, and a token outside of a pair does not touch its sum.
     """
-    *heads, length = log_decay_BGFT.shape
-    blocks, size = length // BLOCK, BLOCK
-    log_decay = log_decay_BGFT.reshape(*heads, blocks, size)
-
-    def total(subscripts: str, weights: np.ndarray, array: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, weights.astype(np.float32), array, precision=jax.lax.Precision.HIGHEST)
-
-    so_far = total("ik,...k->...i", np.tri(size), log_decay)
-    rest = total("jk,...k->...j", 1 - np.tri(size), log_decay)
-    whole = so_far[..., -1]
-    earlier = total("ik,...k->...i", np.tri(blocks, k=-1), whole)
-    # [i, j, k]: whether k is after j, and not after i or before it.
-    is_inside = np.tri(size)[:, None, :] * (1 - np.tri(size))[None, :, :]
-    is_between = np.tri(blocks, k=-1)[:, None, :] * (1 - np.tri(blocks))[None, :, :]
-    inside = total("ijk,...nk->...nij", is_inside, log_decay)
-    between = total("ijk,...k->...ij", is_between, whole)
-    sums = so_far[..., :, :, None, None] + between[..., :, None, :, None] + rest[..., None, None, :, :]
-    is_one_block = np.eye(blocks, dtype=bool)[:, None, :, None]
-    is_one_block = is_one_block.reshape((1,) * len(heads) + is_one_block.shape)
-    sums = jnp.where(is_one_block, inside[..., :, :, None, :], sums)
-    from_start = so_far + earlier[..., None]
-    return sums.reshape(*heads, length, length), from_start.reshape(*heads, length)
+    length = log_decay_BGFT.shape[-1]
+    highest = jax.lax.Precision.HIGHEST
+    # [i, k] and [k, j]: token k counts between j and i if j < k <= i.
+    until_TT, after_TT = np.tri(length, dtype=np.float32), np.tri(length, k=-1, dtype=np.float32)
+    until_BGFTT = log_decay_BGFT[..., None, :] * until_TT[None, None, None]
+    between_BGFTT = jnp.einsum("bgfik,kj->bgfij", until_BGFTT, after_TT, precision=highest)
+    return between_BGFTT, jnp.einsum("bgfk,ik->bgfi", log_decay_BGFT, until_TT, precision=highest)

@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Arrays
-from pallas_kernels.common.channels import round_up
 from pallas_kernels.common.checks import decline_double_precision
 from pallas_kernels.common.chunks import chunk_of, padded, with_chunk
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
 from pallas_kernels.common.segments import segment_starts
 from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDOutput
-from pallas_kernels.ssd.xla.chunk import BLOCK, advance
+from pallas_kernels.ssd.xla.chunk import advance
 
-# On a CPU what a chunk works on stays in cache; an accelerator wants larger products. At most 256, see `chunk`.
+# On a CPU what a chunk works on stays in cache; an accelerator wants larger products.
 _CHUNK_LENGTHS = {"cpu": 64}
 _CHUNK_LENGTH = 128
 
@@ -44,7 +43,7 @@ def decaying_attention(arguments: DecayingAttentionArguments) -> SSDOutput:
     chunk_length = _CHUNK_LENGTHS.get(target_platform(), _CHUNK_LENGTH)
     is_narrow = all(jnp.dtype(array.dtype).itemsize == 2 for array in (v, arguments.k, arguments.q))
     options = _Options(
-        chunk_length=min(round_up(length, BLOCK), chunk_length) if isinstance(length, int) else chunk_length,
+        chunk_length=min(length, chunk_length) if isinstance(length, int) else chunk_length,
         # Operands of 16 bits may go through the units for such; a CPU computes in float32 either way.
         precision=jax.lax.Precision.DEFAULT if is_narrow else jax.lax.Precision.HIGHEST,
     )
