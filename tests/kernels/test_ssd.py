@@ -229,7 +229,8 @@ def test_edge_states(has_segments: bool) -> None:
     (gradient,) = vjp(dataclasses.replace(cotangents, final_state=zero))
     np.testing.assert_allclose(ssd_final_state(core), outputs.final_state, rtol=0, atol=5e-6)
     np.testing.assert_allclose(ssd_initial_cotangent(cotangents.y, core), gradient, rtol=0, atol=2e-5)
-    assert np.any(gradient) and np.any(outputs.final_state)
+    assert np.any(gradient)
+    assert np.any(outputs.final_state)
 
 
 def test_backward_keeps_boundary_states_only() -> None:
