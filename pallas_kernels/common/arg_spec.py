@@ -143,6 +143,15 @@ class Work:
     matrix: Count = dataclasses.field(default_factory=dict)
 
 
+def without_length(work: Work) -> Work:
+    """The work of one token."""
+    counts = {
+        unit: {letters.replace("L", ""): times for letters, times in count.items()}
+        for unit, count in vars(work).items()
+    }
+    return Work(**counts)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What is declared of an op.

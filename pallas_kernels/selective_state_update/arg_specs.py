@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.common.arg_spec import Arguments, Count, Manifest, Tolerance, Work
+from pallas_kernels.common.arg_spec import Arguments, Manifest, Tolerance, without_length
 from pallas_kernels.selective_scan import arg_specs as scan
 
 
@@ -33,12 +33,6 @@ SPECS = tuple(
 )
 
 
-def _of_one_token(count: Count) -> Count:
-    """What the scan does for a token."""
-    return {letters.replace("L", ""): times for letters, times in count.items()}
-
-
-_FORWARD, _BACKWARD = scan.MANIFEST.forward, scan.MANIFEST.backward
 _LARGE = StateUpdateSpec(name="mamba_130m", batch=128, channels=1536, states=16)
 MANIFEST = Manifest(
     sizes=("batch", "channels", "states"),
@@ -55,6 +49,6 @@ MANIFEST = Manifest(
         longest_sum={"B": 1, "E": 1, "N": 1},
         because="the gradients of A, D and dt_bias add over rows, those of B and C over channels, outputs over states",
     ),
-    forward=Work(vector=_of_one_token(_FORWARD.vector), special=_of_one_token(_FORWARD.special)),
-    backward=Work(vector=_of_one_token(_BACKWARD.vector)),
+    forward=without_length(scan.MANIFEST.forward),
+    backward=without_length(scan.MANIFEST.backward),
 )

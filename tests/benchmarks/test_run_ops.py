@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,8 +49,9 @@ def test_a_run_on_a_gpu_says_what_its_times_amount_to(tmp_path: Path, monkeypatc
     assert [result.direction for result in convolutions] == ["forward", "forward + backward"] * 2
     for result in convolutions:
         assert result.figures["bound by"] == "memory"
-        share = 100 * result.figures["bound ms"] / result.milliseconds
-        assert result.figures["of bound %"] == pytest.approx(share)
+        figures: dict[str, Any] = result.figures
+        share = 100 * figures["bound ms"] / result.milliseconds
+        assert figures["of bound %"] == pytest.approx(share)
     assert (update.op, update.direction) == ("selective_state_update", "forward")
     assert "bound ms" not in update.figures, "the state need not cross the memory in a loop"
 

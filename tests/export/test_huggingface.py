@@ -28,13 +28,19 @@ from tests.export.conftest import random_model
 GOLDEN = Path("tests/golden/mamba1_tiny")
 
 
+@pytest.fixture(scope="module", params=["mamba1_tiny", "mamba2_tiny"])
+def golden_folder(request: pytest.FixtureRequest) -> Path:
+    """A small checkpoint with what an independent implementation makes of it."""
+    return GOLDEN.parent / request.param
+
+
 @pytest.fixture(scope="module")
-def golden():
+def golden(golden_folder: Path):
     """Loss, logits and gradients of the golden checkpoint as this library computes them, and as expected."""
-    loaded = huggingface.load(GOLDEN)
+    loaded = huggingface.load(golden_folder)
     config = dataclasses.replace(loaded.config, compute_dtype="float32")
     definition = parameters.define(config)
-    expected = load_file(GOLDEN / "expected.safetensors")
+    expected = load_file(golden_folder / "expected.safetensors")
     ids = jnp.asarray(expected["input_ids"], jnp.int32)
 
     def loss(params):
@@ -64,9 +70,9 @@ def test_golden_gradients(golden, tmp_path) -> None:
         assert np.abs(tensor - reference).max() < 5e-6 * np.abs(reference).max(), name
 
 
-def test_golden_greedy_continuation(golden) -> None:
+def test_golden_greedy_continuation(golden, golden_folder: Path) -> None:
     config, _, _, _, expected = golden
-    loaded = huggingface.load(GOLDEN)
+    loaded = huggingface.load(golden_folder)
     sequence = expected["greedy_from_13"]
     tokens = generate(
         parameters.define(config),
@@ -79,11 +85,12 @@ def test_golden_greedy_continuation(golden) -> None:
     np.testing.assert_array_equal(tokens, sequence[:, 13:])
 
 
-def test_golden_is_written_back_byte_for_byte(tmp_path) -> None:
-    loaded = huggingface.load(GOLDEN)
+def test_golden_is_written_back_byte_for_byte(golden_folder: Path, tmp_path: Path) -> None:
+    loaded = huggingface.load(golden_folder)
     huggingface.save(tmp_path / "again", loaded.config, loaded.params, layout="hf", extra=loaded.extra)
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
-    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", GOLDEN))
+    again, there = tmp_path / "again", golden_folder
+    assert (again / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (again, there))
     assert ours == theirs
 
 
@@ -235,7 +242,7 @@ def test_original_config_refuses_hybrids(tmp_path) -> None:
     content = configs.to_json(loaded.config, layout="original", extra={})
     for change, expected in (
         ({"attn_layer_idx": [3]}, "attn_layer_idx"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer='Mamba2'"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer='Mamba3'"),
         ({"ssm_cfg": {"headdim": 64}}, "ssm_cfg keys headdim"),
         ({"ssm_cfg": "Mamba1"}, "ssm_cfg='Mamba1' is not a JSON object"),
         ({"d_intermediate": 64}, "d_intermediate=64"),
