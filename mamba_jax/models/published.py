@@ -102,9 +102,9 @@ _ORIGINAL_REQUIRED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": Tru
 
 
 def layer_of_original(content: Mapping[str, Any]) -> Any:
-    """The name of the mixer in the authors' `config.json`."""
+    """The name of the mixer in the authors' `config.json`; None if the file does not say, and means their first."""
     ssm = content.get("ssm_cfg", {})
-    return ssm.get("layer", "Mamba1") if isinstance(ssm, Mapping) else "Mamba1"
+    return ssm.get("layer") if isinstance(ssm, Mapping) else None
 
 
 def from_original(content: Mapping[str, Any], *, known: Collection[str]) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -16,7 +16,11 @@ import pytest
 from mamba_jax import cli
 from tests.documents.pages import PAGES, ROOT
 
-SCRIPTS = [ROOT / "train.py", ROOT / "eval.py", *sorted(ROOT.glob("benchmarks/*.py"))]
+SCRIPTS = [
+    path
+    for path in (ROOT / "train.py", ROOT / "eval.py", *sorted(ROOT.glob("benchmarks/*.py")))
+    if '__name__ == "__main__"' in path.read_text()
+]
 MODULES = ("mamba_jax.data.prepare", "mamba_jax.export", "mamba_jax.report")
 PROGRAMS = [*(str(path.relative_to(ROOT)) for path in SCRIPTS), *(f"-m {name}" for name in MODULES)]
 # The texts that a program or a config explains itself with show commands too.

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selective_scan
-from pallas_kernels.common import triton_call
 from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
+from pallas_kernels.selective_scan.triton import call as triton_call
 from pallas_kernels.selective_scan.triton import op as triton_backend
 from pallas_kernels.selective_scan.triton.op import Tile, Tiling
 from tests.kernels import op_contract

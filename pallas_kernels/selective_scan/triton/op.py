@@ -9,13 +9,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import triton_call
 from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import gradient_of_matrix, group_count
 from pallas_kernels.common.checks import decline_double_precision, decline_symbolic_sizes
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.kernel_inputs import MAX_STATES
+from pallas_kernels.selective_scan.triton import call as triton_call
 from pallas_kernels.selective_scan.triton.constants import Constants
 
 _FOLDER = "pallas_kernels.selective_scan.triton"

@@ -165,7 +165,7 @@ FORMATS = (
     Format(
         layout="original",
         mixer="mamba1",
-        recognises=lambda content: "d_model" in content and layer_of_original(content) == "Mamba1",
+        recognises=lambda content: "d_model" in content and layer_of_original(content) in ("Mamba1", None),
         read_config=_from_original,
         check_config=lambda content, config: None,
         write_config=_to_original,
