@@ -31,7 +31,6 @@ from pallas_kernels import (
     TABLES,
     selective_scan_final_state,
     selective_scan_initial_cotangent,
-    selective_state_update,
 )
 from pallas_kernels.common.ahead_of_time import cuda_devices, described, tracing_for
 from pallas_kernels.common.arg_spec import CallSpec, DType, Platform
@@ -66,6 +65,7 @@ ONLY_XLA = {"cpu": ("reference", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
 UNCHUNKED_ELEMENTS = 2**29
 # An update takes less time than starting a program: on a GPU so many are timed in one loop.
 UPDATES = 200
+OPS_OF_A_TOKEN = ("selective_state_update", "ssd_state_update")
 NOTES = (
     "Times are the best of repeated runs on a CPU; on a GPU the median of runs that follow each other without a pause, "
     "launches included. CPU ms is processor time over all threads. Temporaries are what the compiled program allocates "
@@ -166,6 +166,13 @@ def peer_scan(x, dt, A, B, C, *, D, z, dt_bias):
     return mamba1(C, B, x, dt, A, d=D, z=z, dt_bias=dt_bias, dt_softplus=True)[0]
 
 
+def peer_ssd(x, dt, A, B, C, *, D, dt_bias, sums_over_heads: bool):
+    """Mamba-2's recurrence in the same package; its kernel may sum the gradients of B and C over heads."""
+    ssd = importlib.import_module("jla.layers.ssm").mamba2_ssd
+    dt = jax.nn.softplus(dt.astype(jnp.float32) + dt_bias[None, None])
+    return ssd(x, dt, A, B, C, d=D, grouped_key_grads=sums_over_heads)[0]
+
+
 def edge_state(edge, implementation, *, x, dt, A, B, C, D, z, dt_bias):
     """The state at one edge of a sequence; for the cotangent x stands for that of y."""
     common = {"dt_bias": dt_bias, "dt_softplus": True, "implementation": implementation}
@@ -174,13 +181,14 @@ def edge_state(edge, implementation, *, x, dt, A, B, C, D, z, dt_bias):
     return selective_scan_initial_cotangent(x, dt, A, C, z=z, **common)
 
 
-def chained_updates(*, state, x, dt, **others) -> jax.Array:
+def chained_updates(update: Callable, *, state, x, dt, **others) -> jax.Array:
     """Updates that follow each other: each takes the state, x and dt from the one before."""
 
     def step(_, carry):
         state, x, dt = carry
-        output = selective_state_update(state, x, dt, **others, dt_softplus=True, implementation="xla")
-        return output.state, output.y, dt + output.y
+        output = update(state, x, dt, **others, dt_softplus=True, implementation="xla")
+        # A head has one dt for all of its channels.
+        return output.state, output.y, dt + (output.y if dt.ndim == x.ndim else output.y[..., 0])
 
     return jax.lax.fori_loop(0, UPDATES, step, (state, x, dt))[1]
 
@@ -195,9 +203,9 @@ def candidates(op: str, static: Mapping[str, Any], elements: int, options: Optio
         options: of the command.
     """
     on_accelerator = options.platform == "accelerator"
-    if op == "selective_state_update" and on_accelerator:
-        return {"xla": chained_updates}
     names, function = IMPLEMENTATIONS.get(op, ONLY_XLA)[options.target], getattr(pallas_kernels, op)
+    if op in OPS_OF_A_TOKEN and on_accelerator:
+        return {"xla": functools.partial(chained_updates, function)}
 
     def through_api(implementation: str, **arrays: jax.Array) -> jax.Array:
         return function(**arrays, **static, implementation=implementation).y
@@ -212,6 +220,11 @@ def candidates(op: str, static: Mapping[str, Any], elements: int, options: Optio
             functions["unchunked associative_scan"] = unchunked_associative_scan
         if on_accelerator and importlib.util.find_spec("jla"):
             functions["jax-linear-attention"] = peer_scan
+    if op == "ssd" and on_accelerator and importlib.util.find_spec("jla"):
+        for summed, where in ((True, "in its kernel"), (False, "after it")):
+            functions[f"jax-linear-attention, heads summed {where}"] = functools.partial(
+                peer_ssd, sums_over_heads=summed
+            )
     return functions
 
 
@@ -250,7 +263,7 @@ def run(op: str, spec: CallSpec, dtype: DType, options: Options, results: Result
     arrays = jax.tree.map(jnp.asarray, arrays) if device is None else described(arrays, device)
     workload = " ".join(filter(None, (spec.name, MANIFESTS[op].shape_text(spec), dtype)))
     on_cpu = options.platform == "cpu"
-    repeats = UPDATES if op == "selective_state_update" and not on_cpu else 1
+    repeats = UPDATES if op in OPS_OF_A_TOKEN and not on_cpu else 1
     elements = math.prod(size for letter, size in sizes.items() if letter in "BLEN")
     for name, function in candidates(op, drawn.static, elements, options).items():
         is_whole = repeats == 1 and not name.endswith(" alone")
