@@ -78,7 +78,7 @@ def types_of(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read(folder: Path) -> Record:
-    """Reads the record of a checkpoint and compares it with its checksums.
+    """Reads the record of a checkpoint and compares it with its checksums; the arrays are not read.
 
     Args:
         folder: the checkpoint's folder, named by its step.
@@ -91,6 +91,7 @@ def read(folder: Path) -> Record:
         check_files(folder)
     with judged(folder, _FINGERPRINTS):
         content = read_object(folder / _FINGERPRINTS / _FILE)
+        # That version stored fingerprints of the arrays and nothing besides.
         if content and all(type(value) is int for value in content.values()):
             raise InputError(
                 f"checkpoint {folder} is of an earlier version, which recorded neither step nor run: move that folder "

@@ -68,6 +68,7 @@ def train_batches(
 
 
 def _open_cache(documents: DocumentReader, tokenizer: Tokenizer, cache: Path) -> TokenDataset:
+    """The documents as tokens, from the cache; they are tokenized first if it lacks them or has a damaged copy only."""
     key = json.dumps([INDEX_VERSION, documents.identity, tokenizer.fingerprint], sort_keys=True)
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     damage = None

@@ -253,7 +253,11 @@ class OpTable:
         return letters_of(self.takes, name, value)
 
     def sizes(self, arrays: Mapping[str, Any]) -> dict[str, int]:
-        """The size of every letter among the dimensions of some of its arguments."""
+        """The size of every letter among the dimensions of some of its arguments.
+
+        A "1" is not a letter: `letters` writes it for G where one group serves all channels or heads, which does not
+        tell how many groups there are. So G is missing if none of the arguments has several.
+        """
         return {
             letter: size
             for name, array in arrays.items()

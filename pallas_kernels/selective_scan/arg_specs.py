@@ -39,7 +39,10 @@ class ScanSpec:
     discretization: Discretization = "euler"
 
     def arguments(self, seed: int = 0) -> Arguments:
-        """Draws the arguments; step sizes around 0.3 and decay rates around 1 give decays all over (0, 1)."""
+        """Draws the arguments in double precision: `narrow` ones are rounded to the dtype under test, `wide` not.
+
+        Step sizes around 0.3 and decay rates around 1 give decays all over (0, 1).
+        """
         rng = np.random.default_rng(seed)
         sequence = (self.batch, self.length, self.channels)
         per_state = (self.channels, self.states)
@@ -63,6 +66,7 @@ class ScanSpec:
                 "grouped": (self.batch, self.length, self.groups, self.states),
                 "constant": per_state,
             }[layout]
+            # Constant matrices are parameters, as A is, and complex ones have no dtype of 16 bits.
             is_narrow = layout != "constant" and not self.has_complex_matrices
             (narrow if is_narrow else wide)[name] = self._matrix(rng, shape)
         integers = {}

@@ -35,7 +35,10 @@ class SSDSpec:
     dt_limit: tuple[float, float] = (0.0, float("inf"))
 
     def arguments(self, seed: int = 0) -> Arguments:
-        """Draws the arguments; step sizes around 0.3 and decay rates around 1 give decays all over (0, 1)."""
+        """Draws the arguments in double precision: `narrow` ones are rounded to the dtype under test, `wide` not.
+
+        Step sizes around 0.3 and decay rates around 1 give decays all over (0, 1).
+        """
         rng = np.random.default_rng(seed)
         tokens = (self.batch, self.length)
         matrix = (*tokens, self.groups, self.states)

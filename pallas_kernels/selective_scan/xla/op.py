@@ -201,12 +201,14 @@ def _run_backward(
 
 
 def _split(options: _Options, arrays: Arrays) -> tuple[Arrays, Arrays, jax.Array]:
-    """The arguments as sequences of whole chunks, constants in float32, and the state.
+    """The arguments as sequences, padded to whole chunks, constants, and the state; F = E / G channels a group.
 
     Returns:
-        sequences: "x", "dt", "z" (B, L, E) and, unless constant, "B" and "C" (B, L, G, N).
-        constants: "A" and, if constant, "B" and "C" (1, G, N, F), "D" and "dt_bias" (1, G, F).
-        state: (B, G, N, F).
+        sequences: "x", "dt", "z" (B, L, E) and, unless constant over time, "B" and "C" (B, L, G or 1, N), in their
+            own dtypes.
+        constants: "A" and, if constant over time, "B" and "C" (1, G, N, F), float32 or complex64; "D" and "dt_bias"
+            (1, G, F), float32. The first dimension stands for the batch.
+        state: (B, G, N, F), in the dtype of the constant "A".
     """
     groups = group_count(arrays["B"], arrays["C"])
     constants = {"A": _grouped_matrix(arrays["A"], groups)}

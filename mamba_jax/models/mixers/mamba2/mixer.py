@@ -112,6 +112,7 @@ class Mamba2(Mixer):
 
     def _init_dynamics(self, heads: int, *, rngs: nnx.Rngs) -> None:
         config, axes = self.config, (Axis.HEADS,)
+        # None of them is pulled to zero by weight decay.
         own = functools.partial(parameter, rngs, dtype=self.setting.param_dtype, decay=False)
         step = initializers.inverse_softplus_of_step(config.dt_min, config.dt_max, config.dt_init_floor)
         self.dt_bias = own(step, (heads,), axes)
