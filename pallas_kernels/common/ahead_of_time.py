@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     # The two cores of a v4 chip are one device, as they are by default on Cloud TPU.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if set(re.findall(r"\d+", topology.partition(":")[2])) == {"1"}:
+        # A host has four chips unless it is told otherwise; newer libtpu (0.0.52) tells it by itself.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if num_slices > 1:
         options["num_slices"] = num_slices
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

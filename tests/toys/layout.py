@@ -42,9 +42,8 @@ def tensors(config: ModelConfig) -> Table:
     table: Table = {}
     shapes: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(define(config).params)
     for path, leaf in shapes.items():
-        is_layer = path[0] == "layers"
-        name = ".".join(["layer{}" if is_layer else path[0], *path[1:]])
-        table[path] = Tensor(name=name, shape=leaf.shape[1:] if is_layer else leaf.shape)
+        first, shape = ("layer{}", leaf.shape[1:]) if path[0] == "layers" else (path[0], leaf.shape)
+        table[path] = Tensor(name=".".join([first, *path[1:]]), shape=shape)
     return table
 
 
