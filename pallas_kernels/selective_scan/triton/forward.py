@@ -56,12 +56,12 @@ def forward(
 
     # Every load is issued a tile ahead of its use. Adding row * 0 makes the token's index 64 bits wide.
     first = block.row * 0
-    inject_tile = load_inject_tile(inputs, block, first, constants)
     emit_tile = load_emit_tile(inputs, block, first, constants)
+    inject_tile = load_inject_tile(inputs, block, first, constants)
     for tile in tl.range(0, constants.tiles):
         first = block.row * 0 + tile * constants.T
-        next_inject_tile = load_inject_tile(inputs, block, first + constants.T, constants)
         next_emit_tile = load_emit_tile(inputs, block, first + constants.T, constants)
+        next_inject_tile = load_inject_tile(inputs, block, first + constants.T, constants)
         # The state before a chunk, from which the backward kernel starts.
         if constants.HAS_CHECKPOINTS and tile % constants.CHUNK == 0:
             place = (block.row * constants.chunks + tile // constants.CHUNK) * constants.CHANNELS * constants.STATES
