@@ -20,6 +20,8 @@ SIGNATURES_OF_OPS = {
     "selective_state_update",
     "selective_scan_final_state",
     "selective_scan_initial_cotangent",
+    "ssd",
+    "ssd_state_update",
     "scan",
     "unchunked_associative_scan",
     "peer_scan",

@@ -176,6 +176,7 @@ def test_heads_over_devices(groups: int) -> None:
         ({"skip": "row"}, "skip: Input should be 'head' or 'channel'"),
     ],
 )
+@pytest.mark.usefixtures("only_our_checks")
 def test_what_does_not_fit_is_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         Mamba2(dataclasses.replace(SMALL, **changes), d_model=WIDTH, rngs=nnx.Rngs(0))
