@@ -20,14 +20,18 @@ from pallas_kernels import (
     selective_scan_final_state,
     selective_scan_initial_cotangent,
     selective_state_update,
+    ssd,
+    ssd_state_update,
 )
 from pallas_kernels.causal_conv1d.arg_specs import ConvSpec
 from pallas_kernels.common.ahead_of_time import tpu_devices
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
+from pallas_kernels.ssd.arg_specs import SSDSpec
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_selective_scan_pallas_tpu import needs_tpu_compiler
 
 SCAN = ScanSpec(name="scan", length=19, batch=4, channels=8, states=3, B="grouped", has_segments=True)
+HEADS = SSDSpec(name="heads", length=19, batch=4, heads=8, width=2, states=3, has_segments=True)
 CONV = ConvSpec(name="conv", length=9, batch=4, channels=8, has_segments=True)
 # Two orders of summation of the same float32 equations: 4 x 19 tokens, 8 channels and 3 states.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -43,7 +47,7 @@ def with_ops(*default: str) -> pytest.MarkDecorator:
     )
 
 
-NAMES = ("scan", "convolution", "update", "final state", "initial cotangent")
+NAMES = ("scan", "convolution", "update", "final state", "initial cotangent", "heads", "token of heads")
 
 
 def number(outputs: tuple[Any, ...]) -> jax.Array:
@@ -52,7 +56,7 @@ def number(outputs: tuple[Any, ...]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """An op with arguments; the letters B and E in `letters` are what devices may share out."""
+    """An op with arguments; the letters B, E and H in `letters` are what devices may share out."""
 
     function: Callable[..., Any]
     arrays: dict[str, jax.Array]
@@ -81,7 +85,7 @@ class Case:
 
 
 def _cases() -> dict[str, Case]:
-    scan, conv = make_call(SCAN), make_call(CONV)
+    scan, conv, heads = make_call(SCAN), make_call(CONV), make_call(HEADS)
     softplus = {"dt_softplus": True}
 
     def some(*names: str, **others: jax.Array) -> dict[str, jax.Array]:
@@ -89,6 +93,9 @@ def _cases() -> dict[str, Case]:
 
     token = {name: array[:, 0] for name, array in some("x", "dt", "z", "B").items()}
     update = some("A", "D", "dt_bias", state=scan.arrays["initial_state"], C=scan.arrays["C"][:, :1]) | token
+    of_heads = {name: heads.arrays[name] for name in ("A", "D", "dt_bias")}
+    of_heads |= {name: heads.arrays[name][:, 0] for name in ("x", "dt", "B", "C")}
+    of_heads["state"] = heads.arrays["initial_state"]
     ids = {"segment_ids": scan.integers["segment_ids"]}
     entering = some("x", "dt", "A", "B", "dt_bias")
     leaving = some("dt", "A", "C", "z", "dt_bias", dy=scan.arrays["x"])
@@ -102,6 +109,8 @@ def _cases() -> dict[str, Case]:
         "initial cotangent": Case(
             function=selective_scan_initial_cotangent, arrays=leaving, fixed=ids, static=softplus
         ),
+        "heads": Case(function=ssd, arrays=heads.arrays, fixed=heads.integers, static=softplus),
+        "token of heads": Case(function=ssd_state_update, arrays=of_heads, fixed={}, static=softplus),
     }
 
 
@@ -154,21 +163,26 @@ COMPLEX = ScanSpec(
 
 
 @pytest.mark.parametrize(
-    ("spec", "implementation"),
-    [(SCAN, "xla"), (BARE, "xla_associative"), (COMPLEX, "xla")],
-    ids=["scan", "bare", "complex"],
+    ("function", "spec", "implementation"),
+    [
+        (selective_scan, SCAN, "xla"),
+        (selective_scan, BARE, "xla_associative"),
+        (selective_scan, COMPLEX, "xla"),
+        (ssd, HEADS, "xla"),
+    ],
+    ids=["scan", "bare", "complex", "heads"],
 )
-def test_forward_mode_of_the_scan(spec: ScanSpec, implementation: str) -> None:
+def test_forward_mode(function: Callable[..., Any], spec: ScanSpec | SSDSpec, implementation: str) -> None:
     """By every argument at once, against the reference, which JAX differentiates by itself."""
     call = make_call(spec)
     tangents = tangents_of(call.arrays)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(name: str) -> Any:
-        def scan(arrays: dict[str, jax.Array]) -> Any:
-            return selective_scan(**arrays, **call.integers, **call.static, implementation=name)
+        def op(arrays: dict[str, jax.Array]) -> Any:
+            return function(**arrays, **call.integers, **call.static, implementation=name)
 
-        return jax.jvp(scan, (call.arrays,), (tangents,))
+        return jax.jvp(op, (call.arrays,), (tangents,))
 
     assert_close(run(implementation), run("reference"))
 
@@ -271,8 +285,9 @@ def _mesh(kind: AxisType) -> jax.sharding.Mesh:
 
 
 def _spec(letters: str) -> PartitionSpec:
-    # Two groups of channels, which lie with their channels.
-    return PartitionSpec(*({"B": "rows", "E": "lanes", "G": "lanes"}.get(letter) for letter in letters))
+    # Two groups of channels or heads, which lie with these.
+    split = {"B": "rows"} | dict.fromkeys("EHG", "lanes")
+    return PartitionSpec(*(split.get(letter) for letter in letters))
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -288,7 +303,7 @@ def test_inside_shard_map(name: str) -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@with_ops("scan", "update")
+@with_ops("scan", "update", "heads")
 def test_under_explicit_axes(name: str) -> None:
     """Outputs are split as x is, whatever way the other arguments lie; gradients as the arguments are."""
     case = CASES[name]
