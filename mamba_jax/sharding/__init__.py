@@ -253,6 +253,16 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.tensordot(x, kernel, axes=1, out_sharding=PartitionSpec(*x_spec[:-1], *outputs))
 
 
+def in_groups(x: jax.Array, size: int) -> jax.Array:
+    """(..., E) as (..., E / size, size). A dimension whose groups explicit mesh axes would cut is gathered first."""
+    kind = jax.typeof(x).sharding
+    axes = kind.spec[-1]
+    names = axes if isinstance(axes, tuple) else (axes,) * (axes is not None)
+    if x.shape[-1] // size % math.prod(kind.mesh.shape[name] for name in names):
+        x = jax.reshard(x, PartitionSpec(*kind.spec[:-1], None))
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
 def sharding_of_rows(indices: jax.Array) -> PartitionSpec | None:
     """How rows of a table that are looked up lie under explicit mesh axes: as their indices; None without such axes."""
     kind = jax.typeof(indices).sharding

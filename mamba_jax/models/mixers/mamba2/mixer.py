@@ -18,7 +18,7 @@ from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mamba2.gated_norm import GatedRMSNorm
 from mamba_jax.models.mixers.mamba2.state import LEARNED, Mamba2State, declare
 from mamba_jax.models.mixers.mixer import Mixer, MixerOutput
-from mamba_jax.sharding import Axis
+from mamba_jax.sharding import Axis, in_groups
 
 
 class Mamba2(Mixer):
@@ -174,7 +174,7 @@ class Mamba2(Mixer):
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """The recurrence: output (B, L, E), and state (B, H, P, N) after the last token."""
-        x_BLHP = x_BLE.reshape(*x_BLE.shape[:2], -1, self.config.head_dim)
+        x_BLHP = in_groups(x_BLE, self.config.head_dim)
         tokens = {
             "x": ops.constrain(x_BLHP, "BLHP"),
             "dt": ops.constrain(self.dt_proj(u_BLD), "BLH"),
