@@ -1,6 +1,7 @@
 """How arrays are placed inside a jitted function: constraints on activations, and calls on each device's own part."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -54,6 +55,16 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     ]
     kernel = jax.reshard(kernel, PartitionSpec(x_spec[-1], *outputs))
     return jnp.tensordot(x, kernel, axes=1, out_sharding=PartitionSpec(*x_spec[:-1], *outputs))
+
+
+def in_groups(x: jax.Array, size: int) -> jax.Array:
+    """(..., E) as (..., E / size, size). A dimension whose groups explicit mesh axes would cut is gathered first."""
+    kind = jax.typeof(x).sharding
+    axes = kind.spec[-1]
+    names = axes if isinstance(axes, tuple) else (axes,) * (axes is not None)
+    if x.shape[-1] // size % math.prod(kind.mesh.shape[name] for name in names):
+        x = jax.reshard(x, PartitionSpec(*kind.spec[:-1], None))
+    return x.reshape(*x.shape[:-1], -1, size)
 
 
 def sharding_of_rows(indices: jax.Array) -> PartitionSpec | None:

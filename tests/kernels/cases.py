@@ -17,12 +17,16 @@ from pallas_kernels import (
     selective_scan_final_state,
     selective_scan_initial_cotangent,
     selective_state_update,
+    ssd,
+    ssd_state_update,
 )
 from pallas_kernels.causal_conv1d.arg_specs import ConvSpec
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
+from pallas_kernels.ssd.arg_specs import SSDSpec
 from tests.kernels.op_contract import make_call
 
 SCAN = ScanSpec(name="scan", length=19, batch=4, channels=8, states=3, B="grouped", has_segments=True)
+HEADS = SSDSpec(name="heads", length=19, batch=4, heads=8, width=2, states=3, has_segments=True)
 CONV = ConvSpec(name="conv", length=9, batch=4, channels=8, has_segments=True)
 # Two orders of summation of the same float32 equations: 4 x 19 tokens, 8 channels and 3 states.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -38,7 +42,7 @@ def with_ops(*default: str) -> pytest.MarkDecorator:
     )
 
 
-NAMES = ("scan", "convolution", "update", "final state", "initial cotangent")
+NAMES = ("scan", "convolution", "update", "final state", "initial cotangent", "heads", "token of heads")
 
 
 def number(outputs: tuple[Any, ...]) -> jax.Array:
@@ -47,7 +51,7 @@ def number(outputs: tuple[Any, ...]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """An op with arguments; the letters B and E in `letters` are what devices may share out."""
+    """An op with arguments; the letters B, E and H in `letters` are what devices may share out."""
 
     function: Callable[..., Any]
     arrays: dict[str, jax.Array]
@@ -76,7 +80,7 @@ class Case:
 
 
 def _cases() -> dict[str, Case]:
-    scan, conv = make_call(SCAN), make_call(CONV)
+    scan, conv, heads = make_call(SCAN), make_call(CONV), make_call(HEADS)
     softplus = {"dt_softplus": True}
 
     def some(*names: str, **others: jax.Array) -> dict[str, jax.Array]:
@@ -84,6 +88,9 @@ def _cases() -> dict[str, Case]:
 
     token = {name: array[:, 0] for name, array in some("x", "dt", "z", "B").items()}
     update = some("A", "D", "dt_bias", state=scan.arrays["initial_state"], C=scan.arrays["C"][:, :1]) | token
+    of_heads = {name: heads.arrays[name] for name in ("A", "D", "dt_bias")}
+    of_heads |= {name: heads.arrays[name][:, 0] for name in ("x", "dt", "B", "C")}
+    of_heads["state"] = heads.arrays["initial_state"]
     ids = {"segment_ids": scan.integers["segment_ids"]}
     entering = some("x", "dt", "A", "B", "dt_bias")
     leaving = some("dt", "A", "C", "z", "dt_bias", dy=scan.arrays["x"])
@@ -97,6 +104,8 @@ def _cases() -> dict[str, Case]:
         "initial cotangent": Case(
             function=selective_scan_initial_cotangent, arrays=leaving, fixed=ids, static=softplus
         ),
+        "heads": Case(function=ssd, arrays=heads.arrays, fixed=heads.integers, static=softplus),
+        "token of heads": Case(function=ssd_state_update, arrays=of_heads, fixed={}, static=softplus),
     }
 
 

@@ -35,8 +35,9 @@ def _mesh(kind: AxisType) -> jax.sharding.Mesh:
 
 
 def _spec(letters: str) -> PartitionSpec:
-    # Two groups of channels, which lie with their channels.
-    return PartitionSpec(*({"B": "rows", "E": "lanes", "G": "lanes"}.get(letter) for letter in letters))
+    # Two groups of channels or heads, which lie with these.
+    split = {"B": "rows"} | dict.fromkeys("EHG", "lanes")
+    return PartitionSpec(*(split.get(letter) for letter in letters))
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -52,7 +53,7 @@ def test_inside_shard_map(name: str) -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@with_ops("scan", "update")
+@with_ops("scan", "update", "heads")
 def test_under_explicit_axes(name: str) -> None:
     """Outputs are split as x is, whatever way the other arguments lie; gradients as the arguments are."""
     case = CASES[name]

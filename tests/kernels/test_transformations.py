@@ -1,6 +1,7 @@
 """The ops under JAX's transformations: forward mode, second derivatives, vmap, export, lists."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ from jax import export
 from pallas_kernels import (
     causal_conv1d,
     selective_scan,
+    ssd,
 )
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
-from tests.kernels.cases import CASES, SCAN, assert_close, skip_off_platform, unsharded, with_ops
+from pallas_kernels.ssd.arg_specs import SSDSpec
+from tests.kernels.cases import CASES, HEADS, SCAN, assert_close, skip_off_platform, unsharded, with_ops
 from tests.kernels.op_contract import make_call
 
 
@@ -36,21 +39,26 @@ COMPLEX = ScanSpec(
 
 
 @pytest.mark.parametrize(
-    ("spec", "implementation"),
-    [(SCAN, "xla"), (BARE, "xla_associative"), (COMPLEX, "xla")],
-    ids=["scan", "bare", "complex"],
+    ("function", "spec", "implementation"),
+    [
+        (selective_scan, SCAN, "xla"),
+        (selective_scan, BARE, "xla_associative"),
+        (selective_scan, COMPLEX, "xla"),
+        (ssd, HEADS, "xla"),
+    ],
+    ids=["scan", "bare", "complex", "heads"],
 )
-def test_forward_mode_of_the_scan(spec: ScanSpec, implementation: str) -> None:
+def test_forward_mode(function: Callable[..., Any], spec: ScanSpec | SSDSpec, implementation: str) -> None:
     """By every argument at once, against the reference, which JAX differentiates by itself."""
     call = make_call(spec)
     tangents = tangents_of(call.arrays)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(name: str) -> Any:
-        def scan(arrays: dict[str, Any]) -> Any:
-            return selective_scan(**arrays, **call.integers, **call.static, implementation=name)
+        def op(arrays: dict[str, Any]) -> Any:
+            return function(**arrays, **call.integers, **call.static, implementation=name)
 
-        return jax.jvp(scan, (call.arrays,), (tangents,))
+        return jax.jvp(op, (call.arrays,), (tangents,))
 
     assert_close(run(implementation), run("reference"))
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mamba_jax.config import Mamba2Config, MeshConfig, ModelConfig
 from mamba_jax.errors import InputError
 from mamba_jax.models.mixers.mamba2.mixer import Mamba2
 from mamba_jax.models.parameters import define, init
 from mamba_jax.models.state import finite_rows, init_state
-from mamba_jax.sharding import make_mesh
+from mamba_jax.sharding import Axis, make_mesh
 
 WIDTH = 16
 SMALL = Mamba2Config(state_dim=3, head_dim=4, num_groups=2, conv_width=3)
@@ -162,6 +163,25 @@ def test_heads_over_devices(groups: int) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_explicit_axes_that_would_cut_heads_and_groups() -> None:
+    """Two heads, and two groups of the norm, under an axis of four devices that channels are split over."""
+    mixer = make(dataclasses.replace(SMALL, head_dim=16))
+    u = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, WIDTH)), jnp.float32)
+    expected = jax.jit(mixer)(u)
+    mesh = jax.make_mesh((2, 4), ("rows", "lanes"), axis_types=(AxisType.Explicit,) * 2)
+    graph, params = nnx.split(mixer)
+
+    def put(variable: nnx.Variable) -> nnx.Variable:
+        spec = PartitionSpec(*("lanes" if axis == Axis.INNER else None for axis in variable.axes))
+        return variable.replace(jax.device_put(variable[...], NamedSharding(mesh, spec)))
+
+    with jax.set_mesh(mesh):
+        split = jax.tree.map(put, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        found = jax.jit(lambda params, u: nnx.merge(graph, params)(u))(split, jax.device_put(u, PartitionSpec("rows")))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -176,6 +196,7 @@ def test_heads_over_devices(groups: int) -> None:
         ({"skip": "row"}, "skip: Input should be 'head' or 'channel'"),
     ],
 )
+@pytest.mark.usefixtures("only_our_checks")
 def test_what_does_not_fit_is_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         Mamba2(dataclasses.replace(SMALL, **changes), d_model=WIDTH, rngs=nnx.Rngs(0))

@@ -18,7 +18,8 @@ from mamba_jax.models.parameters import define, init
 from mamba_jax.models.state import init_state
 from mamba_jax.pods.hlo import compiled_instructions
 from mamba_jax.sharding import make_mesh, parameter_sharding, put_batch
-from pallas_kernels import causal_conv1d, selective_scan
+from pallas_kernels import causal_conv1d, selective_scan, ssd
+from pallas_kernels.ssd.arg_specs import SSDSpec
 
 # Eight devices have 6 tokens each. Documents start at an edge, one token before and after one; a document of one token
 # ends at an edge and is followed by the id before it; documents span several devices.
@@ -110,6 +111,45 @@ def test_layer_equals_one_device_in_float32(mesh: MeshConfig) -> None:
     """The backend with the hand-written gradient, under every axis."""
     expected = on_one_device("packed", "float32", "xla")
     actual = run_layer(make_mesh(mesh), document_ids(), "float32", {"implementation": "xla"})
+    assert_equal_up_to_rounding(actual, expected, 2.0**-24)
+
+
+@functools.cache
+def heads_on_one_device() -> Any:
+    return run_heads(ssd)
+
+
+def run_heads(function: Callable[..., Any]) -> Any:
+    """Outputs and every gradient of state-space duality over packed documents."""
+    spec = SSDSpec(name="heads", length=LENGTH, batch=BATCH, heads=4, width=2, states=3)
+    drawn = spec.arguments()
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in (drawn.wide | drawn.narrow).items()}
+
+    @jax.jit
+    def run(arrays: dict[str, jax.Array]) -> Any:
+        def op(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            output = function(**arrays, segment_ids=document_ids(), **drawn.static, implementation="xla")
+            return output.y, output.final_state
+
+        outputs, vjp = jax.vjp(op, arrays)
+        return outputs, vjp(jax.tree.map(jnp.cos, outputs))
+
+    return run(arrays)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(sequence=8, data=1),
+        MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+        MeshConfig(data=1, sequence=2, tensor=4),
+    ],
+    ids=["8", "2x2x2", "heads cut groups"],
+)
+def test_heads_equal_one_device(mesh: MeshConfig) -> None:
+    expected = heads_on_one_device()
+    with jax.set_mesh(make_mesh(mesh)):
+        actual = run_heads(ops.ssd)
     assert_equal_up_to_rounding(actual, expected, 2.0**-24)
 
 

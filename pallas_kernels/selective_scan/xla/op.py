@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import group_count
 from pallas_kernels.common.checks import decline_double_precision
-from pallas_kernels.common.chunks import chunk_of, padded, with_chunk
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
-from pallas_kernels.common.segments import segment_starts
+from pallas_kernels.common.segments import chunk_of, padded, segment_starts, with_chunk
 from pallas_kernels.selective_scan.arguments import Discretization, ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.xla.pointwise import emit, inject
 from pallas_kernels.selective_scan.xla.recurrence import (

@@ -10,20 +10,11 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.errors import InputError
+from mamba_jax.models import published
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.mamba1.config import Mamba1Config
-from mamba_jax.models.published import (
-    Format,
-    Tensor,
-    backbone,
-    from_hf,
-    from_original,
-    layer_of_original,
-    refuse_unsupported,
-    tensor_of_layer,
-    to_hf,
-    to_original,
-)
+from mamba_jax.models.published import Tensor, refuse_unsupported
+from mamba_jax.models.published import tensor_of_layer as _layer
 
 # Value that a key must have, if it is there, for the model to be a Mamba-1 as this library computes it.
 _HF_REQUIRED = {"model_type": "mamba", "hidden_act": "silu"}
@@ -77,7 +68,7 @@ def _mixer_fields(content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[s
 
 def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     refuse_unsupported(content, _HF_REQUIRED)
-    return from_hf(content, tied=True) | {"mixer": _mixer_fields(content, _HF_MIXER_KEYS)}
+    return published.from_hf(content, tied=True) | {"mixer": _mixer_fields(content, _HF_MIXER_KEYS)}
 
 
 def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
@@ -92,12 +83,12 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         **{key: getattr(mixer, name) for key, name in _HF_MIXER_KEYS.items()},
         "time_step_rank": mixer.rank(config.d_model),
         "intermediate_size": mixer.channels(config.d_model),
-        **to_hf(config),
+        **published.to_hf(config),
     }
 
 
 def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
-    fields, ssm = from_original(content, known={*_ORIGINAL_MIXER_KEYS, "layer", "use_fast_path"})
+    fields, ssm = published.from_original(content, known={*_ORIGINAL_MIXER_KEYS, "layer", "use_fast_path"})
     return fields | {"mixer": _mixer_fields(ssm, _ORIGINAL_MIXER_KEYS)}
 
 
@@ -109,7 +100,7 @@ def _to_original(config: ModelConfig) -> dict[str, Any]:
         for key, name in _ORIGINAL_MIXER_KEYS.items()
         if getattr(mixer, name) != getattr(default, name)
     }
-    return to_original(config, chosen)
+    return published.to_original(config, chosen)
 
 
 def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
@@ -119,14 +110,14 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
     inner, rank = mixer.channels(model), mixer.rank(model)
     transpose = {"to_file": np.transpose, "from_file": np.transpose}
     tensors = {
-        "in_proj/kernel": tensor_of_layer(
+        "in_proj/kernel": _layer(
             "mixer.in_proj.weight",
             2 * inner,
             model,
             to_file=lambda w: w.reshape(w.shape[0], 2 * inner).T,
             from_file=lambda w: w.T.reshape(w.shape[1], 2, inner),
         ),
-        "conv1d/weight": tensor_of_layer(
+        "conv1d/weight": _layer(
             "mixer.conv1d.weight",
             inner,
             1,
@@ -134,42 +125,33 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
             to_file=lambda w: w.T[:, None],
             from_file=lambda w: w.reshape(inner, width).T,
         ),
-        "x_proj/kernel": tensor_of_layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
-        "dt_proj/kernel": tensor_of_layer("mixer.dt_proj.weight", inner, rank, **transpose),
-        "dt_proj/bias": tensor_of_layer("mixer.dt_proj.bias", inner),
-        "A_log": tensor_of_layer("mixer.A_log", inner, state),
-        "D": tensor_of_layer("mixer.D", inner),
-        "out_proj/kernel": tensor_of_layer("mixer.out_proj.weight", model, inner, **transpose),
+        "x_proj/kernel": _layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
+        "dt_proj/kernel": _layer("mixer.dt_proj.weight", inner, rank, **transpose),
+        "dt_proj/bias": _layer("mixer.dt_proj.bias", inner),
+        "A_log": _layer("mixer.A_log", inner, state),
+        "D": _layer("mixer.D", inner),
+        "out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
     }
     if mixer.use_conv_bias:
-        tensors["conv1d/bias"] = tensor_of_layer("mixer.conv1d.bias", inner)
+        tensors["conv1d/bias"] = _layer("mixer.conv1d.bias", inner)
     if mixer.use_bias:
-        tensors["in_proj/bias"] = tensor_of_layer(
+        tensors["in_proj/bias"] = _layer(
             "mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner)
         )
-        tensors["out_proj/bias"] = tensor_of_layer("mixer.out_proj.bias", model)
+        tensors["out_proj/bias"] = _layer("mixer.out_proj.bias", model)
     return tensors
 
 
 FORMATS = (
-    Format(
-        layout="hf",
-        mixer="mamba1",
-        recognises=lambda content: content.get("model_type") == "mamba",
+    published.hf_format(
+        "mamba1",
+        model_type="mamba",
         read_config=_from_hf,
         check_config=_check_hf,
         write_config=_to_hf,
-        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embeddings.weight"),
-        keeps_extra=True,
+        tensors=_of_mixer,
     ),
-    Format(
-        layout="original",
-        mixer="mamba1",
-        recognises=lambda content: "d_model" in content and layer_of_original(content) in ("Mamba1", None),
-        read_config=_from_original,
-        check_config=lambda content, config: None,
-        write_config=_to_original,
-        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embedding.weight"),
-        tied_head="lm_head.weight",
+    published.original_format(
+        "mamba1", layers=(None, "Mamba1"), read_config=_from_original, write_config=_to_original, tensors=_of_mixer
     ),
 )
