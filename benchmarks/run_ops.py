@@ -166,11 +166,11 @@ def peer_scan(x, dt, A, B, C, *, D, z, dt_bias):
     return mamba1(C, B, x, dt, A, d=D, z=z, dt_bias=dt_bias, dt_softplus=True)[0]
 
 
-def peer_ssd(x, dt, A, B, C, *, D, dt_bias, sums_over_heads: bool):
+def peer_ssd(*, sums_over_heads: bool, D, dt_bias, **arrays):
     """Mamba-2's recurrence in the same package; its kernel may sum the gradients of B and C over heads."""
     ssd = importlib.import_module("jla.layers.ssm").mamba2_ssd
-    dt = jax.nn.softplus(dt.astype(jnp.float32) + dt_bias[None, None])
-    return ssd(x, dt, A, B, C, d=D, grouped_key_grads=sums_over_heads)[0]
+    dt = jax.nn.softplus(arrays["dt"].astype(jnp.float32) + dt_bias[None, None])
+    return ssd(arrays["x"], dt, arrays["A"], arrays["B"], arrays["C"], d=D, grouped_key_grads=sums_over_heads)[0]
 
 
 def edge_state(edge, implementation, *, x, dt, A, B, C, D, z, dt_bias):
