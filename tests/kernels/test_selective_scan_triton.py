@@ -248,7 +248,9 @@ def test_kernels_compile(spec: ScanSpec, compute_capability: int, monkeypatch: p
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
         source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=aligned)
         target = GPUTarget("cuda", compute_capability, 32)
-        binaries[name] = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+        # jax-triton asks for contraction to fused multiply-adds too.
+        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+        binaries[name] = triton.compile(source, target=target, options=options)
         return {key: jnp.zeros(output.shape, output.dtype) for key, output in outputs.items() if output is not None}
 
     monkeypatch.setattr(triton_call, "import_kernels", lambda op, module: importlib.import_module(module))
