@@ -99,7 +99,7 @@ def projection(
 
 
 def rms_normalized(x: Float[jax.Array, "..."], *, eps: float) -> Float[jax.Array, "..."]:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 (arXiv 1910.07467)."""
+    """The last dimension over its root mean square: x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
