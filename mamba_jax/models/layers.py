@@ -98,6 +98,12 @@ def projection(
     )
 
 
+def rms_normalized(x: Float[jax.Array, "..."], *, eps: float) -> Float[jax.Array, "..."]:
+    """The last dimension over its root mean square: x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale, with float32 statistics (arXiv 1910.07467)."""
 
@@ -107,9 +113,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "B L D"], *, dtype: str) -> Float[jax.Array, "B L D"]:
         """Normalises the last dimension and rounds the result to `dtype`."""
-        x = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * inverse_rms * read(self.scale).astype(jnp.float32)[None, None]).astype(dtype)
+        return (rms_normalized(x, eps=self.eps) * read(self.scale).astype(jnp.float32)[None, None]).astype(dtype)
 
 
 class Embedding(nnx.Module):

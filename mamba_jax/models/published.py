@@ -201,7 +201,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def hf_format(
     mixer: str,
     *,
-    model_type: str,
+    model_types: Collection[str],
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]],
     check_config: Callable[[Mapping[str, Any], ModelConfig], None],
     write_config: Callable[[ModelConfig], dict[str, Any]],
@@ -211,7 +211,7 @@ def hf_format(
 
     Args:
         mixer: kind of the mixer.
-        model_type: of such a `config.json`.
+        model_types: those of such a `config.json`.
         read_config: see `Format`.
         check_config: see `Format`.
         write_config: see `Format`.
@@ -220,7 +220,7 @@ def hf_format(
     return Format(
         layout="hf",
         mixer=mixer,
-        recognises=lambda content: content.get("model_type") == model_type,
+        recognises=lambda content: content.get("model_type") in model_types,
         read_config=read_config,
         check_config=check_config,
         write_config=write_config,

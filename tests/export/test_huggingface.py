@@ -115,6 +115,18 @@ def test_round_trip_is_exact(tmp_path, layout: str, changes) -> None:
         assert {"backbone.embedding.weight", "lm_head.weight"} <= names
 
 
+def test_falcon_mamba_round_trip(tmp_path) -> None:
+    config, params = random_model(mixer=Mamba1Config(selection_norm_eps=1e-3))
+    huggingface.save(tmp_path / "model", config, params, layout="hf")
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert content["model_type"] == "falcon_mamba"
+    loaded = huggingface.load(tmp_path / "model")
+    assert loaded.config.mixer == dataclasses.replace(config.mixer, dt_rank=1)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    with pytest.raises(InputError, match=r"model\.mixer\.selection_norm_eps=0\.001"):
+        huggingface.save(tmp_path / "original", config, params, layout="original")
+
+
 def test_sharded_and_bfloat16_files_are_read(tmp_path) -> None:
     config, params = random_model()
     half = jax.tree.map(lambda value: value.astype(jnp.bfloat16), params)

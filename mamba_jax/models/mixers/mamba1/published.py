@@ -1,5 +1,7 @@
 """How Mamba-1 models are published: by the authors ("original"), and as `MambaForCausalLM` of `transformers` ("hf").
 
+`FalconMambaForCausalLM` is the second with a norm in the mixer.
+
 The layouts differ in the name of the embedding, in `config.json`, and in whether a tied head is written. Tensors keep
 PyTorch's orientation there: linear weights (out, in), convolution weights (channels, 1, taps).
 """
@@ -17,7 +19,7 @@ from mamba_jax.models.published import Tensor, refuse_unsupported
 from mamba_jax.models.published import tensor_of_layer as _layer
 
 # Value that a key must have, if it is there, for the model to be a Mamba-1 as this library computes it.
-_HF_REQUIRED = {"model_type": "mamba", "hidden_act": "silu"}
+_HF_REQUIRED = {"hidden_act": "silu"}
 _HF_MIXER_KEYS = {
     "state_size": "state_dim",
     "conv_kernel": "conv_width",
@@ -46,11 +48,11 @@ _ORIGINAL_MIXER_KEYS = {
 }
 
 
-def _mixer(config: ModelConfig) -> Mamba1Config:
-    """The mixer, if a published layout can express it."""
+def _mixer(config: ModelConfig, *fixed: str) -> Mamba1Config:
+    """The mixer, if a published layout can express it; `fixed` are further fields that one has no key for."""
     mixer, default = config.mixer, Mamba1Config()
     assert isinstance(mixer, Mamba1Config)
-    for name in ("use_conv", "use_gate", "selective", "discretization"):
+    for name in ("use_conv", "use_gate", "selective", "discretization", *fixed):
         if getattr(mixer, name) != getattr(default, name):
             raise InputError(
                 f"the published layouts cannot express model.mixer.{name}={getattr(mixer, name)!r}; "
@@ -68,7 +70,10 @@ def _mixer_fields(content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[s
 
 def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     refuse_unsupported(content, _HF_REQUIRED)
-    return published.from_hf(content, tied=True) | {"mixer": _mixer_fields(content, _HF_MIXER_KEYS)}
+    mixer = _mixer_fields(content, _HF_MIXER_KEYS)
+    if content["model_type"] == "falcon_mamba":
+        mixer["selection_norm_eps"] = content.get("mixer_rms_eps", 1e-6)
+    return published.from_hf(content, tied=True) | {"mixer": mixer}
 
 
 def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
@@ -77,8 +82,11 @@ def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
     mixer = _mixer(config)
+    kind: dict[str, Any] = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    if (eps := mixer.selection_norm_eps) is not None:
+        kind = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba", "mixer_rms_eps": eps}
     return {
-        "architectures": ["MambaForCausalLM"],
+        **kind,
         **_HF_REQUIRED,
         **{key: getattr(mixer, name) for key, name in _HF_MIXER_KEYS.items()},
         "time_step_rank": mixer.rank(config.d_model),
@@ -94,7 +102,7 @@ def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to_original(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json`; a key is left out where it has the authors' default, which is ours as well."""
-    mixer, default = _mixer(config), Mamba1Config()
+    mixer, default = _mixer(config, "selection_norm_eps"), Mamba1Config()
     chosen = {
         key: getattr(mixer, name)
         for key, name in _ORIGINAL_MIXER_KEYS.items()
@@ -145,7 +153,7 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
 FORMATS = (
     published.hf_format(
         "mamba1",
-        model_type="mamba",
+        model_types=("mamba", "falcon_mamba"),
         read_config=_from_hf,
         check_config=_check_hf,
         write_config=_to_hf,

@@ -230,7 +230,7 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
 FORMATS = (
     published.hf_format(
         "mamba2",
-        model_type="mamba2",
+        model_types=("mamba2",),
         read_config=_from_hf,
         check_config=_check_hf,
         write_config=_to_hf,
