@@ -2,6 +2,7 @@
 
     python benchmarks/run_training.py
     python benchmarks/run_training.py --device gpu --compute-dtype bfloat16 --d-model 768 --num-layers 24 --length 2048
+    python benchmarks/run_training.py --mixer mamba2
 
 Every policy runs in a process of its own, so that its peak memory is its own.
 """
@@ -25,6 +26,8 @@ import harness
 from harness import MIB, Results, Setting, Timing, select_platform, time_calls
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
+    Mamba1Config,
+    Mamba2Config,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -38,7 +41,7 @@ from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.program import TrainProgram
-from pallas_kernels import causal_conv1d, selective_scan
+from pallas_kernels import causal_conv1d, selective_scan, ssd
 
 Remat = Literal["none", "dots", "block"]
 NOTES = (
@@ -55,6 +58,7 @@ class Options:
 
     Attributes:
         device: where to run.
+        mixer: of every layer, with its defaults.
         remat: policies to compare.
         d_model: width of the residual stream.
         num_layers: blocks.
@@ -68,6 +72,7 @@ class Options:
     """
 
     device: Literal["cpu", "gpu", "tpu"] = "cpu"
+    mixer: Literal["mamba1", "mamba2"] = "mamba1"
     remat: tuple[Remat, ...] = ("none", "dots", "block")
     d_model: int = 256
     num_layers: int = 4
@@ -86,6 +91,7 @@ class Options:
                 vocab_size=self.vocab_size,
                 d_model=self.d_model,
                 num_layers=self.num_layers,
+                mixer=Mamba1Config() if self.mixer == "mamba1" else Mamba2Config(),
                 compute_dtype=self.compute_dtype,
                 remat=remat,
             ),
@@ -148,28 +154,59 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
     )
 
 
+Draw = Callable[..., jax.Array]
+# A piece of a step: a function of arrays, and its arguments.
+type Piece = tuple[Callable, tuple]
+
+
+def _mamba1(config: ModelConfig, sequence: tuple[int, int], draw: Draw) -> tuple[list[tuple[int, int]], Piece, int]:
+    """Sizes of the matrix products of a layer, its recurrence, and the channels that it convolves."""
+    mixer: Any = config.mixer
+    width, states = config.d_model, mixer.state_dim
+    inner, rank = mixer.channels(width), mixer.rank(width)
+    sizes = [(width, 2 * inner), (inner, rank + 2 * states), (rank, inner), (inner, width)]
+
+    def scan(x, dt, a, b, c, d, z, bias):
+        return selective_scan(x, dt, a, b, c, D=d, z=z, dt_bias=bias, dt_softplus=True).y
+
+    x, keys = draw(*sequence, inner), draw(*sequence, states)
+    vector, a = draw(inner, dtype=np.float32), -jnp.exp(draw(inner, states, dtype=np.float32))
+    return sizes, (scan, (x, x, a, keys, keys, vector, x, vector)), inner
+
+
+def _mamba2(config: ModelConfig, sequence: tuple[int, int], draw: Draw) -> tuple[list[tuple[int, int]], Piece, int]:
+    """The same of Mamba-2."""
+    mixer: Any = config.mixer
+    width, groups, states = config.d_model, mixer.num_groups, mixer.state_dim
+    inner, heads, shared = mixer.channels(width), mixer.heads(width), 2 * groups * states
+    sizes = [(width, 2 * inner), (width, shared), (width, heads), (inner, width)]
+
+    def recur(x, dt, a, b, c, d, bias):
+        return ssd(x, dt, a, b, c, D=d, dt_bias=bias, dt_softplus=True).y
+
+    x, keys = draw(*sequence, heads, mixer.head_dim), draw(*sequence, groups, states)
+    vector = draw(heads, dtype=np.float32)
+    return sizes, (recur, (x, draw(*sequence, heads), -jnp.exp(vector), keys, keys, vector, vector)), inner + shared
+
+
 def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
     """The pieces of a step: name to a function of arrays, its arguments, and how often a step does it."""
     config = options.program("none").model
     mixer: Any = config.mixer
     dtype, layers, width = jnp.dtype(config.compute_dtype), config.num_layers, config.d_model
-    inner, rank, states = mixer.channels(width), mixer.rank(width), mixer.state_dim
     rng = np.random.default_rng(0)
 
     def draw(*sizes: int, dtype: Any = dtype) -> jax.Array:
         return jnp.asarray(0.1 * rng.standard_normal(sizes, np.float32), dtype)
 
     sequence = (options.batch, options.length)
-    sizes = ((width, 2 * inner), (inner, rank + 2 * states), (rank, inner), (inner, width))
+    of_layer = {"mamba1": _mamba1, "mamba2": _mamba2}[options.mixer]
+    sizes, (recurrence, arrays), channels = of_layer(config, sequence, draw)
     projections = tuple((draw(*sequence, fan_in), draw(fan_in, fan_out)) for fan_in, fan_out in sizes)
-    x, a = draw(*sequence, inner), -jnp.exp(draw(inner, states, dtype=np.float32))
     targets = jnp.asarray(rng.integers(0, options.vocab_size, sequence), jnp.int32)
 
     def multiply(pairs):
         return [jnp.einsum("blm,mn->bln", value, kernel) for value, kernel in pairs]
-
-    def scan(x, dt, a, b, c, d, z, bias):
-        return selective_scan(x, dt, a, b, c, D=d, z=z, dt_bias=bias, dt_softplus=True).y
 
     def convolve(x, weight, bias):
         return causal_conv1d(x, weight, bias, activation="silu").y
@@ -185,11 +222,11 @@ def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
 
         return both
 
-    vector, keys = functools.partial(draw, inner, dtype=np.float32), draw(*sequence, states)
+    taps, bias = draw(mixer.conv_width, channels), draw(channels, dtype=np.float32)
     return {
         "matrix products of the blocks": (with_gradient(multiply), (projections,), layers),
-        "selective scan": (with_gradient(scan), (x, x, a, keys, keys, vector(), x, vector()), layers),
-        "convolution": (with_gradient(convolve), (x, draw(mixer.conv_width, inner), vector()), layers),
+        "recurrence": (with_gradient(recurrence), arrays, layers),
+        "convolution": (with_gradient(convolve), (draw(*sequence, channels), taps, bias), layers),
         "head and loss": (with_gradient(loss), (draw(*sequence, width), draw(config.padded_vocab_size, width)), 1),
     }
 
@@ -262,7 +299,7 @@ def workload(options: Options) -> str:
     config = options.program("none").model
     flops = flops_per_token(config, length=options.length) * options.batch * options.length
     return (
-        f"Mamba-1 d_model {options.d_model}, {options.num_layers} layers, vocabulary {options.vocab_size}, "
+        f"{options.mixer} d_model {options.d_model}, {options.num_layers} layers, vocabulary {options.vocab_size}, "
         f"{parameters.count(config):,} parameters, batch {options.batch} x {options.length}, {options.compute_dtype}, "
         f"{flops / 1e9:.1f} GFLOP a step"
     )
