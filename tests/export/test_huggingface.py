@@ -121,6 +121,7 @@ def test_falcon_mamba_round_trip(tmp_path) -> None:
     content = json.loads((tmp_path / "model" / "config.json").read_text())
     assert content["model_type"] == "falcon_mamba"
     loaded = huggingface.load(tmp_path / "model")
+    assert isinstance(config.mixer, Mamba1Config)
     assert loaded.config.mixer == dataclasses.replace(config.mixer, dt_rank=1)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
     with pytest.raises(InputError, match=r"model\.mixer\.selection_norm_eps=0\.001"):
