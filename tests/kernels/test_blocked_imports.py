@@ -30,6 +30,8 @@ for name in ("reference", "xla"):
     assert np.isfinite(pk.causal_conv1d(x, np.ones((4, 2), np.float32), implementation=name).y).all()
     update = pk.selective_state_update(np.zeros((1, 2, 3)), x[:, 0], x[:, 0], A, A, A, implementation=name)
     assert np.isfinite(update.y).all()
+    heads = np.ones((1, 5, 2, 3), np.float32)
+    assert np.isfinite(pk.ssd(heads, x, A[:, 0], heads[:, :, :1], heads[:, :, :1], implementation=name).y).all()
 for name in sys.argv[2].split(","):
     try:
         pk.selective_scan(x, x, A, matrix, matrix, implementation=name)

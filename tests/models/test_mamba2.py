@@ -139,9 +139,18 @@ def test_a_stream_starts_from_the_learned_state() -> None:
     np.testing.assert_array_equal(run(params, tokens, finite_rows(config, fresh)), plain)
     gradient = jax.grad(lambda params: jnp.sum(run(params, tokens, fresh)))(params)
     assert np.all(gradient["layers"]["mixer"]["initial_state"] != 0)
-    ids = np.zeros((2, 7), np.int32)
-    with pytest.raises(InputError, match="learn_initial_state needs rows of one document each"):
-        definition.merge(params)(tokens, segment_ids=ids)
+
+
+def test_a_packed_document_starts_from_the_learned_state() -> None:
+    mixer = make(CONFIGS["everything"])
+    u = np.random.default_rng(1).normal(size=(2, 11, WIDTH)).astype(np.float32)
+    ids = np.tile(np.repeat([3, 1, 2], [4, 2, 5]), (2, 1)).astype(np.int32)
+    run = jax.jit(mixer.advance)
+    packed = run(u, None, ids)
+    parts = [run(u[:, start:stop]) for start, stop in ((0, 4), (4, 6), (6, 11))]
+    alone = np.concatenate([part.y for part in parts], axis=1)
+    np.testing.assert_allclose(packed.y, alone, rtol=0, atol=10 * 6e-8 * np.sqrt(43) * np.max(np.abs(alone)))
+    np.testing.assert_allclose(packed.state.ssm, parts[-1].state.ssm, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")

@@ -174,7 +174,7 @@ def test_training_does_not_depend_on_how_it_is_cut(make_config: MakeConfig, name
     assert relative_difference(gradient(state), gradient(whole_state)) < math.sqrt(6) * REORDERING
 
 
-@pytest.mark.parametrize("name", ["unit", "heads"])
+@pytest.mark.parametrize("name", ["unit", pytest.param("heads", marks=pytest.mark.slow)])
 def test_streams_carry_every_state(make_config: MakeConfig, name: str) -> None:
     config = make_config(**MODELS[name], order="streams", accumulation_steps=2)
     shape = (config.data.global_batch, config.data.seq_len)

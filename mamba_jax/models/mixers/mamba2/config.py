@@ -40,7 +40,7 @@ class Mamba2Config(MixerConfig):
         norm_before_gate: normalise y and multiply by silu(z), not the product of both.
         norm_group_size: channels that are normalised together; None means those of a group.
         norm_eps: epsilon of that norm.
-        learn_initial_state: the state before the first token is a parameter; rows then hold one document each.
+        learn_initial_state: the state before the first token of a document is a parameter.
         ssd_implementation: backend of the recurrence; None lets the platform decide.
     """
 

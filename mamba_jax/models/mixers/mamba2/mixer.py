@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from mamba_jax.errors import InputError
 from mamba_jax.models import initializers, layers, ops
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.convolution import CausalConv1d
@@ -16,9 +15,11 @@ from mamba_jax.models.layers import parameter, read
 from mamba_jax.models.mixers.declaration import Setting
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mamba2.gated_norm import GatedRMSNorm
+from mamba_jax.models.mixers.mamba2.learned_start import from_learned_state
 from mamba_jax.models.mixers.mamba2.state import LEARNED, Mamba2State, declare
 from mamba_jax.models.mixers.mixer import Mixer, MixerOutput
 from mamba_jax.sharding import Axis, in_groups
+from pallas_kernels import SSDArguments, as_decaying_attention
 
 
 class Mamba2(Mixer):
@@ -136,17 +137,8 @@ class Mamba2(Mixer):
         state: Mamba2State | None = None,
         segment_ids_BL: Int[jax.Array | np.ndarray, "B L"] | None = None,
     ) -> MixerOutput:
-        """See `Mixer.advance`.
-
-        Raises:
-            InputError: documents are packed into a row although the state before the first token is learned.
-        """
+        """See `Mixer.advance`."""
         segment_ids = None if segment_ids_BL is None else jnp.asarray(segment_ids_BL)
-        if segment_ids is not None and self.config.learn_initial_state:
-            raise InputError(
-                "Mamba2Config.learn_initial_state needs rows of one document each, but documents are packed: set "
-                "data.documents='concatenated', or learn no initial state"
-            )
         u_BLD = self.checked_input(u_BLD)
         zx_BL2E = self.in_proj(u_BLD)
         z_BLE, x_BLE = (ops.constrain(zx_BL2E[:, :, index], "BLE") for index in range(2))
@@ -202,7 +194,12 @@ class Mamba2(Mixer):
             past=self.config.past,
             implementation=self.config.ssd_implementation,
         )
-        return output.y.reshape(x_BLE.shape), output.final_state
+        y_BLHP, after = output.y, output.final_state
+        if segment_ids is not None and self.config.learn_initial_state:
+            core = as_decaying_attention(SSDArguments.of(**tokens, **dynamics, segment_ids=segment_ids))
+            y_more, state_more = from_learned_state(core, read(self.initial_state))
+            y_BLHP, after = y_BLHP + y_more.astype(y_BLHP.dtype), after + state_more
+        return y_BLHP.reshape(x_BLE.shape), after
 
     def _state_before(self, state: Mamba2State | None, batch: int) -> jax.Array | None:
         """The recurrent state before the first token; None is zero."""
