@@ -1,0 +1,64 @@
+"""Starting a kernel of several warpgroups a block."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common.partitioning import varying_like
+
+type Arrays = dict[str, Any]
+
+
+def ring_slot(i: jax.Array, stages: int) -> tuple[jax.Array, jax.Array]:
+    """Place of the i-th item in a ring of `stages`, and how often the place has been used before."""
+    turn = jax.lax.div(i, stages)
+    return i - turn * stages, turn
+
+
+def launch(
+    kernel: Callable[[Arrays], None],
+    *,
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.ShapeDtypeStruct],
+    scratch: Mapping[str, Any],
+    grid: Mapping[str, int],
+    warpgroups: int,
+    name: str,
+    interpreted: bool,
+) -> dict[str, jax.Array]:
+    """Runs a kernel.
+
+    Args:
+        kernel: called in every warpgroup with the references to inputs, outputs and scratch by name.
+        inputs: arrays.
+        outputs: their shapes and dtypes.
+        scratch: types of shared memory and barriers.
+        grid: blocks along every axis; neighbours along the last run at the same time.
+        warpgroups: of a block; "warpgroup" is the axis of their index.
+        name: of the kernel in profiles.
+        interpreted: run in Pallas' interpreter instead of on a GPU.
+
+    Returns:
+        The outputs.
+    """
+
+    def body(*refs):
+        kernel(dict(zip((*inputs, *outputs, *scratch), refs, strict=True)))
+
+    results = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        scratch_types=list(scratch.values()),
+        # exp2 is one instruction.
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams() if interpreted else None,
+        kernel_name=name,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+    )(*inputs.values())
+    return varying_like(next(iter(inputs.values())), dict(zip(outputs, results, strict=True)))

@@ -1,0 +1,257 @@
+"""The kernel that takes the states of heads through a sequence, chunk by chunk, forwards or backwards.
+
+A block walks one or two heads of a group, a warpgroup each, and one more warpgroup copies what they read. The state
+stays in registers in float32. For the tensor cores it is rounded to bfloat16: once a chunk, when it is read.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ssd.pallas_gpu.decays import row
+from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry
+from pallas_kernels.ssd.pallas_gpu.launching import Arrays, launch, ring_slot
+from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
+    COLUMNS,
+    MATRIX,
+    ROWS,
+    accumulate,
+    by_column,
+    by_row,
+    multiply,
+    tile,
+    zeros,
+)
+
+# Chunks that are copied ahead.
+_STAGES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What a walk computes.
+
+    Attributes:
+        weight: which of `VECTORS` weighs a token's share of the state.
+        reverse: from the last chunk to the first.
+        outputs: compute y, which takes queries.
+        checkpoints: write the state before every chunk, in bfloat16.
+        skip: y has the term D v.
+    """
+
+    weight: str
+    reverse: bool = False
+    outputs: bool = False
+    checkpoints: bool = False
+    skip: bool = False
+
+
+def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -> Arrays:
+    """Runs the kernel.
+
+    Args:
+        geometry: sizes.
+        kind: what to compute.
+        inputs: "v" (B L, H WIDTH), "k" and, for outputs, "q" (B L, G N), "vectors", "initial" (parts B H WIDTH, N),
+            and "D" (H, WIDTH) with the skip.
+        interpreted: run in Pallas' interpreter.
+
+    Returns:
+        "final" (parts B H WIDTH, N), the state after each part, "y" like "v", and "checkpoints"
+        (B chunks H WIDTH, N).
+    """
+    rows, states = geometry.batch * geometry.heads * WIDTH, geometry.states
+    outputs = {"final": jax.ShapeDtypeStruct((geometry.parts * rows, states), jnp.float32)}
+    count = geometry.block_heads
+    scratch: dict[str, Any] = {
+        "vs": tile(_STAGES, count, CHUNK, WIDTH),
+        "ks": tile(_STAGES, CHUNK, states),
+        "vector": plgpu.SMEM((_STAGES, count, geometry.vectors, CHUNK), jnp.float32),
+        "weighted": tile(count, CHUNK, WIDTH),
+        "full": plgpu.Barrier(num_arrivals=2 * count + 1 + kind.outputs, num_barriers=_STAGES),
+        "empty": plgpu.Barrier(num_arrivals=count, num_barriers=_STAGES),
+    }
+    if kind.outputs:
+        outputs["y"] = jax.ShapeDtypeStruct(inputs["v"].shape, inputs["v"].dtype)
+        scratch |= {"qs": tile(_STAGES, CHUNK, states), "ys": tile(count, CHUNK, WIDTH)}
+    if kind.checkpoints:
+        outputs["checkpoints"] = jax.ShapeDtypeStruct((geometry.chunks * rows, states), jnp.bfloat16)
+    if kind.outputs or kind.checkpoints:
+        scratch["state"] = tile(count, WIDTH, states)
+    return launch(
+        functools.partial(_kernel, geometry, kind, interpreted),
+        inputs=inputs,
+        outputs=outputs,
+        scratch=scratch,
+        grid={"batch": geometry.batch, "part": geometry.parts, "block": geometry.heads // count},
+        warpgroups=count + 1,
+        name="ssd_walk_back" if kind.reverse else "ssd_walk",
+        interpreted=interpreted,
+    )
+
+
+def _kernel(geometry: Geometry, kind: Walk, interpreted: bool, refs: Arrays) -> None:
+    """A block: its heads of one row of the batch through one part of the sequence."""
+    part, warpgroup = jax.lax.axis_index("part"), jax.lax.axis_index("warpgroup")
+    first = part * geometry.chunks_per_part
+    count = jnp.minimum(geometry.chunks - first, geometry.chunks_per_part)
+
+    def chunk(i):
+        return first + (count - 1 - i if kind.reverse else i)
+
+    @pl.when(warpgroup < geometry.block_heads)
+    def _():
+        plgpu.set_max_registers(232 if geometry.block_heads == 2 else 240, action="increase")
+        _Head(geometry, kind, interpreted, refs).run(count, chunk)
+
+    @pl.when(warpgroup == geometry.block_heads)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        _copy_ahead(geometry, kind, refs, count, chunk)
+
+
+def _copy_ahead(geometry: Geometry, kind: Walk, refs: Arrays, count, chunk) -> None:
+    """Copies what the heads read, as soon as they have left its place."""
+    batch, block = jax.lax.axis_index("batch"), jax.lax.axis_index("block")
+    head = block * geometry.block_heads
+    group = jax.lax.div(head, geometry.group_heads)
+
+    def fetch(i, slot):
+        barrier = refs["full"].at[slot]
+        tokens = pl.ds((batch * geometry.chunks + chunk(i)) * CHUNK, CHUNK)
+        columns = pl.ds(group * geometry.states, geometry.states)
+        plgpu.copy_gmem_to_smem(refs["k"].at[tokens, columns], refs["ks"].at[slot], barrier)
+        if kind.outputs:
+            plgpu.copy_gmem_to_smem(refs["q"].at[tokens, columns], refs["qs"].at[slot], barrier)
+        for j in range(geometry.block_heads):
+            channels = pl.ds((head + j) * WIDTH, WIDTH)
+            plgpu.copy_gmem_to_smem(refs["v"].at[tokens, channels], refs["vs"].at[slot, j], barrier)
+            index = (batch * geometry.heads + head + j) * geometry.chunks + chunk(i)
+            vectors = refs["vectors"].at[pl.ds(index * geometry.vectors, geometry.vectors)]
+            plgpu.copy_gmem_to_smem(vectors, refs["vector"].at[slot, j], barrier)
+
+    def advance(i, carry):
+        slot, turn = ring_slot(i, _STAGES)
+
+        # The first turn finds every place free.
+        @pl.when(turn > 0)
+        def _():
+            plgpu.barrier_wait(refs["empty"].at[slot])
+
+        fetch(i, slot)
+        return carry
+
+    jax.lax.fori_loop(0, count, advance, None)
+
+
+class _Head:
+    """A warpgroup: one head."""
+
+    def __init__(self, geometry: Geometry, kind: Walk, interpreted: bool, refs: Arrays):
+        self.geometry, self.kind, self.interpreted, self.refs = geometry, kind, interpreted, refs
+        self.batch = jax.lax.axis_index("batch")
+        self.own = jax.lax.axis_index("warpgroup")
+        self.head = jax.lax.axis_index("block") * geometry.block_heads + self.own
+
+    def run(self, count, chunk) -> None:
+        """Walks through `count` chunks, the i-th of which is chunk(i)."""
+        geometry, refs = self.geometry, self.refs
+        part = jax.lax.axis_index("part")
+        place = pl.ds(((part * geometry.batch + self.batch) * geometry.heads + self.head) * WIDTH, WIDTH)
+        state = plgpu.load(refs["initial"].at[place], layout=MATRIX, optimized=False)
+        D = None
+        if self.kind.skip:
+            D = plgpu.load(refs["D"].at[self.head], layout=COLUMNS, optimized=False)
+
+        def advance(i, state):
+            slot, _ = ring_slot(i, _STAGES)
+            plgpu.barrier_wait(refs["full"].at[slot])
+            state = self.advance(chunk(i), slot, state, D)
+            plgpu.barrier_arrive(refs["empty"].at[slot])
+            return state
+
+        refs["final"][place] = jax.lax.fori_loop(0, count, advance, state)
+        plgpu.wait_smem_to_gmem(0)
+
+    def vector(self, slot, name: str, layout) -> jax.Array:
+        """One of the chunk's vectors, along the rows or the columns of a matrix."""
+        return plgpu.load(self.refs["vector"].at[slot, self.own, row(name)], layout=layout)
+
+    def advance(self, chunk, slot, state: jax.Array, D: jax.Array | None) -> jax.Array:
+        """Writes what the chunk has to give; returns the state after it."""
+        geometry, kind, refs = self.geometry, self.kind, self.refs
+        v_tile, k_tile = refs["vs"].at[slot, self.own], refs["ks"].at[slot]
+        weighted = refs["weighted"].at[self.own]
+        # What the last chunk has written must have left shared memory.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        v = plgpu.load(v_tile, layout=MATRIX).astype(jnp.float32)
+        weighted[...] = (v * by_row(self.vector(slot, kind.weight, ROWS), WIDTH)).astype(jnp.bfloat16)
+        if kind.outputs or kind.checkpoints:
+            refs["state"].at[self.own][...] = state.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        if kind.checkpoints:
+            place = ((self.batch * geometry.chunks + chunk) * geometry.heads + self.head) * WIDTH
+            plgpu.copy_smem_to_gmem(refs["state"].at[self.own], refs["checkpoints"].at[pl.ds(place, WIDTH)])
+        decay = refs["vector"][slot, self.own, row("enter"), CHUNK - 1]
+        if not kind.outputs:
+
+            def update(state):
+                multiply(state, weighted, k_tile, transposed="a")
+
+            (state,) = accumulate(update, (state * decay,), interpreted=self.interpreted)
+            return state
+        return self.with_outputs(chunk, slot, state * decay, v, D)
+
+    def with_outputs(self, chunk, slot, state: jax.Array, v: jax.Array, D: jax.Array | None) -> jax.Array:
+        """Writes y of the chunk; takes the decayed state and returns it with the chunk's share."""
+        geometry, refs = self.geometry, self.refs
+        v_tile, k_tile, q_tile = refs["vs"].at[slot, self.own], refs["ks"].at[slot], refs["qs"].at[slot]
+
+        def before(scores, y):
+            multiply(scores, q_tile, k_tile, transposed="b")
+            multiply(y, q_tile, refs["state"].at[self.own], transposed="b")
+
+        scores, y = accumulate(before, (zeros(CHUNK, CHUNK), zeros(CHUNK, WIDTH)), interpreted=self.interpreted)
+        y = y * by_row(self.vector(slot, "enter", ROWS), WIDTH)
+        if D is not None:
+            y = y + v * by_column(D, CHUNK)
+
+        def within(state, y):
+            multiply(state, refs["weighted"].at[self.own], k_tile, transposed="a")
+            starts = self.vector(slot, "start", ROWS) if geometry.packed else None
+            decays = pair_decays(self.vector(slot, "sum", ROWS), self.vector(slot, "sum", COLUMNS), starts)
+            weights = scores * decays * by_column(self.vector(slot, "scale", COLUMNS), CHUNK)
+            multiply(y, weights.astype(jnp.bfloat16), v_tile)
+
+        state, y = accumulate(within, (state, y), interpreted=self.interpreted)
+        refs["ys"].at[self.own][...] = y.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        tokens = pl.ds((self.batch * geometry.chunks + chunk) * CHUNK, CHUNK)
+        plgpu.copy_smem_to_gmem(refs["ys"].at[self.own], refs["y"].at[tokens, pl.ds(self.head * WIDTH, WIDTH)])
+        return state
+
+
+def pair_decays(rows: jax.Array, columns: jax.Array, starts: jax.Array | None) -> jax.Array:
+    """2^(s_i - s_j) for every row i and column j, 0 where token j is later than i or of another document.
+
+    Args:
+        rows: s along rows.
+        columns: s along columns.
+        starts: first token of the row's document, if there are several.
+    """
+    shape = (CHUNK, CHUNK)
+    i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+    j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    visible = i >= j
+    if starts is not None:
+        visible = visible & (j.astype(jnp.float32) >= by_row(starts, CHUNK))
+    # The mask comes first: a difference that it hides may be large.
+    difference = jnp.where(visible, by_row(rows, CHUNK) - by_column(columns, CHUNK), -jnp.inf)
+    return jnp.exp2(difference)
+
+
