@@ -9,6 +9,8 @@ from pallas_kernels.selective_scan.arguments import FINAL_STATE, INITIAL_COTANGE
 from pallas_kernels.selective_scan.edge_states import selective_scan_final_state, selective_scan_initial_cotangent
 from pallas_kernels.selective_state_update.api import selective_state_update
 from pallas_kernels.selective_state_update.arguments import STATE_UPDATE, StateUpdateOutput
+from pallas_kernels.ssd.api import ssd
+from pallas_kernels.ssd.arguments import SSD, SSDArguments, SSDOutput
 
 # What each op takes and returns, by name: a line an op.
 TABLES: dict[str, OpTable] = {
@@ -17,12 +19,15 @@ TABLES: dict[str, OpTable] = {
     "selective_scan_final_state": FINAL_STATE,
     "selective_scan_initial_cotangent": INITIAL_COTANGENT,
     "selective_state_update": STATE_UPDATE,
+    "ssd": SSD,
 }
 
 __all__ = [
     "TABLES",
     "ConvOutput",
     "OpTable",
+    "SSDArguments",
+    "SSDOutput",
     "ScanArguments",
     "ScanOutput",
     "StateUpdateOutput",
@@ -32,4 +37,5 @@ __all__ = [
     "selective_scan_final_state",
     "selective_scan_initial_cotangent",
     "selective_state_update",
+    "ssd",
 ]

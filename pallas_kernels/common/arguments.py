@@ -17,7 +17,8 @@ Example:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, dataclass_transform
 
 import jax
@@ -46,7 +47,12 @@ def option(default: Any, *, choices: tuple[Any, ...]) -> Any:
     return dataclasses.field(default=default, metadata={"static": True, "choices": choices})
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(array, option))
+def interval(default: tuple[float, float]) -> Any:
+    """A static argument that is a least and a greatest value, neither negative."""
+    return dataclasses.field(default=default, metadata={"static": True, "is_interval": True})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(array, option, interval))
 def arguments(op: str) -> Callable[[type], type]:
     """Class decorator: makes the class a frozen dataclass and a pytree that declares the arguments of the op."""
 
@@ -88,7 +94,12 @@ class Arguments:
             for name, field in declared.items()
             if given.get(name) is not None or not field.metadata["optional"]
         }
-        checked: Any = cls(**(given | arrays))
+        intervals = {
+            field.name: _as_interval(cls, field.name, given[field.name])
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if "is_interval" in field.metadata and field.name in given
+        }
+        checked: Any = cls(**(given | arrays | intervals))
         checked._check_shapes()
         checked._check_dtypes()
         checked._check_options()
@@ -121,12 +132,12 @@ class Arguments:
             sizes |= {letter: sizes[of] + more for letter, (of, more) in self.derived.items() if of in sizes}
 
     def _check_groups(self, name: str, letters: str, shape: tuple[Size, ...], sizes: dict[str, Size]) -> None:
-        """Groups divide the channels; an array of one group serves all of them, others have equally many."""
+        """Groups divide the channels, or heads; an array of one group serves all, others have equally many."""
         if "G" not in letters:
             return
-        groups = shape[letters.index("G")]
-        if sizes["E"] % groups:
-            raise ValueError(f"{self.op}: {name} has {groups} groups, which do not divide E={sizes['E']}")
+        groups, members = shape[letters.index("G")], members_of_groups(sizes)
+        if sizes[members] % groups:
+            raise ValueError(f"{self.op}: {name} has {groups} groups, which do not divide {members}={sizes[members]}")
         if groups > 1 and sizes.setdefault("G", groups) != groups:
             raise ValueError(f"{self.op}: {name} has {groups} groups, another array has {sizes['G']}: make them equal")
 
@@ -166,6 +177,21 @@ def _as_array(cls: Any, name: str, value: Any) -> jax.Array:
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{cls.op}: {name} is not an array but {type(value).__name__} ({reason})") from error
+
+
+def _as_interval(cls: Any, name: str, value: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in value)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not 0 <= low <= high:
+        raise ValueError(f"{cls.op}: {name} must be two numbers, 0 <= least <= greatest, got {value!r}")
+    return low, high
+
+
+def members_of_groups(letters: Iterable[str]) -> str:
+    """The letter of what is divided into groups: heads if there are any among the letters, else channels."""
+    return "H" if "H" in letters else "E"
 
 
 def fields_of(cls: type) -> dict[str, dataclasses.Field]:

@@ -1,7 +1,8 @@
 """Annotations of the arrays that the ops exchange. A name's suffix spells the shape, here and all over the code.
 
-B batch, L length, E inner channels, N recurrent states per channel, G groups of channels that share B and C,
-K convolution width, T tokens per chunk, C chunks of a sequence, F = E / G channels per group.
+B batch, L length, E inner channels, H heads, P channels of a head, N recurrent states per channel, G groups of channels
+or heads that share B and C, K convolution width, T tokens per chunk, C chunks of a sequence, F = E / G channels, or
+H / G heads, per group.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,15 @@ ChannelE = Float[_Given, " E"] | list[Any]
 MatrixEN = Inexact[_Given, "E N"] | list[Any]
 StateBEN = Inexact[_Given, "B E N"] | list[Any]
 SegmentsBL = Int[_Given, "B L"] | list[Any]
+SequenceBLHP = Float[_Given, "B L H P"] | list[Any]
+SequenceBLH = Float[_Given, "B L H"] | list[Any]
+SequenceBLGN = Float[_Given, "B L G N"] | list[Any]
+TokenBHP = Float[_Given, "B H P"] | list[Any]
+TokenBH = Float[_Given, "B H"] | list[Any]
+TokenBGN = Float[_Given, "B G N"] | list[Any]
+HeadH = Float[_Given, " H"] | list[Any]
+HeadSkip = Float[_Given, " H"] | Float[_Given, "H P"] | list[Any]
+HeadStateBHPN = Float[_Given, "B H P N"] | list[Any]
 WeightKE = Float[_Given, "K E"] | list[Any]
 WindowBKE = Float[_Given, "B W E"] | list[Any]
 

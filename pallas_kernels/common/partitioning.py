@@ -1,7 +1,8 @@
 """Operations on arrays whose types say how they lie on devices: inside `jax.shard_map`, or under explicit mesh axes.
 
-An operation names the dimensions of its arrays by letters. It treats batch rows (B) and channels (E) apart, so a device
-can work on its own rows and channels alone; groups of channels (G) lie with their channels, all else is needed whole.
+An operation names the dimensions of its arrays by letters. It treats batch rows (B) and channels (E) or heads (H) apart,
+so a device can work on its own rows and channels alone; groups (G) lie with their channels or heads, all else is needed
+whole.
 """
 
 import dataclasses
@@ -12,13 +13,13 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.common.arguments import Arguments, fields_of
+from pallas_kernels.common.arguments import Arguments, fields_of, members_of_groups
 
 
 def on_own_part[Output](function: Callable[[Any], Output], arguments: Arguments, returns: type[Output]) -> Output:
-    """Calls `function` on what a device holds of the batch and of the channels.
+    """Calls `function` on what a device holds of the batch and of the channels or heads.
 
-    Under explicit mesh axes rows and channels stay split as those of the first array are, and the others are brought
+    Under explicit mesh axes rows and channels or heads stay split as those of the first array are, and the others are brought
     to them.
 
     Args:
@@ -36,7 +37,8 @@ def on_own_part[Output](function: Callable[[Any], Output], arguments: Arguments,
         return run(arrays)
     leading = next(iter(arrays))
     axes = dict(zip(letters[leading], jax.typeof(arrays[leading]).sharding.spec, strict=True))
-    axes = _of_groups({letter: axes[letter] for letter in "BE"}, mesh, arrays, letters)
+    members = members_of_groups(axes)
+    axes = _of_groups({letter: axes[letter] for letter in ("B", members)}, mesh, arrays, letters)
     specs = {name: _spec(letters[name], axes) for name in arrays}
     there = {name: jax.reshard(array, NamedSharding(mesh, specs[name])) for name, array in arrays.items()}
     out_specs = returns(
@@ -54,13 +56,15 @@ def _spec(letters: str, axes: Mapping[str, Any]) -> PartitionSpec:
 def _of_groups(
     axes: dict[str, Any], mesh: Any, arrays: dict[str, jax.Array], letters: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Adds the mesh axes of groups, those of their channels; channels stay whole where groups would not."""
-    names = axes["E"] if isinstance(axes["E"], tuple) else (axes["E"],) * (axes["E"] is not None)
+    """Adds the mesh axes of groups, those of their members; members stay whole where groups would not."""
+    members = members_of_groups(axes)
+    split = axes[members]
+    names = split if isinstance(split, tuple) else (split,) * (split is not None)
     parts = math.prod(mesh.shape[name] for name in names)
     counts = [arrays[name].shape[letters[name].index("G")] for name in arrays if "G" in letters[name]]
     if any(count % parts for count in counts):
-        return axes | {"E": None}
-    return axes | {"G": axes["E"]}
+        return axes | {members: None}
+    return axes | {"G": split}
 
 
 def alike_over_devices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:

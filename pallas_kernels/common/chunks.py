@@ -1,0 +1,25 @@
+"""Sequences, (B, L, ...), in chunks of T tokens that are sliced from them where they lie."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common.array_types import Arrays
+from pallas_kernels.common.channels import round_up
+
+
+def padded(array: jax.Array, chunk_length: int) -> jax.Array:
+    """Zeros after the last token, up to a whole number of chunks."""
+    padding = round_up(array.shape[1], chunk_length) - array.shape[1]
+    return jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
+
+
+def chunk_of(sequences: Arrays, index: jax.Array, chunk_length: int) -> Arrays:
+    """The chunk `index` of every sequence, (B, T, ...)."""
+    start = index * chunk_length
+    return {k: jax.lax.dynamic_slice_in_dim(v, start, chunk_length, axis=1) for k, v in sequences.items()}
+
+
+def with_chunk(sequence: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+    """The sequence with the chunk `index` replaced, in the sequence's dtype."""
+    start = index * chunk.shape[1]
+    return jax.lax.dynamic_update_slice_in_dim(sequence, chunk.astype(sequence.dtype), start, axis=1)
