@@ -41,14 +41,12 @@ class Walk:
         reverse: from the last chunk to the first.
         outputs: compute y, which takes queries.
         checkpoints: write the state before every chunk, in bfloat16.
-        skip: y has the term D v.
     """
 
     weight: str
     reverse: bool = False
     outputs: bool = False
     checkpoints: bool = False
-    skip: bool = False
 
 
 def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -> Arrays:
@@ -57,8 +55,8 @@ def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -
     Args:
         geometry: sizes.
         kind: what to compute.
-        inputs: "v" (B L, H WIDTH), "k" and, for outputs, "q" (B L, G N), "vectors", "initial" (parts B H WIDTH, N),
-            and "D" (H, WIDTH) with the skip.
+        inputs: "v" (B L, H WIDTH), "k" and, for outputs, "q" (B L, G N), "vectors". "initial"
+            (parts B H WIDTH, N), what the parts start from, is zero if it is missing; so is "D" (H, WIDTH), the skip.
         interpreted: run in Pallas' interpreter.
 
     Returns:
@@ -163,9 +161,11 @@ class _Head:
         geometry, refs = self.geometry, self.refs
         part = jax.lax.axis_index("part")
         place = pl.ds(((part * geometry.batch + self.batch) * geometry.heads + self.head) * WIDTH, WIDTH)
-        state = plgpu.load(refs["initial"].at[place], layout=MATRIX, optimized=False)
+        state = zeros(WIDTH, geometry.states)
+        if "initial" in refs:
+            state = plgpu.load(refs["initial"].at[place], layout=MATRIX, optimized=False)
         D = None
-        if self.kind.skip:
+        if "D" in refs:
             D = plgpu.load(refs["D"].at[self.head], layout=COLUMNS, optimized=False)
 
         def advance(i, state):
