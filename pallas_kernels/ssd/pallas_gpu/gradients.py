@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd.pallas_gpu.decays import row
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry
-from pallas_kernels.ssd.pallas_gpu.launching import Arrays, launch, ring_slot
+from pallas_kernels.ssd.pallas_gpu.launching import Arrays, give_registers, launch, ring_slot, take_registers
 from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     COLUMNS,
     MATRIX,
@@ -39,7 +39,7 @@ from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
 from pallas_kernels.ssd.pallas_gpu.walk import pair_decays
 
 # Heads that are copied ahead.
-_STAGES = 2
+_STAGES = 3
 # Warpgroups by what they do.
 _PAIRS, _STATES, _COPIES = range(3)
 # Rows of the gradients of a head's vectors, and which warpgroup writes them. "skip" is v_i dy_i, "state" the product
@@ -101,17 +101,17 @@ def _kernel(geometry: Geometry, interpreted: bool, refs: Arrays) -> None:
 
     @pl.when(warpgroup == _PAIRS)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        take_registers(_COPIES)
         _Pairs(geometry, interpreted, refs).run()
 
     @pl.when(warpgroup == _STATES)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        take_registers(_COPIES)
         _States(geometry, interpreted, refs).run()
 
     @pl.when(warpgroup == _COPIES)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        give_registers(_COPIES)
         _Place(geometry, refs).copy_ahead()
 
 
@@ -178,6 +178,10 @@ class _Worker:
     def vector(self, slot, name: str, layout=ROWS) -> jax.Array:
         return plgpu.load(self.refs["vector"].at[slot, row(name)], layout=layout)
 
+    def tokens(self, name: str, slot) -> jax.Array:
+        """Values of the tokens of a head."""
+        return plgpu.load(self.refs[name].at[slot], layout=MATRIX).astype(jnp.float32)
+
     def over_heads(self, body, carry):
         """Calls carry = body(i, slot, carry) for every head of the group, whose arrays are in a slot."""
 
@@ -236,13 +240,12 @@ class _Pairs(_Worker):
             multiply(after, refs["ks"], refs["dstate"].at[slot], transposed="b")
 
         within, after = self.accumulate(second, zeros(CHUNK, WIDTH), zeros(CHUNK, WIDTH))
-        v = plgpu.load(v_tile, layout=MATRIX).astype(jnp.float32)
+        v = self.tokens("vs", slot)
         scale, leave = (self.vector(slot, name) for name in ("scale", "leave"))
         dscale, dleave = row_sums(v * within), row_sums(v * after)
         dv = within * by_row(scale, WIDTH) + after * by_row(leave, WIDTH)
         if "D" in refs:
-            dy = plgpu.load(dy_tile, layout=MATRIX).astype(jnp.float32)
-            dv = dv + dy * by_column(plgpu.load(refs["skip"].at[slot], layout=COLUMNS), CHUNK)
+            dv = dv + self.tokens("dys", slot) * by_column(plgpu.load(refs["skip"].at[slot], layout=COLUMNS), CHUNK)
         refs["dvs"][...] = dv.astype(jnp.bfloat16)
         for index, values in enumerate((received - scale * dscale, dscale, dleave)):
             refs["pair"].at[index][...] = values
@@ -277,7 +280,8 @@ class _States(_Worker):
         """Writes what belongs to a head; returns dq and dk with its share."""
         refs = self.refs
         state_tile, dstate_tile = refs["state"].at[slot], refs["dstate"].at[slot]
-        v, dy = (plgpu.load(refs[name].at[slot], layout=MATRIX).astype(jnp.float32) for name in ("vs", "dys"))
+        v, dy = (self.tokens(name, slot) for name in ("vs", "dys"))
+        skip = row_sums(dy * v)
         entering = (dy * by_row(self.vector(slot, "enter"), WIDTH)).astype(jnp.bfloat16)
         leaving = (v * by_row(self.vector(slot, "leave"), WIDTH)).astype(jnp.bfloat16)
 
@@ -287,11 +291,25 @@ class _States(_Worker):
             multiply(dk, leaving, dstate_tile)
 
         read, dq, dk = self.accumulate(products, zeros(CHUNK, WIDTH), *carry)
-        state, dstate = (plgpu.load(each, layout=MATRIX) for each in (state_tile, dstate_tile))
-        sums = row_sums(dy * read), row_sums(dy * v), row_sums(state.astype(jnp.float32) * dstate.astype(jnp.float32))
+        # Read again, so that they take no registers meanwhile.
+        enter = row_sums(self.tokens("dys", slot) * read)
+        sums = enter, skip, self.state_products(state_tile, dstate_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for index, values in enumerate(sums):
             refs["carried"].at[index][...] = values
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(refs["carried"], refs["state_rows"].at[self.place.rows(i)])
         return dq, dk
+
+    def state_products(self, state_tile, dstate_tile) -> jax.Array:
+        """H G of each channel of the state."""
+        # One tile of columns at a time, for want of registers.
+        total = None
+        for first in range(0, self.geometry.states, CHUNK):
+            columns = pl.ds(first, CHUNK)
+            state, dstate = (
+                plgpu.load(each.at[:, columns], layout=MATRIX).astype(jnp.float32) for each in (state_tile, dstate_tile)
+            )
+            products = row_sums(state * dstate)
+            total = products if total is None else total + products
+        return total

@@ -12,6 +12,23 @@ from pallas_kernels.common.partitioning import varying_like
 type Arrays = dict[str, Any]
 
 
+# Registers of a thread: of 3 warpgroups, two compute and one copies. Together they are those of a multiprocessor.
+_COMPUTING, _COPYING = 232, 40
+
+
+def take_registers(computing: int) -> None:
+    """In a warpgroup that computes, one of so many: takes the registers that the copying one leaves."""
+    # A single one has all that a thread can have from the start.
+    if computing > 1:
+        plgpu.set_max_registers(_COMPUTING, action="increase")
+
+
+def give_registers(computing: int) -> None:
+    """In the warpgroup that copies for so many others: leaves them its registers."""
+    if computing > 1:
+        plgpu.set_max_registers(_COPYING, action="decrease")
+
+
 def ring_slot(i: jax.Array, stages: int) -> tuple[jax.Array, jax.Array]:
     """Place of the i-th item in a ring of `stages`, and how often the place has been used before."""
     turn = jax.lax.div(i, stages)

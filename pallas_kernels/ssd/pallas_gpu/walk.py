@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd.pallas_gpu.decays import row
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry
-from pallas_kernels.ssd.pallas_gpu.launching import Arrays, launch, ring_slot
+from pallas_kernels.ssd.pallas_gpu.launching import Arrays, give_registers, launch, ring_slot, take_registers
 from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     COLUMNS,
     MATRIX,
@@ -28,8 +28,8 @@ from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     zeros,
 )
 
-# Chunks that are copied ahead.
-_STAGES = 3
+# Chunks that are copied ahead: as many as fit into shared memory, with and without queries.
+_STAGES = {True: 3, False: 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class Walk:
     reverse: bool = False
     outputs: bool = False
     checkpoints: bool = False
+
+    @property
+    def stages(self) -> int:
+        return _STAGES[self.outputs]
 
 
 def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -> Arrays:
@@ -67,16 +71,16 @@ def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -
     outputs = {"final": jax.ShapeDtypeStruct((geometry.parts * rows, states), jnp.float32)}
     count = geometry.block_heads
     scratch: dict[str, Any] = {
-        "vs": tile(_STAGES, count, CHUNK, WIDTH),
-        "ks": tile(_STAGES, CHUNK, states),
-        "vector": plgpu.SMEM((_STAGES, count, geometry.vectors, CHUNK), jnp.float32),
+        "vs": tile(kind.stages, count, CHUNK, WIDTH),
+        "ks": tile(kind.stages, CHUNK, states),
+        "vector": plgpu.SMEM((kind.stages, count, geometry.vectors, CHUNK), jnp.float32),
         "weighted": tile(count, CHUNK, WIDTH),
-        "full": plgpu.Barrier(num_arrivals=2 * count + 1 + kind.outputs, num_barriers=_STAGES),
-        "empty": plgpu.Barrier(num_arrivals=count, num_barriers=_STAGES),
+        "full": plgpu.Barrier(num_arrivals=2 * count + 1 + kind.outputs, num_barriers=kind.stages),
+        "empty": plgpu.Barrier(num_arrivals=count, num_barriers=kind.stages),
     }
     if kind.outputs:
         outputs["y"] = jax.ShapeDtypeStruct(inputs["v"].shape, inputs["v"].dtype)
-        scratch |= {"qs": tile(_STAGES, CHUNK, states), "ys": tile(count, CHUNK, WIDTH)}
+        scratch |= {"qs": tile(kind.stages, CHUNK, states), "ys": tile(count, CHUNK, WIDTH)}
     if kind.checkpoints:
         outputs["checkpoints"] = jax.ShapeDtypeStruct((geometry.chunks * rows, states), jnp.bfloat16)
     if kind.outputs or kind.checkpoints:
@@ -104,12 +108,12 @@ def _kernel(geometry: Geometry, kind: Walk, interpreted: bool, refs: Arrays) -> 
 
     @pl.when(warpgroup < geometry.block_heads)
     def _():
-        plgpu.set_max_registers(232 if geometry.block_heads == 2 else 240, action="increase")
+        take_registers(geometry.block_heads)
         _Head(geometry, kind, interpreted, refs).run(count, chunk)
 
     @pl.when(warpgroup == geometry.block_heads)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        give_registers(geometry.block_heads)
         _copy_ahead(geometry, kind, refs, count, chunk)
 
 
@@ -134,7 +138,7 @@ def _copy_ahead(geometry: Geometry, kind: Walk, refs: Arrays, count, chunk) -> N
             plgpu.copy_gmem_to_smem(vectors, refs["vector"].at[slot, j], barrier)
 
     def advance(i, carry):
-        slot, turn = ring_slot(i, _STAGES)
+        slot, turn = ring_slot(i, kind.stages)
 
         # The first turn finds every place free.
         @pl.when(turn > 0)
@@ -169,7 +173,7 @@ class _Head:
             D = plgpu.load(refs["D"].at[self.head], layout=COLUMNS, optimized=False)
 
         def advance(i, state):
-            slot, _ = ring_slot(i, _STAGES)
+            slot, _ = ring_slot(i, self.kind.stages)
             plgpu.barrier_wait(refs["full"].at[slot])
             state = self.advance(chunk(i), slot, state, D)
             plgpu.barrier_arrive(refs["empty"].at[slot])
