@@ -31,7 +31,9 @@ from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     accumulate,
     by_column,
     by_row,
+    from_zero,
     multiply,
+    read,
     row_sums,
     tile,
     zeros,
@@ -220,32 +222,32 @@ class _Pairs(_Worker):
         refs = self.refs
         v_tile, dy_tile = refs["vs"].at[slot], refs["dys"].at[slot]
 
-        def first(products):
-            multiply(products, dy_tile, v_tile, transposed="b")
+        def within_chunk(pairs):
+            multiply(pairs, dy_tile, v_tile, transposed="b")
+            # Everything but the product itself is computed while it runs.
+            starts = self.vector(slot, "start") if self.geometry.packed else None
+            decays = pair_decays(self.vector(slot, "sum"), self.vector(slot, "sum", COLUMNS), starts)
+            weights = (scores * decays).astype(jnp.bfloat16)
+            refs["weights"][...] = weights
+            plgpu.commit_smem()
+            scaled = read(pairs) * by_column(self.vector(slot, "scale", COLUMNS), CHUNK)
+            return total + scaled * decays, row_sums(weights.astype(jnp.float32) * scaled)
 
-        (products,) = self.accumulate(first, zeros(CHUNK, CHUNK))
-        starts = self.vector(slot, "start") if self.geometry.packed else None
-        decays = pair_decays(self.vector(slot, "sum"), self.vector(slot, "sum", COLUMNS), starts)
-        weights = (scores * decays).astype(jnp.bfloat16)
-        # What the last head has written must have left shared memory.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        refs["weights"][...] = weights
-        plgpu.commit_smem()
-        products = products * by_column(self.vector(slot, "scale", COLUMNS), CHUNK)
-        total = total + products * decays
-        received = row_sums(weights.astype(jnp.float32) * products)
+        total, received = from_zero(within_chunk, ((CHUNK, CHUNK),), interpreted=self.interpreted)
 
-        def second(within, after):
+        def values(within, after):
             multiply(within, refs["weights"], dy_tile, transposed="a")
             multiply(after, refs["ks"], refs["dstate"].at[slot], transposed="b")
 
-        within, after = self.accumulate(second, zeros(CHUNK, WIDTH), zeros(CHUNK, WIDTH))
+        within, after = self.accumulate(values, zeros(CHUNK, WIDTH), zeros(CHUNK, WIDTH))
         v = self.tokens("vs", slot)
         scale, leave = (self.vector(slot, name) for name in ("scale", "leave"))
         dscale, dleave = row_sums(v * within), row_sums(v * after)
         dv = within * by_row(scale, WIDTH) + after * by_row(leave, WIDTH)
         if "D" in refs:
             dv = dv + self.tokens("dys", slot) * by_column(plgpu.load(refs["skip"].at[slot], layout=COLUMNS), CHUNK)
+        # What the last head has written must have left shared memory.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         refs["dvs"][...] = dv.astype(jnp.bfloat16)
         for index, values in enumerate((received - scale * dscale, dscale, dleave)):
             refs["pair"].at[index][...] = values

@@ -52,6 +52,20 @@ def accumulate(
     return pl.run_state(lambda refs: body(*refs))(tuple(plgpu.ACC.init(start) for start in starts))
 
 
+def from_zero(body: Callable[..., Any], shapes: tuple[tuple[int, int], ...], *, interpreted: bool) -> Any:
+    """Runs a body that starts products into accumulators of these shapes, which are zero first; returns its result."""
+    if interpreted:
+        return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in shapes))
+    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def read(accumulator: Any, *, running: int = 0) -> jax.Array:
+    """The value of an accumulator when only so many of the last products that were started may be running."""
+    if isinstance(accumulator, _Accumulator):
+        return accumulator.value
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=running)
+
+
 def zeros(rows: int, columns: int) -> jax.Array:
     """A matrix of zeros in registers."""
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), MATRIX)

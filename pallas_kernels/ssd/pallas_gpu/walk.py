@@ -24,6 +24,7 @@ from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     by_column,
     by_row,
     multiply,
+    read,
     tile,
     zeros,
 )
@@ -75,16 +76,17 @@ def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -
         "ks": tile(kind.stages, CHUNK, states),
         "vector": plgpu.SMEM((kind.stages, count, geometry.vectors, CHUNK), jnp.float32),
         "weighted": tile(count, CHUNK, WIDTH),
+        "skip": plgpu.SMEM((count, WIDTH), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=2 * count + 1 + kind.outputs, num_barriers=kind.stages),
         "empty": plgpu.Barrier(num_arrivals=count, num_barriers=kind.stages),
     }
     if kind.outputs:
         outputs["y"] = jax.ShapeDtypeStruct(inputs["v"].shape, inputs["v"].dtype)
         scratch |= {"qs": tile(kind.stages, CHUNK, states), "ys": tile(count, CHUNK, WIDTH)}
+        scratch["state"] = tile(count, 1, WIDTH, states)
     if kind.checkpoints:
         outputs["checkpoints"] = jax.ShapeDtypeStruct((geometry.chunks * rows, states), jnp.bfloat16)
-    if kind.outputs or kind.checkpoints:
-        scratch["state"] = tile(count, WIDTH, states)
+        scratch["state"] = tile(count, 2, WIDTH, states)
     return launch(
         functools.partial(_kernel, geometry, kind, interpreted),
         inputs=inputs,
@@ -168,14 +170,14 @@ class _Head:
         state = zeros(WIDTH, geometry.states)
         if "initial" in refs:
             state = plgpu.load(refs["initial"].at[place], layout=MATRIX, optimized=False)
-        D = None
         if "D" in refs:
-            D = plgpu.load(refs["D"].at[self.head], layout=COLUMNS, optimized=False)
+            # In registers it would be alive during the products, which need them all.
+            refs["skip"].at[self.own][...] = plgpu.load(refs["D"].at[self.head], layout=COLUMNS, optimized=False)
 
         def advance(i, state):
             slot, _ = ring_slot(i, self.kind.stages)
             plgpu.barrier_wait(refs["full"].at[slot])
-            state = self.advance(chunk(i), slot, state, D)
+            state = self.advance(i, chunk(i), slot, state)
             plgpu.barrier_arrive(refs["empty"].at[slot])
             return state
 
@@ -186,53 +188,72 @@ class _Head:
         """One of the chunk's vectors, along the rows or the columns of a matrix."""
         return plgpu.load(self.refs["vector"].at[slot, self.own, row(name)], layout=layout)
 
-    def advance(self, chunk, slot, state: jax.Array, D: jax.Array | None) -> jax.Array:
-        """Writes what the chunk has to give; returns the state after it."""
+    def values(self, slot) -> jax.Array:
+        """v of the chunk."""
+        return plgpu.load(self.refs["vs"].at[slot, self.own], layout=MATRIX).astype(jnp.float32)
+
+    def advance(self, i, chunk, slot, state: jax.Array) -> jax.Array:
+        """Writes what the chunk, the i-th, has to give; returns the state after it."""
         geometry, kind, refs = self.geometry, self.kind, self.refs
-        v_tile, k_tile = refs["vs"].at[slot, self.own], refs["ks"].at[slot]
         weighted = refs["weighted"].at[self.own]
-        # What the last chunk has written must have left shared memory.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        v = plgpu.load(v_tile, layout=MATRIX).astype(jnp.float32)
-        weighted[...] = (v * by_row(self.vector(slot, kind.weight, ROWS), WIDTH)).astype(jnp.bfloat16)
-        if kind.outputs or kind.checkpoints:
-            refs["state"].at[self.own][...] = state.astype(jnp.bfloat16)
+        rounded, decay = state.astype(jnp.bfloat16), refs["vector"][slot, self.own, row("enter"), CHUNK - 1]
+        shares = (self.values(slot) * by_row(self.vector(slot, kind.weight, ROWS), WIDTH)).astype(jnp.bfloat16)
+        if kind.outputs:
+            return self.with_outputs(chunk, slot, (rounded, state * decay), shares)
+        weighted[...] = shares
+        if kind.checkpoints:
+            # Two places: the state before the last chunk may still be on its way out.
+            tile = refs["state"].at[self.own, jax.lax.rem(i, 2)]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            tile[...] = rounded
         plgpu.commit_smem()
         if kind.checkpoints:
             place = ((self.batch * geometry.chunks + chunk) * geometry.heads + self.head) * WIDTH
-            plgpu.copy_smem_to_gmem(refs["state"].at[self.own], refs["checkpoints"].at[pl.ds(place, WIDTH)])
-        decay = refs["vector"][slot, self.own, row("enter"), CHUNK - 1]
-        if not kind.outputs:
+            plgpu.copy_smem_to_gmem(tile, refs["checkpoints"].at[pl.ds(place, WIDTH)])
 
-            def update(state):
-                multiply(state, weighted, k_tile, transposed="a")
+        def update(state):
+            multiply(state, weighted, refs["ks"].at[slot], transposed="a")
 
-            (state,) = accumulate(update, (state * decay,), interpreted=self.interpreted)
-            return state
-        return self.with_outputs(chunk, slot, state * decay, v, D)
+        (state,) = accumulate(update, (state * decay,), interpreted=self.interpreted)
+        return state
 
-    def with_outputs(self, chunk, slot, state: jax.Array, v: jax.Array, D: jax.Array | None) -> jax.Array:
-        """Writes y of the chunk; takes the decayed state and returns it with the chunk's share."""
+    def with_outputs(self, chunk, slot, states, shares: jax.Array) -> jax.Array:
+        """Writes y of the chunk and returns the state after it.
+
+        Args:
+            chunk: its index.
+            slot: place of what has been copied of it.
+            states: the state before the chunk in bfloat16, and decayed by the chunk in float32.
+            shares: v weighted by its shares of the state, in bfloat16.
+        """
         geometry, refs = self.geometry, self.refs
-        v_tile, k_tile, q_tile = refs["vs"].at[slot, self.own], refs["ks"].at[slot], refs["qs"].at[slot]
+        k_tile, q_tile = refs["ks"].at[slot], refs["qs"].at[slot]
+        weighted, state_tile = refs["weighted"].at[self.own], refs["state"].at[self.own, 0]
+        rounded, decayed = states
 
-        def before(scores, y):
+        def products(scores, before, state, within):
             multiply(scores, q_tile, k_tile, transposed="b")
-            multiply(y, q_tile, refs["state"].at[self.own], transposed="b")
-
-        scores, y = accumulate(before, (zeros(CHUNK, CHUNK), zeros(CHUNK, WIDTH)), interpreted=self.interpreted)
-        y = y * by_row(self.vector(slot, "enter", ROWS), WIDTH)
-        if D is not None:
-            y = y + v * by_column(D, CHUNK)
-
-        def within(state, y):
-            multiply(state, refs["weighted"].at[self.own], k_tile, transposed="a")
+            # The copies in shared memory are made while the first product runs, and the decays of pairs while the next
+            # two do.
+            weighted[...] = shares
+            state_tile[...] = rounded
+            plgpu.commit_smem()
+            multiply(before, q_tile, state_tile, transposed="b")
+            multiply(state, weighted, k_tile, transposed="a")
             starts = self.vector(slot, "start", ROWS) if geometry.packed else None
             decays = pair_decays(self.vector(slot, "sum", ROWS), self.vector(slot, "sum", COLUMNS), starts)
-            weights = scores * decays * by_column(self.vector(slot, "scale", COLUMNS), CHUNK)
-            multiply(y, weights.astype(jnp.bfloat16), v_tile)
+            decays = decays * by_column(self.vector(slot, "scale", COLUMNS), CHUNK)
+            weights = (read(scores, running=2) * decays).astype(jnp.bfloat16)
+            multiply(within, weights, refs["vs"].at[slot, self.own])
 
-        state, y = accumulate(within, (state, y), interpreted=self.interpreted)
+        square, wide = zeros(CHUNK, CHUNK), zeros(CHUNK, WIDTH)
+        results = accumulate(products, (square, wide, decayed, wide), interpreted=self.interpreted)
+        _, before, state, within = results
+        y = before * by_row(self.vector(slot, "enter", ROWS), WIDTH) + within
+        if "D" in refs:
+            y = y + self.values(slot) * by_column(plgpu.load(refs["skip"].at[self.own], layout=COLUMNS), CHUNK)
+        # y of the last chunk must have left its place.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         refs["ys"].at[self.own][...] = y.astype(jnp.bfloat16)
         plgpu.commit_smem()
         tokens = pl.ds((self.batch * geometry.chunks + chunk) * CHUNK, CHUNK)
