@@ -10,7 +10,11 @@ from pallas_kernels.selective_scan.edge_states import selective_scan_final_state
 from pallas_kernels.selective_state_update.api import selective_state_update
 from pallas_kernels.selective_state_update.arguments import STATE_UPDATE, StateUpdateOutput
 from pallas_kernels.ssd.api import ssd
-from pallas_kernels.ssd.arguments import SSD, SSDArguments, SSDOutput
+from pallas_kernels.ssd.arguments import SSD, DecayingAttentionArguments, SSDArguments, SSDOutput
+from pallas_kernels.ssd.core import as_decaying_attention, decaying_attention
+from pallas_kernels.ssd.edge_states import ssd_final_state, ssd_initial_cotangent
+from pallas_kernels.ssd_state_update.api import ssd_state_update
+from pallas_kernels.ssd_state_update.arguments import SSD_UPDATE, SSDUpdateOutput
 
 # What each op takes and returns, by name: a line an op.
 TABLES: dict[str, OpTable] = {
@@ -20,22 +24,30 @@ TABLES: dict[str, OpTable] = {
     "selective_scan_initial_cotangent": INITIAL_COTANGENT,
     "selective_state_update": STATE_UPDATE,
     "ssd": SSD,
+    "ssd_state_update": SSD_UPDATE,
 }
 
 __all__ = [
     "TABLES",
     "ConvOutput",
+    "DecayingAttentionArguments",
     "OpTable",
     "SSDArguments",
     "SSDOutput",
+    "SSDUpdateOutput",
     "ScanArguments",
     "ScanOutput",
     "StateUpdateOutput",
+    "as_decaying_attention",
     "causal_conv1d",
+    "decaying_attention",
     "differentiable",
     "selective_scan",
     "selective_scan_final_state",
     "selective_scan_initial_cotangent",
     "selective_state_update",
     "ssd",
+    "ssd_final_state",
+    "ssd_initial_cotangent",
+    "ssd_state_update",
 ]

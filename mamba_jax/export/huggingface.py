@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -69,14 +70,13 @@ def save(
     published = format_of(config, layout)
     table = published.tensors(config)
     flat = traverse_util.flatten_dict(params)
-    tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, list[tuple[tuple[int, int] | None, np.ndarray]]] = defaultdict(list)
     for key, tensor in table.items():
         value = np.asarray(flat.pop(key))
-        if key[0] == "layers":
-            tensors |= {tensor.name.format(i): tensor.to_file(layer) for i, layer in enumerate(value)}
-        else:
-            tensors[tensor.name] = tensor.to_file(value)
+        for number, layer in enumerate(value if key[0] == "layers" else value[None]):
+            parts[tensor.name.format(number)].append((tensor.rows, tensor.to_file(layer)))
     assert not flat, f"no name for {list(flat)}"
+    tensors = {name: _joined(given) for name, given in parts.items()}
     if published.tied_head is not None and config.tie_embeddings:
         tensors[published.tied_head] = tensors[table["embedding", "table"].name]
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
@@ -89,6 +89,13 @@ def save(
             (folder / name).write_bytes(data)
         # The library keeps others from reading what it writes.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def _joined(parts: list[tuple[tuple[int, int] | None, np.ndarray]]) -> np.ndarray:
+    """A tensor of the file, from the parameters that share out its rows."""
+    if len(parts) == 1:
+        return parts[0][1]
+    return np.concatenate([value for _, value in sorted(parts, key=lambda part: part[0] or (0, 0))])
 
 
 def _config_text(config: ModelConfig, layout: str, extra: Mapping[str, Any]) -> bytes:
@@ -144,7 +151,9 @@ def _problems(stored: Mapping[str, StoredTensor], table: Table, num_layers: int)
         return
     used: set[str] = set()
     for key, tensor in table.items():
-        for name in map(tensor.name.format, range(num_layers if key[0] == "layers" else 1)):
+        names = map(tensor.name.format, range(num_layers if key[0] == "layers" else 1))
+        # A tensor that several parameters share is told of once.
+        for name in [name for name in names if name not in used]:
             used.add(name)
             if name not in stored:
                 yield f"missing {name}"
@@ -165,11 +174,12 @@ def _read(
     dtype: DType,
 ) -> np.ndarray:
     """One parameter; only one layer of it exists twice."""
+    rows = slice(None) if tensor.rows is None else slice(*tensor.rows)
     if key[0] != "layers":
-        return tensor.from_file(_finite(path, stored, tensor.name)).astype(dtype, copy=False)
+        return tensor.from_file(_finite(path, stored, tensor.name)[rows]).astype(dtype, copy=False)
     result: np.ndarray | None = None
     for layer in range(num_layers):
-        value = tensor.from_file(_finite(path, stored, tensor.name.format(layer)))
+        value = tensor.from_file(_finite(path, stored, tensor.name.format(layer))[rows])
         if result is None:
             result = np.empty((num_layers, *value.shape), dtype)
         result[layer] = value

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mamba_jax.config_base import from_json
-from mamba_jax.errors import InputError
+from mamba_jax.errors import InputError, short
 from mamba_jax.export.files import read_json
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.declaration import MIXERS
-from mamba_jax.models.published import Format
+from mamba_jax.models.published import Format, layer_of_original
 
 _MESSAGE = 500
 # Formats besides those that mixers bring along, for whoever adds one to be read and written.
@@ -64,7 +64,7 @@ def read(path: Path) -> PublishedConfig:
     content = read_json(path)
     found = next((found for found in formats() if found.recognises(content)), None)
     if found is None:
-        raise InputError(f"{path} has neither 'model_type' nor 'd_model': not a config of a Mamba checkpoint")
+        raise InputError(f"{path}{_unknown(content)}")
     try:
         fields = found.read_config(content)
     except KeyError as error:
@@ -81,6 +81,15 @@ def read(path: Path) -> PublishedConfig:
     own = {*found.write_config(config), "torch_dtype"}
     extra = {key: value for key, value in content.items() if key not in own}
     return PublishedConfig(format=found, config=config, extra=extra)
+
+
+def _unknown(content: Mapping[str, Any]) -> str:
+    """Why no format recognises the content of a file."""
+    if "model_type" in content:
+        return f": model_type={short(content['model_type'])} is not supported"
+    if "d_model" in content:
+        return f": ssm_cfg.layer={short(layer_of_original(content))} is not supported"
+    return " has neither 'model_type' nor 'd_model': not a config of a Mamba checkpoint"
 
 
 def _validated(fields: dict[str, Any], path: Path) -> ModelConfig:

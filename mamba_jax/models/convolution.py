@@ -11,13 +11,23 @@ from pallas_kernels import ConvOutput
 
 
 class CausalConv1d(nnx.Module):
-    """Depthwise causal convolution and SiLU: `weight` (K, E), tap K - 1 for the current token, and `bias`."""
+    """Depthwise causal convolution and SiLU: `weight` (K, E), tap K - 1 for the current token, and `bias`.
+
+    Both are uniform within +-1 / sqrt(K) at first, the weight unless `weight_init` says otherwise.
+    """
 
     def __init__(
-        self, channels: int, *, width: int = 4, use_bias: bool = True, param_dtype: str = "float32", rngs: nnx.Rngs
+        self,
+        channels: int,
+        *,
+        width: int = 4,
+        use_bias: bool = True,
+        weight_init: initializers.Initializer | None = None,
+        param_dtype: str = "float32",
+        rngs: nnx.Rngs,
     ) -> None:
         init, axes = initializers.fan_in(width), (Axis.CONV, Axis.INNER)
-        self.weight = parameter(rngs, init, (width, channels), axes, dtype=param_dtype, decay=True)
+        self.weight = parameter(rngs, weight_init or init, (width, channels), axes, dtype=param_dtype, decay=True)
         self.has_bias = use_bias
         if use_bias:
             self.bias = parameter(rngs, init, (channels,), axes[1:], dtype=param_dtype, decay=False)

@@ -91,3 +91,15 @@ def log_decay(kind: Literal["s4d_real", "constant", "random"]) -> Initializer:
         return a_log.astype(dtype)
 
     return initialize
+
+
+def log_of_uniform(low: float, high: float) -> Initializer:
+    """A_log of any shape with -A = exp(A_log) uniform in [low, high].
+
+    Source: the authors' Mamba-2 layer.
+    """
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high)).astype(dtype)
+
+    return initialize

@@ -14,16 +14,19 @@ import pallas_kernels
 from mamba_jax import sharding
 from mamba_jax.models import sequence_parallel
 from mamba_jax.sharding import Axis, per_shard
+from pallas_kernels.common.arguments import members_of_groups
 
-# Letters of `pallas_kernels`: the window before a sequence (W) and groups of channels (G, or 1) are never split.
+# Letters of `pallas_kernels`. The window before a sequence (W), channels of a head (P) and a group that serves all (1)
+# are never split; several groups (G) lie with their channels or heads.
 AXES = {
     "B": Axis.BATCH,
     "L": Axis.LENGTH,
     "E": Axis.INNER,
+    "H": Axis.HEADS,
     "N": Axis.STATE,
     "K": Axis.CONV,
     "W": None,
-    "G": None,
+    "P": None,
     "1": None,
 }
 
@@ -60,8 +63,11 @@ class ShardedOp[Output]:
         if self.split is not None and sequence_parallel.is_split(arrays["x"].shape[1], past=past):
             function, without_length = self.split, {}
 
+        # Where groups do not divide evenly their members must stay whole as well, so both have one axis.
+        groups = {"G": AXES[members_of_groups("".join(table.outputs.values()))]}
+
         def axes(letters: str) -> tuple[Axis | None, ...]:
-            return tuple((AXES | without_length)[letter] for letter in letters)
+            return tuple((AXES | groups | without_length)[letter] for letter in letters)
 
         def run(**arrays: Any) -> tuple[jax.Array, ...]:
             output = function(**arrays, **options)
@@ -75,3 +81,5 @@ class ShardedOp[Output]:
 causal_conv1d = ShardedOp(pallas_kernels.causal_conv1d, sequence_parallel.convolve)
 selective_scan = ShardedOp(pallas_kernels.selective_scan, sequence_parallel.scan)
 selective_state_update = ShardedOp(pallas_kernels.selective_state_update)
+ssd = ShardedOp(pallas_kernels.ssd, sequence_parallel.attend)
+ssd_state_update = ShardedOp(pallas_kernels.ssd_state_update)

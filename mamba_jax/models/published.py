@@ -1,7 +1,7 @@
 """How others publish models: the keys of their config files, and the names and orientations of their tensors."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,15 @@ class Tensor:
     Attributes:
         name: in the file, with `{}` for the number of the layer.
         shape: in the file, that of one layer.
+        rows: first row of the file's tensor that belongs to the parameter, and the first one that no longer does;
+            None is all of them. Parameters that share a tensor share out its rows.
         to_file: our array, of one layer, to that of the file.
         from_file: the way back.
     """
 
     name: str
     shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
     to_file: Callable[[np.ndarray], np.ndarray] = np.asarray
     from_file: Callable[[np.ndarray], np.ndarray] = np.asarray
 
@@ -67,3 +70,129 @@ def refuse_unsupported(content: Mapping[str, Any], required: Mapping[str, Any]) 
     for key, value in required.items():
         if content.get(key, value) != value:
             raise InputError(f"{key}={short(content[key])} is not supported, only {short(value)}")
+
+
+def tensor_of_layer(name: str, *shape: int, **ways: Any) -> Tensor:
+    """A tensor of a layer, as models of the Mamba family name them."""
+    return Tensor(name="backbone.layers.{}." + name, shape=shape, **ways)
+
+
+def backbone(config: ModelConfig, mixer: Mapping[str, Tensor], *, embedding: str) -> Table:
+    """All tensors of a model of the Mamba family.
+
+    Args:
+        config: of the model.
+        mixer: the tensors of a layer's mixer, by their paths in it, with slashes.
+        embedding: name of the embedding, which the layouts do not agree on.
+    """
+    vocab, model = config.padded_vocab_size, config.d_model
+    tensors = {
+        "embedding/table": Tensor(name=embedding, shape=(vocab, model)),
+        "norm_f/scale": Tensor(name="backbone.norm_f.weight", shape=(model,)),
+        "layers/norm/scale": tensor_of_layer("norm.weight", model),
+        **{f"layers/mixer/{path}": tensor for path, tensor in mixer.items()},
+    }
+    if not config.tie_embeddings:
+        tensors["lm_head/table"] = Tensor(name="lm_head.weight", shape=(vocab, model))
+    return {tuple(path.split("/")): tensor for path, tensor in tensors.items()}
+
+
+# Value that a key of the authors' `config.json` must have, if it is there, for the blocks to be those of this library.
+_ORIGINAL_REQUIRED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
+
+
+def layer_of_original(content: Mapping[str, Any]) -> Any:
+    """The name of the mixer in the authors' `config.json`."""
+    ssm = content.get("ssm_cfg", {})
+    return ssm.get("layer", "Mamba1") if isinstance(ssm, Mapping) else "Mamba1"
+
+
+def from_original(content: Mapping[str, Any], *, known: Collection[str]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Fields of `ModelConfig` but the mixer from the authors' `config.json`, and its keys of the mixer.
+
+    Args:
+        content: of the file.
+        known: the keys that the mixer may have.
+
+    Raises:
+        InputError: a key that is not supported, in one short line.
+    """
+    refuse_unsupported(content, _ORIGINAL_REQUIRED)
+    ssm = content.get("ssm_cfg", {})
+    if not isinstance(ssm, dict):
+        raise InputError(f"ssm_cfg={short(ssm)} is not a JSON object")
+    if unknown := sorted(ssm.keys() - known):
+        raise InputError(f"ssm_cfg keys {', '.join(unknown)[:100]} are not supported")
+    fields = {
+        "vocab_size": content["vocab_size"],
+        "vocab_multiple": content.get("pad_vocab_size_multiple", 8),
+        "d_model": content["d_model"],
+        "num_layers": content["n_layer"],
+        "norm_eps": content.get("norm_epsilon", 1e-5),
+        "tie_embeddings": content.get("tie_embeddings", True),
+    }
+    return fields, ssm
+
+
+def to_original(config: ModelConfig, ssm: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the authors' `config.json`.
+
+    Args:
+        config: of the model.
+        ssm: its keys of the mixer.
+
+    Raises:
+        InputError: the layout cannot express the model.
+    """
+    if config.norm_eps != 1e-5:
+        raise InputError(f"the original layout fixes norm_eps at 1e-05, the model has {config.norm_eps}")
+    return {
+        "d_model": config.d_model,
+        "d_intermediate": 0,
+        "n_layer": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": dict(ssm),
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": config.vocab_multiple,
+        "tie_embeddings": config.tie_embeddings,
+    }
+
+
+def from_hf(content: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Fields of `ModelConfig` but the mixer from a `config.json` of `transformers`.
+
+    Args:
+        content: of the file.
+        tied: whether models whose file does not say so share the embedding with the head.
+    """
+    return {
+        "vocab_size": content["vocab_size"],
+        "vocab_multiple": 1,
+        "d_model": content["hidden_size"],
+        "num_layers": content["num_hidden_layers"],
+        "norm_eps": content.get("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": content.get("tie_word_embeddings", tied),
+        "embedding_std": content.get("initializer_range", 0.1),
+        "rescale_residual": content.get("rescale_prenorm_residual", False),
+    }
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """What a `config.json` of `transformers` says of a model of the Mamba family, besides the mixer."""
+    return {
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "layer_norm_epsilon": config.norm_eps,
+        "initializer_range": config.embedding_std,
+        # `from_pretrained` scales what it has loaded if this is true; these weights are finished.
+        "rescale_prenorm_residual": False,
+        "residual_in_fp32": True,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+        "dtype": config.param_dtype,
+    }

@@ -11,6 +11,8 @@ the state that enters it, and one scan from there gives the output. Only s is se
 N times as many. The backward pass is the same in the other direction: what a shard's outputs make the cotangent of the
 state that enters is a sum too, a prefix from the last shard gives each the cotangent of the state that leaves it, and
 one backward scan from there gives every gradient.
+
+State-space duality is the same with log_decay in place of A dt: one decay for each head of a matrix of states.
 """
 
 import dataclasses
@@ -24,12 +26,19 @@ from jaxtyping import Bool, Float, Int
 from mamba_jax.sharding import Axis, from_last, from_shard, parts, shard_count, shard_number
 from pallas_kernels import (
     ConvOutput,
+    DecayingAttentionArguments,
     ScanArguments,
     ScanOutput,
+    SSDArguments,
+    SSDOutput,
+    as_decaying_attention,
     causal_conv1d,
+    decaying_attention,
     selective_scan,
     selective_scan_final_state,
     selective_scan_initial_cotangent,
+    ssd_final_state,
+    ssd_initial_cotangent,
 )
 from pallas_kernels.common.derivatives import differentiable_op
 
@@ -136,6 +145,64 @@ def _scan_backward(
 
 
 _scan = differentiable_op(_scan_outputs, forward=_scan_forward, backward=_scan_backward)
+
+
+def attend(*, implementation: str | None = None, **given: Any) -> SSDOutput:
+    """`ssd` of this shard's tokens, from the state that the shards before leave.
+
+    Args:
+        implementation: of `ssd`.
+        **given: arguments of `ssd`: those with a length hold this shard's tokens, `initial_state` is that before the
+            whole sequence.
+
+    Returns:
+        Output of the shard, and the state after the last shard, on every device.
+    """
+    output = _attend(implementation, as_decaying_attention(SSDArguments.of(**given)))
+    return SSDOutput(y=output.y, final_state=from_last(output.final_state, Axis.LENGTH))
+
+
+def _attend_outputs(implementation: str | None, arguments: DecayingAttentionArguments) -> SSDOutput:
+    """Output of the shard and the state after it."""
+    return _attend_forward(implementation, arguments)[0]
+
+
+def _attend_forward(implementation: str | None, arguments: DecayingAttentionArguments) -> tuple[SSDOutput, Any]:
+    operands, integers = arguments.operands()
+    entering = entering_state(
+        ssd_final_state(arguments),
+        jnp.sum(arguments.log_decay, axis=1),
+        arguments.segment_ids,
+        arguments.initial_state,
+        decay=_decay_of_heads,
+    )
+
+    def attend_shard(operands: DecayingAttentionArguments) -> SSDOutput:
+        return decaying_attention(dataclasses.replace(operands, **integers), implementation=implementation)
+
+    return jax.vjp(attend_shard, dataclasses.replace(operands, initial_state=entering))
+
+
+def _attend_backward(
+    implementation: str | None, arguments: DecayingAttentionArguments, attend_vjp: Any, cotangents: SSDOutput
+) -> dict[str, jax.Array]:
+    dleaving = leaving_cotangent(
+        ssd_initial_cotangent(cotangents.y, arguments),
+        jnp.sum(arguments.log_decay, axis=1),
+        arguments.segment_ids,
+        cotangents.final_state,
+        decay=_decay_of_heads,
+    )
+    gradients = attend_vjp(SSDOutput(y=cotangents.y, final_state=dleaving))[0].arrays()
+    gradients["initial_state"] = jnp.where(shard_number(Axis.LENGTH) == 0, gradients["initial_state"], 0)
+    return gradients
+
+
+_attend = differentiable_op(_attend_outputs, forward=_attend_forward, backward=_attend_backward)
+
+
+def _decay_of_heads(s_BH: jax.Array) -> jax.Array:
+    return jnp.exp(s_BH)[:, :, None, None]
 
 
 def _decay(A_EN: jax.Array) -> Decay:

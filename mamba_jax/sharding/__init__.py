@@ -28,6 +28,7 @@ class Axis(enum.StrEnum):
     LENGTH = "length"
     EMBED = "embed"
     INNER = "inner"
+    HEADS = "heads"
     STATE = "state"
     CONV = "conv"
     DT_RANK = "dt_rank"
@@ -52,6 +53,7 @@ class ShardingRules:
     length: tuple[str, ...] = ("sequence",)
     embed: tuple[str, ...] = ("fsdp", "sequence")
     inner: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
     state: tuple[str, ...] = ()
     conv: tuple[str, ...] = ()
     dt_rank: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """Operations on arrays whose types say how they lie on devices: inside `jax.shard_map`, or under explicit mesh axes.
 
-An operation names the dimensions of its arrays by letters. It treats batch rows (B) and channels (E) or heads (H) apart,
-so a device can work on its own rows and channels alone; groups (G) lie with their channels or heads, all else is needed
-whole.
+An operation names the dimensions of its arrays by letters. It treats batch rows (B) and channels (E), or heads (H),
+apart, so a device can work on its own rows and channels alone; groups (G) lie with their channels or heads, all else is
+needed whole.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from pallas_kernels.common.arguments import Arguments, fields_of, members_of_gro
 def on_own_part[Output](function: Callable[[Any], Output], arguments: Arguments, returns: type[Output]) -> Output:
     """Calls `function` on what a device holds of the batch and of the channels or heads.
 
-    Under explicit mesh axes rows and channels or heads stay split as those of the first array are, and the others are brought
-    to them.
+    Under explicit mesh axes rows and channels or heads stay split as those of the first array are, and the others are
+    brought to them.
 
     Args:
         function: of arguments, to the op's result.

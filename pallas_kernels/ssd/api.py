@@ -82,5 +82,8 @@ def ssd(
         dt_softplus=dt_softplus,
         dt_limit=dt_limit,
     )
-    run = core.dispatch.using(implementation)
-    return on_own_part(lambda part: run(core.discretized(part)), arguments, SSDOutput)
+
+    def run(part: SSDArguments) -> SSDOutput:
+        return core.decaying_attention(core.as_decaying_attention(part), implementation=implementation)
+
+    return on_own_part(run, arguments, SSDOutput)

@@ -24,7 +24,7 @@ class SSDArguments(Arguments):
 
 
 @arguments("ssd")
-class CoreArguments(Arguments):
+class DecayingAttentionArguments(Arguments):
     """Arguments of the core, linear attention whose heads decay: see `pallas_kernels.ssd.core`.
 
     Every backend takes these and returns an `SSDOutput`.

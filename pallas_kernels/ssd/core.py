@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.discretization import step_size
 from pallas_kernels.common.dispatch import Backend, Dispatcher
-from pallas_kernels.ssd.arguments import CoreArguments, SSDArguments, SSDOutput
+from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDArguments, SSDOutput
 
 _HERE, _FUNCTION = "pallas_kernels.ssd", "decaying_attention"
-dispatch = Dispatcher[SSDOutput](
+_dispatch = Dispatcher[SSDOutput](
     op="ssd",
     implementations={
         "reference": Backend(f"{_HERE}.reference", _FUNCTION),
@@ -23,10 +23,25 @@ dispatch = Dispatcher[SSDOutput](
     },
     platform_order={"gpu": ("pallas_gpu", "xla")},
 )
-IMPLEMENTATIONS = tuple(dispatch.implementations)
+IMPLEMENTATIONS = tuple(_dispatch.implementations)
 
 
-def discretized(arguments: SSDArguments) -> CoreArguments:
+def decaying_attention(arguments: DecayingAttentionArguments, *, implementation: str | None = None) -> SSDOutput:
+    """Runs the core.
+
+    Args:
+        arguments: see `DecayingAttentionArguments`.
+        implementation: a name runs or raises; None takes the platform's best that accepts the arguments.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: the named implementation does not take the arguments.
+        ExceptionGroup: no implementation for the platform takes them.
+    """
+    return _dispatch(arguments, implementation=implementation)
+
+
+def as_decaying_attention(arguments: SSDArguments) -> DecayingAttentionArguments:
     """The core's arguments: with dt_t the step size, log_decay_t = dt_t A, scale_t = dt_t, v = x, k = B and q = C."""
     dtype = jnp.promote_types(arguments.A.dtype, jnp.float32)
     bias = arguments.dt_bias
@@ -36,7 +51,7 @@ def discretized(arguments: SSDArguments) -> CoreArguments:
     low, high = arguments.dt_limit
     # Unlike those of `jnp.clip`, these derivatives are 1 on the limits themselves, as in the authors' kernels.
     dt_BLH = jnp.where(dt_BLH < low, low, jnp.where(dt_BLH > high, high, dt_BLH))
-    return CoreArguments(
+    return DecayingAttentionArguments(
         v=arguments.x,
         log_decay=dt_BLH * arguments.A.astype(dtype)[None, None],
         scale=dt_BLH,

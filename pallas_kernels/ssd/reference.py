@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.segments import segment_starts
-from pallas_kernels.ssd.arguments import CoreArguments, SSDOutput
+from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDOutput
 
 
-def decaying_attention(arguments: CoreArguments) -> SSDOutput:
+def decaying_attention(arguments: DecayingAttentionArguments) -> SSDOutput:
     """See `pallas_kernels.ssd.core`."""
     v_BLHP, k_BLGN = arguments.v, arguments.k
     batch, length, heads, width = v_BLHP.shape

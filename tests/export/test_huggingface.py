@@ -232,7 +232,7 @@ def test_original_config_refuses_hybrids(tmp_path) -> None:
     content = configs.to_json(loaded.config, layout="original", extra={})
     for change, expected in (
         ({"attn_layer_idx": [3]}, "attn_layer_idx"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer='Mamba2'"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer='Mamba3'"),
         ({"ssm_cfg": {"headdim": 64}}, "ssm_cfg keys headdim"),
         ({"ssm_cfg": "Mamba1"}, "ssm_cfg='Mamba1' is not a JSON object"),
         ({"d_intermediate": 64}, "d_intermediate=64"),

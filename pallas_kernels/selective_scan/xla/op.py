@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Arrays
-from pallas_kernels.common.channels import group_count, round_up
+from pallas_kernels.common.channels import group_count
 from pallas_kernels.common.checks import decline_double_precision
+from pallas_kernels.common.chunks import chunk_of, padded, with_chunk
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
 from pallas_kernels.common.segments import segment_starts
@@ -97,7 +98,7 @@ def _scan_backward(
     operands, _ = arguments.operands()
     (sequences, constants, state_BGNF), split_vjp = jax.vjp(functools.partial(_split, options), operands.arrays())
     masks = _masks(options, arguments)
-    dy_BLE = _padded(cotangents.y, options.chunk_length)
+    dy_BLE = padded(cotangents.y, options.chunk_length)
     dstate_BGNF = _packed_state(cotangents.final_state, groups=state_BGNF.shape[1])
     run = functools.partial(_run_backward, options)
     gradients = _on_platform(options, run, sequences, masks, constants, starts_CBGNF, (dy_BLE, dstate_BGNF))
@@ -138,13 +139,13 @@ def _run_forward(
 
     def chunk(carry, index):
         state_BGNF, y_BLE = carry
-        tokens = arrange(_slices(options, sequences, index))
-        token_masks = arrange(_slices(options, masks, index))
+        tokens = arrange(chunk_of(sequences, index, options.chunk_length))
+        token_masks = arrange(chunk_of(masks, index, options.chunk_length))
         with jax.named_scope(recurrence.name):
             next_state_BGNF, y = recurrence.forward(state_BGNF, tokens, token_masks, inject_token, emit_token)
         y_BTGF = jnp.moveaxis(y, recurrence.time_axis, 1)
         y_BTE = y_BTGF.reshape(*y_BTGF.shape[:2], -1)
-        return (next_state_BGNF, _update(options, y_BLE, y_BTE, index)), state_BGNF
+        return (next_state_BGNF, with_chunk(y_BLE, y_BTE, index)), state_BGNF
 
     num_chunks = sequences["x"].shape[1] // options.chunk_length
     carry = state_BGNF, jnp.zeros_like(sequences["x"])
@@ -177,9 +178,9 @@ def _run_backward(
         dstate_BGNF, dconstants, dsequences = carry
         index, start_BGNF = inputs
         # Contributions to one gradient add up in float32 before they are rounded to the argument's dtype.
-        slices = jax.tree.map(_widened, _slices(options, sequences, index))
-        token_masks = _slices(options, masks, index)
-        dy = arrange(_slices(options, {"y": dy_BLE}, index))["y"].astype(jnp.float32)
+        slices = jax.tree.map(_widened, chunk_of(sequences, index, options.chunk_length))
+        token_masks = chunk_of(masks, index, options.chunk_length)
+        dy = arrange(chunk_of({"y": dy_BLE}, index, options.chunk_length))["y"].astype(jnp.float32)
         (a, u), inject_vjp = jax.vjp(functools.partial(inject_chunk, masks=token_masks), slices, constants)
         with jax.named_scope(recurrence.name):
             before, after = recurrence.states(a, u, start_BGNF)
@@ -190,7 +191,7 @@ def _run_backward(
         dslices_in, dconstants_in = inject_vjp((du * before, du))
         dconstants = jax.tree.map(lambda *terms: sum(terms), dconstants, dconstants_in, dconstants_out)
         dslices = jax.tree.map(jnp.add, dslices_in, dslices_out)
-        dsequences = {k: _update(options, dsequences[k], dslices[k], index) for k in dsequences}
+        dsequences = {k: with_chunk(dsequences[k], dslices[k], index) for k in dsequences}
         return (dstate_BGNF, dconstants, dsequences), None
 
     carry = dstate_BGNF, jax.tree.map(jnp.zeros_like, constants), jax.tree.map(jnp.zeros_like, sequences)
@@ -212,7 +213,7 @@ def _split(options: _Options, arrays: Arrays) -> tuple[Arrays, Arrays, jax.Array
     sequences = {}
     for name in ("x", "dt", "z"):
         if name in arrays:
-            sequences[name] = _padded(arrays[name], options.chunk_length)
+            sequences[name] = padded(arrays[name], options.chunk_length)
     for name in ("D", "dt_bias"):
         if name in arrays:
             constants[name] = arrays[name].astype(jnp.float32).reshape(1, groups, -1)
@@ -222,7 +223,7 @@ def _split(options: _Options, arrays: Arrays) -> tuple[Arrays, Arrays, jax.Array
             constants[name] = _grouped_matrix(matrix, groups)
         else:
             matrix_BLGN = matrix[:, :, None] if matrix.ndim == 3 else matrix
-            sequences[name] = _padded(matrix_BLGN, options.chunk_length)
+            sequences[name] = padded(matrix_BLGN, options.chunk_length)
     return sequences, constants, _packed_state(arrays["initial_state"].astype(constants["A"].dtype), groups)
 
 
@@ -230,28 +231,10 @@ def _masks(options: _Options, arguments: ScanArguments) -> Arrays:
     """(B, L): `is_valid`, only if the length is padded, and `is_start` of a new segment, if there are any."""
     masks, shape = {}, arguments.x.shape[:2]
     if shape[1] % options.chunk_length:
-        masks["is_valid"] = _padded(jnp.ones(shape, bool), options.chunk_length)
+        masks["is_valid"] = padded(jnp.ones(shape, bool), options.chunk_length)
     if arguments.segment_ids is not None:
-        masks["is_start"] = _padded(segment_starts(arguments.segment_ids), options.chunk_length)
+        masks["is_start"] = padded(segment_starts(arguments.segment_ids), options.chunk_length)
     return masks
-
-
-def _padded(array: jax.Array, chunk: int) -> jax.Array:
-    """Zeros after the last token, up to a whole number of chunks."""
-    padding = round_up(array.shape[1], chunk) - array.shape[1]
-    return jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
-
-
-def _slices(options: _Options, sequences: Arrays, index: jax.Array) -> Arrays:
-    """The chunk `index` of every sequence, (B, T, ...)."""
-    size = options.chunk_length
-    return {k: jax.lax.dynamic_slice_in_dim(v, index * size, size, axis=1) for k, v in sequences.items()}
-
-
-def _update(options: _Options, sequence: jax.Array, update: jax.Array, index: jax.Array) -> jax.Array:
-    """Writes the chunk `index` of a sequence."""
-    update = update.astype(sequence.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(sequence, update, index * options.chunk_length, axis=1)
 
 
 def _arranged(slices: Arrays, *, groups: int, time_axis: int) -> Arrays:

@@ -5,13 +5,9 @@ Arrays of a chunk are v (B, T, G, F, P), log_decay and scale (B, T, G, F), k and
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.common.array_types import Arrays
-
-# exp(-104) is 0 in float32.
-_ALL_NATS = 104.0
-# Multiples of 1/512 have exact sums over a chunk: 256 tokens of 104 nats are 2^14.7, and float32 has 24 bits.
-_GRID = 512.0
 
 
 def advance(
@@ -45,37 +41,28 @@ def advance(
 
 def decays(tokens: Arrays) -> tuple[jax.Array, jax.Array]:
     """Decays from each token to each, (B, G, F, T, T), and of the state that enters to each, (B, T, G, F)."""
-    sums_BTGF2, precedes_BTT = _sums(tokens)
-    sums_BGFT2 = jnp.moveaxis(sums_BTGF2, 1, 3)
-    between = sums_BGFT2[:, :, :, :, None] - sums_BGFT2[:, :, :, None, :]
-    # What does not count is -inf before the exponential, and a token's own value does not decay, whatever the sums are.
-    is_own_TT = jnp.eye(precedes_BTT.shape[1], dtype=bool)
-    uncounted_TT = jnp.where(is_own_TT, 0.0, -jnp.inf)
-    counts = precedes_BTT[:, None, None] & ~is_own_TT[None, None, None]
-    between_BGFTT = jnp.where(counts, between.sum(axis=-1), uncounted_TT[None, None, None])
-    entering_BTGF = sums_BTGF2.sum(axis=-1)
-    if "document" in tokens:
-        reaches_BT = tokens["document"] == tokens["before"]
-        entering_BTGF = jnp.where(reaches_BT[:, :, None, None], entering_BTGF, -jnp.inf)
-    return jnp.exp(between_BGFTT), jnp.exp(entering_BTGF)
-
-
-def _sums(tokens: Arrays) -> tuple[jax.Array, jax.Array]:
-    """Sums of logarithms from the start of the chunk, or of the token's document in it, in two pieces whose sum is meant.
-
-    Returns:
-        (B, T, G, F, 2) sums, and (B or 1, T, T), whether the second token counts for the first one.
-    """
-    log_decay_BTGF = jnp.maximum(tokens["log_decay"], -_ALL_NATS)
-    length = log_decay_BTGF.shape[1]
-    coarse_BTGF = jax.lax.stop_gradient(jnp.round(log_decay_BTGF * _GRID) / _GRID)
-    pieces_BTGF2 = jnp.stack([coarse_BTGF, log_decay_BTGF - coarse_BTGF], axis=-1)
-    precedes_BTT = jnp.tri(length, dtype=bool)[None]
+    between_BGFTT, from_start_BGFT = _sums(jnp.moveaxis(tokens["log_decay"], 1, 3))
+    length = between_BGFTT.shape[-1]
+    counts_BTT = jnp.tri(length, dtype=bool)[None]
     if "document" in tokens:
         document_BT = tokens["document"]
-        precedes_BTT = precedes_BTT & (document_BT[:, :, None] == document_BT[:, None, :])
-    # One matrix for all rows is left without a batch, or each row would multiply by its copy.
-    is_shared = precedes_BTT.shape[0] == 1
-    matrix, subscripts = (precedes_BTT[0], "ts,bsgfi->btgfi") if is_shared else (precedes_BTT, "bts,bsgfi->btgfi")
-    matrix = matrix.astype(jnp.float32)
-    return jnp.einsum(subscripts, matrix, pieces_BTGF2, precision=jax.lax.Precision.HIGHEST), precedes_BTT
+        counts_BTT = counts_BTT & (document_BT[:, :, None] == document_BT[:, None, :])
+        reaches_BT = document_BT == tokens["before"]
+        from_start_BGFT = jnp.where(reaches_BT[:, None, None], from_start_BGFT, -jnp.inf)
+    between_BGFTT = jnp.where(counts_BTT[:, None, None], between_BGFTT, -jnp.inf)
+    return jnp.exp(between_BGFTT), jnp.moveaxis(jnp.exp(from_start_BGFT), 3, 1)
+
+
+def _sums(log_decay_BGFT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of logarithms between each two tokens, (B, G, F, T, T), and from the chunk's start to each, (B, G, F, T).
+
+    Each is a sum over the tokens in between alone, and not a difference of two, so that nothing cancels, neither here
+    nor in the transpose, and a token outside of a pair does not touch its sum.
+    """
+    length = log_decay_BGFT.shape[-1]
+    highest = jax.lax.Precision.HIGHEST
+    # [i, k] and [k, j]: token k counts between j and i if j < k <= i.
+    until_TT, after_TT = np.tri(length, dtype=np.float32), np.tri(length, k=-1, dtype=np.float32)
+    until_BGFTT = log_decay_BGFT[..., None, :] * until_TT[None, None, None]
+    between_BGFTT = jnp.einsum("bgfik,kj->bgfij", until_BGFTT, after_TT, precision=highest)
+    return between_BGFTT, jnp.einsum("bgfk,ik->bgfi", log_decay_BGFT, until_TT, precision=highest)

@@ -16,10 +16,10 @@ from pallas_kernels.common.chunks import chunk_of, padded, with_chunk
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
 from pallas_kernels.common.segments import segment_starts
-from pallas_kernels.ssd.arguments import CoreArguments, SSDOutput
+from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDOutput
 from pallas_kernels.ssd.xla.chunk import advance
 
-# On a CPU what a chunk works on stays in cache; an accelerator wants larger products. At most 256, see `chunk`.
+# On a CPU what a chunk works on stays in cache; an accelerator wants larger products.
 _CHUNK_LENGTHS = {"cpu": 64}
 _CHUNK_LENGTH = 128
 
@@ -32,7 +32,7 @@ class _Options:
     precision: jax.lax.Precision
 
 
-def decaying_attention(arguments: CoreArguments) -> SSDOutput:
+def decaying_attention(arguments: DecayingAttentionArguments) -> SSDOutput:
     """See `pallas_kernels.ssd.core`.
 
     Raises:
@@ -53,11 +53,11 @@ def decaying_attention(arguments: CoreArguments) -> SSDOutput:
     return _attend(options, arguments)
 
 
-def _outputs(options: _Options, arguments: CoreArguments) -> SSDOutput:
+def _outputs(options: _Options, arguments: DecayingAttentionArguments) -> SSDOutput:
     return _forward(options, arguments)[0]
 
 
-def _forward(options: _Options, arguments: CoreArguments) -> tuple[SSDOutput, jax.Array]:
+def _forward(options: _Options, arguments: DecayingAttentionArguments) -> tuple[SSDOutput, jax.Array]:
     """The result, and the state before every chunk, (C, B, G, N, F, P)."""
     operands, _ = arguments.operands()
     sequences, D, state = _split(options, operands.arrays())
@@ -74,7 +74,9 @@ def _forward(options: _Options, arguments: CoreArguments) -> tuple[SSDOutput, ja
     return SSDOutput(y=y, final_state=_unpacked_state(state)), before
 
 
-def _backward(options: _Options, arguments: CoreArguments, before: jax.Array, cotangents: SSDOutput) -> Arrays:
+def _backward(
+    options: _Options, arguments: DecayingAttentionArguments, before: jax.Array, cotangents: SSDOutput
+) -> Arrays:
     operands, _ = arguments.operands()
     (sequences, D, state), split_vjp = jax.vjp(functools.partial(_split, options), operands.arrays())
     documents = _documents(options, arguments)
@@ -111,7 +113,7 @@ def _advance(
 
 
 def _split(options: _Options, arrays: Arrays) -> tuple[Arrays, jax.Array | None, jax.Array]:
-    """Sequences of whole chunks with heads in groups, D (1, 1, G, F, 1 or P) and the state (B, G, N, F, P) in float32."""
+    """Sequences of whole chunks with heads in groups, D (1, 1, G, F, 1 or P) and the state (B, G, N, F, P)."""
     groups = arrays["k"].shape[2]
     sequences = {name: padded(arrays[name], options.chunk_length) for name in ("v", "log_decay", "scale", "k", "q")}
     for name in ("v", "log_decay", "scale"):
@@ -123,8 +125,8 @@ def _split(options: _Options, arrays: Arrays) -> tuple[Arrays, jax.Array | None,
     return sequences, D, _packed_state(_widened(arrays["initial_state"]), groups)
 
 
-def _documents(options: _Options, arguments: CoreArguments) -> Arrays:
-    """ "document", (B, L): the number of a token's document in its row; nothing if there are no documents."""
+def _documents(options: _Options, arguments: DecayingAttentionArguments) -> Arrays:
+    """The number of a token's document in its row, "document", (B, L); nothing if there are no documents."""
     if arguments.segment_ids is None:
         return {}
     starts = padded(segment_starts(arguments.segment_ids), options.chunk_length)

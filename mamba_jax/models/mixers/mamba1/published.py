@@ -4,19 +4,29 @@ The layouts differ in the name of the embedding, in `config.json`, and in whethe
 PyTorch's orientation there: linear weights (out, in), convolution weights (channels, 1, taps).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mamba_jax.errors import InputError, short
+from mamba_jax.errors import InputError
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.mamba1.config import Mamba1Config
-from mamba_jax.models.published import Format, Table, Tensor, refuse_unsupported
+from mamba_jax.models.published import (
+    Format,
+    Tensor,
+    backbone,
+    from_hf,
+    from_original,
+    layer_of_original,
+    refuse_unsupported,
+    tensor_of_layer,
+    to_hf,
+    to_original,
+)
 
 # Value that a key must have, if it is there, for the model to be a Mamba-1 as this library computes it.
 _HF_REQUIRED = {"model_type": "mamba", "hidden_act": "silu"}
-_ORIGINAL_REQUIRED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
 _HF_MIXER_KEYS = {
     "state_size": "state_dim",
     "conv_kernel": "conv_width",
@@ -67,17 +77,7 @@ def _mixer_fields(content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[s
 
 def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     refuse_unsupported(content, _HF_REQUIRED)
-    return {
-        "vocab_size": content["vocab_size"],
-        "vocab_multiple": 1,
-        "d_model": content["hidden_size"],
-        "num_layers": content["num_hidden_layers"],
-        "norm_eps": content.get("layer_norm_epsilon", 1e-5),
-        "tie_embeddings": content.get("tie_word_embeddings", True),
-        "embedding_std": content.get("initializer_range", 0.1),
-        "rescale_residual": content.get("rescale_prenorm_residual", False),
-        "mixer": _mixer_fields(content, _HF_MIXER_KEYS),
-    }
+    return from_hf(content, tied=True) | {"mixer": _mixer_fields(content, _HF_MIXER_KEYS)}
 
 
 def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
@@ -91,69 +91,25 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         **_HF_REQUIRED,
         **{key: getattr(mixer, name) for key, name in _HF_MIXER_KEYS.items()},
         "time_step_rank": mixer.rank(config.d_model),
-        "vocab_size": config.padded_vocab_size,
-        "hidden_size": config.d_model,
         "intermediate_size": mixer.channels(config.d_model),
-        "num_hidden_layers": config.num_layers,
-        "layer_norm_epsilon": config.norm_eps,
-        "initializer_range": config.embedding_std,
-        # `from_pretrained` scales what it has loaded if this is true; these weights are finished.
-        "rescale_prenorm_residual": False,
-        "residual_in_fp32": True,
-        "tie_word_embeddings": config.tie_embeddings,
-        "use_cache": True,
-        "dtype": config.param_dtype,
+        **to_hf(config),
     }
 
 
 def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_unsupported(content, _ORIGINAL_REQUIRED)
-    ssm = content.get("ssm_cfg", {})
-    if not isinstance(ssm, dict):
-        raise InputError(f"ssm_cfg={short(ssm)} is not a JSON object")
-    if ssm.get("layer", "Mamba1") != "Mamba1":
-        raise InputError(f"ssm_cfg.layer={short(ssm['layer'])} is not supported, only 'Mamba1'")
-    if unknown := sorted(ssm.keys() - _ORIGINAL_MIXER_KEYS.keys() - {"layer", "use_fast_path"}):
-        raise InputError(f"ssm_cfg keys {', '.join(unknown)[:100]} are not supported")
-    return {
-        "vocab_size": content["vocab_size"],
-        "vocab_multiple": content.get("pad_vocab_size_multiple", 8),
-        "d_model": content["d_model"],
-        "num_layers": content["n_layer"],
-        "norm_eps": content.get("norm_epsilon", 1e-5),
-        "tie_embeddings": content.get("tie_embeddings", True),
-        "mixer": _mixer_fields(ssm, _ORIGINAL_MIXER_KEYS),
-    }
+    fields, ssm = from_original(content, known={*_ORIGINAL_MIXER_KEYS, "layer", "use_fast_path"})
+    return fields | {"mixer": _mixer_fields(ssm, _ORIGINAL_MIXER_KEYS)}
 
 
 def _to_original(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json`; a key is left out where it has the authors' default, which is ours as well."""
     mixer, default = _mixer(config), Mamba1Config()
-    if config.norm_eps != 1e-5:
-        raise InputError(f"the original layout fixes norm_eps at 1e-05, the model has {config.norm_eps}")
     chosen = {
         key: getattr(mixer, name)
         for key, name in _ORIGINAL_MIXER_KEYS.items()
         if getattr(mixer, name) != getattr(default, name)
     }
-    return {
-        "d_model": config.d_model,
-        "d_intermediate": 0,
-        "n_layer": config.num_layers,
-        "vocab_size": config.vocab_size,
-        "ssm_cfg": chosen,
-        "attn_layer_idx": [],
-        "attn_cfg": {},
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": config.vocab_multiple,
-        "tie_embeddings": config.tie_embeddings,
-    }
-
-
-def _layer(name: str, *shape: int, **ways: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    return Tensor(name="backbone.layers.{}." + name, shape=shape, **ways)
+    return to_original(config, chosen)
 
 
 def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
@@ -163,14 +119,14 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
     inner, rank = mixer.channels(model), mixer.rank(model)
     transpose = {"to_file": np.transpose, "from_file": np.transpose}
     tensors = {
-        "in_proj/kernel": _layer(
+        "in_proj/kernel": tensor_of_layer(
             "mixer.in_proj.weight",
             2 * inner,
             model,
             to_file=lambda w: w.reshape(w.shape[0], 2 * inner).T,
             from_file=lambda w: w.T.reshape(w.shape[1], 2, inner),
         ),
-        "conv1d/weight": _layer(
+        "conv1d/weight": tensor_of_layer(
             "mixer.conv1d.weight",
             inner,
             1,
@@ -178,55 +134,42 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
             to_file=lambda w: w.T[:, None],
             from_file=lambda w: w.reshape(inner, width).T,
         ),
-        "x_proj/kernel": _layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
-        "dt_proj/kernel": _layer("mixer.dt_proj.weight", inner, rank, **transpose),
-        "dt_proj/bias": _layer("mixer.dt_proj.bias", inner),
-        "A_log": _layer("mixer.A_log", inner, state),
-        "D": _layer("mixer.D", inner),
-        "out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
+        "x_proj/kernel": tensor_of_layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
+        "dt_proj/kernel": tensor_of_layer("mixer.dt_proj.weight", inner, rank, **transpose),
+        "dt_proj/bias": tensor_of_layer("mixer.dt_proj.bias", inner),
+        "A_log": tensor_of_layer("mixer.A_log", inner, state),
+        "D": tensor_of_layer("mixer.D", inner),
+        "out_proj/kernel": tensor_of_layer("mixer.out_proj.weight", model, inner, **transpose),
     }
     if mixer.use_conv_bias:
-        tensors["conv1d/bias"] = _layer("mixer.conv1d.bias", inner)
+        tensors["conv1d/bias"] = tensor_of_layer("mixer.conv1d.bias", inner)
     if mixer.use_bias:
-        tensors["in_proj/bias"] = _layer(
+        tensors["in_proj/bias"] = tensor_of_layer(
             "mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner)
         )
-        tensors["out_proj/bias"] = _layer("mixer.out_proj.bias", model)
+        tensors["out_proj/bias"] = tensor_of_layer("mixer.out_proj.bias", model)
     return tensors
-
-
-def _tensors(config: ModelConfig, *, embedding: str) -> Table:
-    vocab, model = config.padded_vocab_size, config.d_model
-    tensors = {
-        "embedding/table": Tensor(name=embedding, shape=(vocab, model)),
-        "norm_f/scale": Tensor(name="backbone.norm_f.weight", shape=(model,)),
-        "layers/norm/scale": _layer("norm.weight", model),
-        **{f"layers/mixer/{path}": tensor for path, tensor in _of_mixer(config).items()},
-    }
-    if not config.tie_embeddings:
-        tensors["lm_head/table"] = Tensor(name="lm_head.weight", shape=(vocab, model))
-    return {tuple(path.split("/")): tensor for path, tensor in tensors.items()}
 
 
 FORMATS = (
     Format(
         layout="hf",
         mixer="mamba1",
-        recognises=lambda content: "model_type" in content,
+        recognises=lambda content: content.get("model_type") == "mamba",
         read_config=_from_hf,
         check_config=_check_hf,
         write_config=_to_hf,
-        tensors=lambda config: _tensors(config, embedding="backbone.embeddings.weight"),
+        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embeddings.weight"),
         keeps_extra=True,
     ),
     Format(
         layout="original",
         mixer="mamba1",
-        recognises=lambda content: "d_model" in content,
+        recognises=lambda content: "d_model" in content and layer_of_original(content) == "Mamba1",
         read_config=_from_original,
         check_config=lambda content, config: None,
         write_config=_to_original,
-        tensors=lambda config: _tensors(config, embedding="backbone.embedding.weight"),
+        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embedding.weight"),
         tied_head="lm_head.weight",
     ),
 )

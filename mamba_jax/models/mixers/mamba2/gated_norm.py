@@ -1,0 +1,37 @@
+"""The output gate of a Mamba-2 mixer, and its norm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from mamba_jax.models.initializers import ones
+from mamba_jax.models.layers import parameter, read
+from mamba_jax.sharding import Axis
+
+
+class GatedRMSNorm(nnx.Module):
+    """norm(y silu(z)), or norm(y) silu(z), with norm(v) = v / sqrt(mean(v^2) + eps) scale over groups of channels.
+
+    Statistics are float32.
+
+    Source: arXiv 2405.21060, section 7.1.
+    """
+
+    def __init__(
+        self, channels: int, *, group_size: int, eps: float, is_before_gate: bool, param_dtype: str, rngs: nnx.Rngs
+    ) -> None:
+        self.scale = parameter(rngs, ones, (channels,), (Axis.INNER,), dtype=param_dtype, decay=False)
+        self.group_size, self.eps, self.is_before_gate = group_size, eps, is_before_gate
+
+    def __call__(self, y: Float[jax.Array, "B L E"], z: Float[jax.Array, "B L E"]) -> Float[jax.Array, "B L E"]:
+        """Gates y by z; the result has the dtype of y."""
+        gate = jax.nn.silu(z.astype(jnp.float32))
+        if self.is_before_gate:
+            return (self._norm(y.astype(jnp.float32)) * gate).astype(y.dtype)
+        return self._norm(y.astype(jnp.float32) * gate).astype(y.dtype)
+
+    def _norm(self, v: jax.Array) -> jax.Array:
+        grouped = v.reshape(*v.shape[:-1], -1, self.group_size)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
+        return (grouped * inverse_rms).reshape(v.shape) * read(self.scale).astype(jnp.float32)[None, None]
