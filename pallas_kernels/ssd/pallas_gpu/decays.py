@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from pallas_kernels.common.register_math import LOG2_E
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, VECTORS, Geometry
 
+# A decay of so much to base 2 is 0 in float32. Sums over a chunk that hold no more of each token stay below 2^14, which
+# leaves their differences a rounding of 2^-11, less than that of the operands of products.
+_MOST = 150.0
+
 
 def chunk_vectors(
     geometry: Geometry, log_decay_BLH: jax.Array, scale_BLH: jax.Array, starts_BL: jax.Array | None
@@ -27,7 +31,8 @@ def chunk_vectors(
         starts_BL: whether a document starts at a token; None unless documents are packed.
     """
     shape = (geometry.batch, geometry.heads, geometry.chunks, CHUNK)
-    rates, scale = (jnp.moveaxis(array, 2, 1).reshape(shape) for array in (log_decay_BLH * LOG2_E, scale_BLH))
+    rates_BLH = jnp.maximum(log_decay_BLH * LOG2_E, -_MOST)
+    rates, scale = (jnp.moveaxis(array, 2, 1).reshape(shape) for array in (rates_BLH, scale_BLH))
     if starts_BL is None:
         # A product with ones: one pass, in which every sum of a chunk has the same order.
         mask = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))

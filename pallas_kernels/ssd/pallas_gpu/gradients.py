@@ -8,8 +8,10 @@ With W_ij = 2^(s_i - s_j) q_i k_j for j <= i, S_ij = dy_i v_j, weights w and e o
 state H before the chunk and the gradient G of the state after it:
 
     dv_j = scale_j sum_i W_ij dy_i + w_j G k_j + D dy_j
-    dq_i = sum_j 2^(s_i - s_j) scale_j S_ij k_j + e_i H^T dy_i,    dk_j = sum_i 2^(s_i - s_j) scale_j S_ij q_i + w_j G^T v_j
-    dscale_j = sum_i W_ij S_ij,    de_i = dy_i H q_i,    dw_j = v_j G k_j,    ds_i = sum_j W_ij S_ij scale_j - scale_i dscale_i
+    dq_i = sum_j 2^(s_i - s_j) scale_j S_ij k_j + e_i H^T dy_i
+    dk_j = sum_i 2^(s_i - s_j) scale_j S_ij q_i + w_j G^T v_j
+    de_i = dy_i H q_i,    dw_j = v_j G k_j,    dscale_j = sum_i W_ij S_ij
+    ds_i = sum_j W_ij S_ij scale_j - scale_i dscale_i
 
 In ds the terms of a token with itself cancel: both sums round W alike.
 """
@@ -23,7 +25,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd.pallas_gpu.decays import row
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry
-from pallas_kernels.ssd.pallas_gpu.launching import Arrays, give_registers, launch, ring_slot, take_registers
+from pallas_kernels.ssd.pallas_gpu.launching import (
+    Arrays,
+    copy_ahead,
+    give_registers,
+    launch,
+    ring_slot,
+    take_registers,
+)
 from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     COLUMNS,
     MATRIX,
@@ -145,14 +154,7 @@ class _Place:
             matrix = refs[name].at[self.tokens, self.columns]
             plgpu.copy_gmem_to_smem(matrix, refs[name + "s"], refs["matrices"])
 
-        def advance(i, carry):
-            slot, turn = ring_slot(i, _STAGES)
-
-            @pl.when(turn > 0)
-            def _():
-                plgpu.barrier_wait(refs["empty"].at[slot])
-
-            barrier = refs["full"].at[slot]
+        def fetch(i, slot, barrier):
             for source, target in (("v", "vs"), ("dy", "dys")):
                 values = refs[source].at[self.tokens, self.channels(i)]
                 plgpu.copy_gmem_to_smem(values, refs[target].at[slot], barrier)
@@ -165,9 +167,8 @@ class _Place:
             plgpu.copy_gmem_to_smem(vectors, refs["vector"].at[slot], barrier)
             if "D" in refs:
                 plgpu.copy_gmem_to_smem(refs["D"].at[self.head(i)], refs["skip"].at[slot], barrier)
-            return carry
 
-        jax.lax.fori_loop(0, geometry.group_heads, advance, None)
+        copy_ahead(geometry.group_heads, _STAGES, refs, fetch)
 
 
 class _Worker:
@@ -306,12 +307,11 @@ class _States(_Worker):
     def state_products(self, state_tile, dstate_tile) -> jax.Array:
         """H G of each channel of the state."""
         # One tile of columns at a time, for want of registers.
-        total = None
+        sums = []
         for first in range(0, self.geometry.states, CHUNK):
             columns = pl.ds(first, CHUNK)
             state, dstate = (
                 plgpu.load(each.at[:, columns], layout=MATRIX).astype(jnp.float32) for each in (state_tile, dstate_tile)
             )
-            products = row_sums(state * dstate)
-            total = products if total is None else total + products
-        return total
+            sums.append(row_sums(state * dstate))
+        return functools.reduce(jnp.add, sums)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -33,6 +35,36 @@ def ring_slot(i: jax.Array, stages: int) -> tuple[jax.Array, jax.Array]:
     """Place of the i-th item in a ring of `stages`, and how often the place has been used before."""
     turn = jax.lax.div(i, stages)
     return i - turn * stages, turn
+
+
+def copy_ahead(count, stages: int, refs: Arrays, fetch: Callable[[jax.Array, jax.Array, Any], None]) -> None:
+    """Starts the copies of `count` items into a ring of places, each as soon as its place is free.
+
+    Args:
+        count: of items.
+        stages: places.
+        refs: with "full" and "empty", a barrier for each place: that its copies have arrived, that it has been left.
+        fetch: called with an item's index, its place and the barrier on which its copies arrive.
+    """
+
+    def advance(i, carry):
+        slot, turn = ring_slot(i, stages)
+
+        # In the first turn every place is free.
+        @pl.when(turn > 0)
+        def _():
+            plgpu.barrier_wait(refs["empty"].at[slot])
+
+        fetch(i, slot, refs["full"].at[slot])
+        return carry
+
+    def leave(i, carry):
+        plgpu.barrier_wait(refs["empty"].at[ring_slot(i, stages)[0]])
+        return carry
+
+    jax.lax.fori_loop(0, count, advance, None)
+    # Every barrier is waited for as often as it completes.
+    jax.lax.fori_loop(jnp.maximum(count - stages, 0), count, leave, None)
 
 
 def launch(

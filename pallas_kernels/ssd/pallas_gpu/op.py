@@ -18,7 +18,7 @@ from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.common.devices import cuda_compute_capability, target_platform
 from pallas_kernels.common.register_math import LN_2
 from pallas_kernels.common.segments import segment_starts
-from pallas_kernels.ssd.arguments import CoreArguments, SSDOutput
+from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDOutput
 from pallas_kernels.ssd.pallas_gpu.decays import chunk_vectors, row
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, VECTORS, WIDTH, Geometry, choose_parts
 from pallas_kernels.ssd.pallas_gpu.gradients import PAIR_ROWS, STATE_ROWS, gradients
@@ -35,43 +35,39 @@ class _Options:
 
     Attributes:
         interpreted: run the kernels in Pallas' interpreter.
-        parts: pieces of the sequence that run at the same time; None chooses.
     """
 
     interpreted: bool
-    parts: int | None
 
 
-def decaying_attention(arguments: CoreArguments, *, parts: int | None = None) -> SSDOutput:
+def decaying_attention(arguments: DecayingAttentionArguments) -> SSDOutput:
     """See `pallas_kernels.ssd.core`; on a CPU the kernels are interpreted, which is slow.
 
-    `parts` replaces the choice of `choose_parts`.
-
     Raises:
-        NotImplementedError: the target is not a GPU of compute capability 9.0 or more, N is over 128, or v, k or q is
-            not bfloat16.
+        NotImplementedError: the target is not a GPU of compute capability 9.0 or more, N is over 128, or v, k or
+            q is not bfloat16.
     """
     op, name = arguments.op, "pallas_gpu"
     if target_platform() != "cpu" and (cuda_compute_capability() or 0) < 90:
         raise NotImplementedError(f"{op}: {name!r} needs an NVIDIA GPU of compute capability 9.0 or more")
     decline_symbolic_sizes(op, name, arguments.v, arguments.k)
-    for array in (arguments.v, arguments.k, arguments.q):
+    for argument, array in (("x", arguments.v), ("B", arguments.k), ("C", arguments.q)):
         if array.dtype != jnp.bfloat16:
             raise NotImplementedError(
-                f"{op}: {name!r} multiplies bfloat16 on tensor cores, got {array.dtype}; give x, B and C in bfloat16"
+                f"{op}: {name!r} multiplies bfloat16 on tensor cores, {argument} has {array.dtype}"
             )
     if (states := arguments.k.shape[3]) > _MOST_STATES:
         raise NotImplementedError(f"{op}: {name!r} takes at most {_MOST_STATES} states, got {states}")
-    return _attend(_Options(interpreted=target_platform() == "cpu", parts=parts), arguments)
+    return _attend(_Options(interpreted=target_platform() == "cpu"), arguments)
 
 
-def _outputs(options: _Options, arguments: CoreArguments) -> SSDOutput:
+def _outputs(options: _Options, arguments: DecayingAttentionArguments) -> SSDOutput:
     return _forward(options, arguments)[0]
 
 
-def _forward(options: _Options, arguments: CoreArguments) -> tuple[SSDOutput, jax.Array | None]:
+def _forward(options: _Options, arguments: DecayingAttentionArguments) -> tuple[SSDOutput, jax.Array | None]:
     """The result, and the states that the parts start from."""
-    geometry = _geometry(options, arguments)
+    geometry = _geometry(arguments)
     vectors = _vectors(geometry, arguments, arguments.log_decay, arguments.scale)
     inputs = {name: _tokens(geometry, getattr(arguments, name)) for name in ("v", "k", "q")}
     inputs |= {"vectors": vectors.reshape(-1, CHUNK)} | _skip(geometry, arguments)
@@ -90,9 +86,9 @@ def _forward(options: _Options, arguments: CoreArguments) -> tuple[SSDOutput, ja
 
 
 def _backward(
-    options: _Options, arguments: CoreArguments, starts: jax.Array | None, cotangents: SSDOutput
+    options: _Options, arguments: DecayingAttentionArguments, starts: jax.Array | None, cotangents: SSDOutput
 ) -> Arrays:
-    geometry = _geometry(options, arguments)
+    geometry = _geometry(arguments)
     vectors, vectors_vjp = jax.vjp(
         functools.partial(_vectors, geometry, arguments), arguments.log_decay, arguments.scale
     )
@@ -114,7 +110,7 @@ def _backward(
     result |= {"log_decay": dlog_decay, "scale": dscale}
     result["initial_state"] = _public_state(geometry, arguments, dinitial)
     if arguments.D is not None:
-        result["D"] = _skip_gradient(arguments, rows["skip"], cotangents.y)
+        result["D"] = _skip_gradient(arguments.D, arguments.v, rows["skip"], cotangents.y)
     return result
 
 
@@ -123,7 +119,7 @@ _attend = differentiable_op(
 )
 
 
-def _geometry(options: _Options, arguments: CoreArguments) -> Geometry:
+def _geometry(arguments: DecayingAttentionArguments) -> Geometry:
     batch, length, heads, width = arguments.v.shape
     groups, states = arguments.k.shape[2:]
     heads = heads * (round_up(width, WIDTH) // WIDTH)
@@ -135,11 +131,13 @@ def _geometry(options: _Options, arguments: CoreArguments) -> Geometry:
         states=round_up(states, _STATE_TILE),
         length=length,
         packed=arguments.segment_ids is not None,
-        parts=options.parts or choose_parts(batch, heads, length // CHUNK),
+        parts=choose_parts(batch, heads, length // CHUNK),
     )
 
 
-def _vectors(geometry: Geometry, arguments: CoreArguments, log_decay: jax.Array, scale: jax.Array) -> jax.Array:
+def _vectors(
+    geometry: Geometry, arguments: DecayingAttentionArguments, log_decay: jax.Array, scale: jax.Array
+) -> jax.Array:
     """`chunk_vectors`; the heads of the kernels that are pieces of one head have the same."""
     repeats = geometry.heads // log_decay.shape[2]
     padding = ((0, 0), (0, geometry.length - log_decay.shape[1]))
@@ -154,7 +152,7 @@ def _vectors(geometry: Geometry, arguments: CoreArguments, log_decay: jax.Array,
 
 def _tokens(geometry: Geometry, array: jax.Array) -> jax.Array:
     """Values, keys or queries (B, L, heads or groups, width) as a matrix of all tokens, padded to whole tiles."""
-    batch, length, count, width = array.shape
+    batch, length, _, width = array.shape
     padding = ((0, 0), (0, geometry.length - length), (0, 0), (0, round_up(width, WIDTH) - width))
     return jnp.pad(array, padding).reshape(batch * geometry.length, -1)
 
@@ -172,14 +170,14 @@ def _state(geometry: Geometry, state_BHPN: jax.Array) -> jax.Array:
     return jnp.pad(state_BHPN.astype(jnp.float32), padding).reshape(-1, geometry.states)
 
 
-def _public_state(geometry: Geometry, arguments: CoreArguments, state: jax.Array) -> jax.Array:
+def _public_state(geometry: Geometry, arguments: DecayingAttentionArguments, state: jax.Array) -> jax.Array:
     """The inverse of `_state`."""
     batch, _, heads, width = arguments.v.shape
     states = arguments.k.shape[3]
     return state.reshape(batch, heads, -1, geometry.states)[:, :, :width, :states]
 
 
-def _skip(geometry: Geometry, arguments: CoreArguments) -> Arrays:
+def _skip(geometry: Geometry, arguments: DecayingAttentionArguments) -> Arrays:
     """D, if there is one, by the channels of the kernels' heads."""
     if arguments.D is None:
         return {}
@@ -232,8 +230,8 @@ def _vector_cotangents(geometry: Geometry, rows: Arrays) -> jax.Array:
     return jnp.stack([by_name[name] for name in VECTORS[: geometry.vectors]], axis=3)
 
 
-def _skip_gradient(arguments: CoreArguments, rows: jax.Array, dy: jax.Array) -> jax.Array:
+def _skip_gradient(D: jax.Array, v: jax.Array, rows: jax.Array, dy: jax.Array) -> jax.Array:
     """Of D: the sum of v dy over the tokens, for each head from the kernel's sums over its channels."""
-    if arguments.D.ndim == 2:
-        return jnp.einsum("blhp,blhp->hp", arguments.v, dy, preferred_element_type=jnp.float32)
-    return jnp.sum(rows, axis=(0, 2, 3)).reshape(arguments.D.shape[0], -1).sum(axis=1)
+    if D.ndim == 2:
+        return jnp.einsum("blhp,blhp->hp", v, dy, preferred_element_type=jnp.float32)
+    return jnp.sum(rows, axis=(0, 2, 3)).reshape(D.shape[0], -1).sum(axis=1)

@@ -41,15 +41,14 @@ def multiply(accumulator: Any, a: Any, b: Any, *, transposed: str = "") -> None:
     plgpu.wgmma(accumulator, a, b)
 
 
-def accumulate(
-    body: Callable[..., None], starts: tuple[jax.Array, ...], *, interpreted: bool
-) -> tuple[jax.Array, ...]:
+def accumulate(body: Callable[..., None], starts: tuple[jax.Array, ...], *, interpreted: bool) -> tuple[jax.Array, ...]:
     """Runs a body that starts products into accumulators with these first values; returns them when all have ended."""
     if interpreted:
         accumulators = [_Accumulator(start) for start in starts]
         body(*accumulators)
         return tuple(accumulator.value for accumulator in accumulators)
-    return pl.run_state(lambda refs: body(*refs))(tuple(plgpu.ACC.init(start) for start in starts))
+    results: Any = pl.run_state(lambda refs: body(*refs))(tuple(plgpu.ACC.init(start) for start in starts))
+    return results
 
 
 def from_zero(body: Callable[..., Any], shapes: tuple[tuple[int, int], ...], *, interpreted: bool) -> Any:

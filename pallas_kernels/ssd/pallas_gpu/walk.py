@@ -15,7 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd.pallas_gpu.decays import row
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry
-from pallas_kernels.ssd.pallas_gpu.launching import Arrays, give_registers, launch, ring_slot, take_registers
+from pallas_kernels.ssd.pallas_gpu.launching import (
+    Arrays,
+    copy_ahead,
+    give_registers,
+    launch,
+    ring_slot,
+    take_registers,
+)
 from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     COLUMNS,
     MATRIX,
@@ -125,8 +132,7 @@ def _copy_ahead(geometry: Geometry, kind: Walk, refs: Arrays, count, chunk) -> N
     head = block * geometry.block_heads
     group = jax.lax.div(head, geometry.group_heads)
 
-    def fetch(i, slot):
-        barrier = refs["full"].at[slot]
+    def fetch(i, slot, barrier):
         tokens = pl.ds((batch * geometry.chunks + chunk(i)) * CHUNK, CHUNK)
         columns = pl.ds(group * geometry.states, geometry.states)
         plgpu.copy_gmem_to_smem(refs["k"].at[tokens, columns], refs["ks"].at[slot], barrier)
@@ -139,18 +145,7 @@ def _copy_ahead(geometry: Geometry, kind: Walk, refs: Arrays, count, chunk) -> N
             vectors = refs["vectors"].at[pl.ds(index * geometry.vectors, geometry.vectors)]
             plgpu.copy_gmem_to_smem(vectors, refs["vector"].at[slot, j], barrier)
 
-    def advance(i, carry):
-        slot, turn = ring_slot(i, kind.stages)
-
-        # The first turn finds every place free.
-        @pl.when(turn > 0)
-        def _():
-            plgpu.barrier_wait(refs["empty"].at[slot])
-
-        fetch(i, slot)
-        return carry
-
-    jax.lax.fori_loop(0, count, advance, None)
+    copy_ahead(count, kind.stages, refs, fetch)
 
 
 class _Head:
@@ -189,7 +184,7 @@ class _Head:
         return plgpu.load(self.refs["vector"].at[slot, self.own, row(name)], layout=layout)
 
     def values(self, slot) -> jax.Array:
-        """v of the chunk."""
+        """The chunk's v."""
         return plgpu.load(self.refs["vs"].at[slot, self.own], layout=MATRIX).astype(jnp.float32)
 
     def advance(self, i, chunk, slot, state: jax.Array) -> jax.Array:
@@ -201,15 +196,15 @@ class _Head:
         if kind.outputs:
             return self.with_outputs(chunk, slot, (rounded, state * decay), shares)
         weighted[...] = shares
-        if kind.checkpoints:
-            # Two places: the state before the last chunk may still be on its way out.
-            tile = refs["state"].at[self.own, jax.lax.rem(i, 2)]
+        # Two places: the state before the last chunk may still be on its way out.
+        state_tile = refs["state"].at[self.own, jax.lax.rem(i, 2)] if kind.checkpoints else None
+        if state_tile is not None:
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            tile[...] = rounded
+            state_tile[...] = rounded
         plgpu.commit_smem()
-        if kind.checkpoints:
+        if state_tile is not None:
             place = ((self.batch * geometry.chunks + chunk) * geometry.heads + self.head) * WIDTH
-            plgpu.copy_smem_to_gmem(tile, refs["checkpoints"].at[pl.ds(place, WIDTH)])
+            plgpu.copy_smem_to_gmem(state_tile, refs["checkpoints"].at[pl.ds(place, WIDTH)])
 
         def update(state):
             multiply(state, weighted, refs["ks"].at[slot], transposed="a")
@@ -278,5 +273,3 @@ def pair_decays(rows: jax.Array, columns: jax.Array, starts: jax.Array | None) -
     # The mask comes first: a difference that it hides may be large.
     difference = jnp.where(visible, by_row(rows, CHUNK) - by_column(columns, CHUNK), -jnp.inf)
     return jnp.exp2(difference)
-
-
