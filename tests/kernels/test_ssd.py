@@ -77,7 +77,10 @@ def check_documents(implementation: str, call: Call) -> None:
     sequences = [name for name, array in packed.arrays.items() if OP.is_sequence(name, array)]
     noise = {name: rng.normal(size=np.shape(packed.arrays[name][:, 36])) for name in sequences}
     moved = run(
-        packed.arrays | {name: packed.arrays[name].at[:, 36].set(noise[name]) for name in sequences},
+        packed.arrays
+        | {
+            name: packed.arrays[name].at[:, 36].set(noise[name].astype(packed.arrays[name].dtype)) for name in sequences
+        },
         dataclasses.replace(cotangents, y=cotangents.y.at[:, 36].multiply(-3)),
     )
     after = {name: (plain[1][name][:, 37:], moved[1][name][:, 37:]) for name in sequences}
