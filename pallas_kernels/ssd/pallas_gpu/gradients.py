@@ -4,16 +4,14 @@ A block has one chunk of one group and goes through the group's heads, so that t
 over heads, stay in registers. One warpgroup works on pairs of tokens of the chunk, one on what comes from and goes to
 the other chunks, and one copies what they read.
 
-With W_ij = 2^(s_i - s_j) q_i k_j for j <= i, S_ij = dy_i v_j, weights w and e of `decays.py` ("leave" and "enter"), the
-state H before the chunk and the gradient G of the state after it:
+With W_ij = 2^(s_i - s_j) q_i k_j and S_ij = dy_i v_j for j <= i, else 0, the weights w ("leave") and e ("enter") of
+`decays.py`, the state H before the chunk and the gradient G of the state after it:
 
     dv_j = scale_j sum_i W_ij dy_i + w_j G k_j + D dy_j
     dq_i = sum_j 2^(s_i - s_j) scale_j S_ij k_j + e_i H^T dy_i
     dk_j = sum_i 2^(s_i - s_j) scale_j S_ij q_i + w_j G^T v_j
     de_i = dy_i H q_i,    dw_j = v_j G k_j,    dscale_j = sum_i W_ij S_ij
-    ds_i = sum_j W_ij S_ij scale_j - scale_i dscale_i
-
-In ds the terms of a token with itself cancel: both sums round W alike.
+    ds_i = sum_j<i W_ij S_ij scale_j - scale_i sum_j>i W_ji S_ji
 """
 
 import functools
@@ -47,7 +45,7 @@ from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     tile,
     zeros,
 )
-from pallas_kernels.ssd.pallas_gpu.walk import pair_decays
+from pallas_kernels.ssd.pallas_gpu.walk import pair_decays, token_indices
 
 # Heads that are copied ahead.
 _STAGES = 3
@@ -212,14 +210,24 @@ class _Pairs(_Worker):
             multiply(scores, refs["qs"], refs["ks"], transposed="b")
 
         (scores,) = self.accumulate(multiply_all, zeros(CHUNK, CHUNK))
-        total = self.over_heads(functools.partial(self.head, scores), zeros(CHUNK, CHUNK))
+        query, key = token_indices()
+        # A token with itself has no decay. Apart, its large share does not have to cancel in the gradient of the sums.
+        scores, own = jnp.where(query > key, scores, 0.0), row_sums(jnp.where(query == key, scores, 0.0))
+        total = self.over_heads(functools.partial(self.head, scores, own), zeros(CHUNK, CHUNK))
         refs["weights"][...] = total.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs["summed"])
         plgpu.wait_smem_to_gmem(0)
 
-    def head(self, scores: jax.Array, i, slot, total: jax.Array) -> jax.Array:
-        """Writes what belongs to a head; returns the sum of the gradients of q_i k_j with the head's."""
+    def head(self, scores: jax.Array, own: jax.Array, i, slot, total: jax.Array) -> jax.Array:
+        """Writes what belongs to a head.
+
+        Args:
+            scores: q_i k_j for j < i, else 0.
+            own: q_i k_i.
+            i, slot: the head's index in the group and its place.
+            total: the sum so far of the gradients of q_i k_j; returned with the head's share.
+        """
         refs = self.refs
         v_tile, dy_tile = refs["vs"].at[slot], refs["dys"].at[slot]
 
@@ -241,16 +249,17 @@ class _Pairs(_Worker):
             multiply(after, refs["ks"], refs["dstate"].at[slot], transposed="b")
 
         within, after = self.accumulate(values, zeros(CHUNK, WIDTH), zeros(CHUNK, WIDTH))
-        v = self.tokens("vs", slot)
+        v, dy = self.tokens("vs", slot), self.tokens("dys", slot)
         scale, leave = (self.vector(slot, name) for name in ("scale", "leave"))
-        dscale, dleave = row_sums(v * within), row_sums(v * after)
+        given = row_sums(v * within)
+        within = within + dy * by_row(own, WIDTH)
         dv = within * by_row(scale, WIDTH) + after * by_row(leave, WIDTH)
         if "D" in refs:
-            dv = dv + self.tokens("dys", slot) * by_column(plgpu.load(refs["skip"].at[slot], layout=COLUMNS), CHUNK)
+            dv = dv + dy * by_column(plgpu.load(refs["skip"].at[slot], layout=COLUMNS), CHUNK)
         # What the last head has written must have left shared memory.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         refs["dvs"][...] = dv.astype(jnp.bfloat16)
-        for index, values in enumerate((received - scale * dscale, dscale, dleave)):
+        for index, values in enumerate((received - scale * given, row_sums(v * within), row_sums(v * after))):
             refs["pair"].at[index][...] = values
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(refs["dvs"], refs["dv"].at[self.place.tokens, self.place.channels(i)])

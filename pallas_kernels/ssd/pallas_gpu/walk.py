@@ -264,12 +264,16 @@ def pair_decays(rows: jax.Array, columns: jax.Array, starts: jax.Array | None) -
         columns: s along columns.
         starts: first token of the row's document, if there are several.
     """
-    shape = (CHUNK, CHUNK)
-    i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
-    j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    i, j = token_indices()
     visible = i >= j
     if starts is not None:
         visible = visible & (j.astype(jnp.float32) >= by_row(starts, CHUNK))
     # The mask comes first: a difference that it hides may be large.
     difference = jnp.where(visible, by_row(rows, CHUNK) - by_column(columns, CHUNK), -jnp.inf)
     return jnp.exp2(difference)
+
+
+def token_indices() -> tuple[jax.Array, jax.Array]:
+    """The tokens i and j of a matrix of all pairs."""
+    i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=MATRIX) for axis in range(2))
+    return i, j
