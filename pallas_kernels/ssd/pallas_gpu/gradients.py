@@ -225,7 +225,8 @@ class _Pairs(_Worker):
         Args:
             scores: q_i k_j for j < i, else 0.
             own: q_i k_i.
-            i, slot: the head's index in the group and its place.
+            i: the head's index in the group.
+            slot: place of what has been copied of it.
             total: the sum so far of the gradients of q_i k_j; returned with the head's share.
         """
         refs = self.refs
