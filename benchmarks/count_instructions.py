@@ -8,32 +8,36 @@ the nvdisasm that comes with Triton. A chunk of tokens is a loop in them, whose 
 so instructions per state and token follow from the loops' lengths.
 """
 
-import argparse
 import collections
 import dataclasses
-import datetime
 import importlib.util
 import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
 
 import jax
 
+import harness
+from bounds import H100, SPECIAL_A_CYCLE
+from harness import Results, Setting
+from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.errors import InputError
 from pallas_kernels import selective_scan
 from pallas_kernels.common.ahead_of_time import compile_for, cuda_devices
+from pallas_kernels.selective_scan.arg_specs import MANIFEST
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SPAN, Tiling
 from pallas_kernels.selective_scan.pallas_gpu.tilings import choose_tilings
 
 SHAPES = ("8x2048x1536x16", "8x2048x5120x16", "1x2048x2048x16", "1x131072x2048x16", "64x512x1536x16")
 TARGET = Path(__file__).parent / "targets" / "h100_sxm.txtpb"
-# Of an H100 SXM.
-MULTIPROCESSORS, CLOCK_HZ, LANES = 132, 1.98e9, 32
-ISSUED_A_CYCLE, EXPONENTIALS_A_CYCLE = 4, 16 / LANES
+# Instructions that a multiprocessor issues in a cycle, and threads that each of them is for.
+ISSUED_A_CYCLE, LANES = 4, 32
 PIPES = {
     "FFMA": "float",
     "FMUL": "float",
@@ -45,6 +49,12 @@ PIPES = {
     "LDG": "global",
     "STG": "global",
 }
+PIPE_NAMES = ("all", "float", "exponential", "shared", "global", "other")
+NOTE = (
+    "Instructions and memory cycles (shared memory, shuffles, L1) are per state and token, in a warp; times in ms are "
+    f"for {H100.number} multiprocessors at {H100.clock_hz / 1e9:.2f} GHz if nothing else took time. Those of the parts "
+    "are for the whole sequence."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +76,14 @@ def tool(name: str) -> str:
     """Path of a program of the CUDA toolkit among the installed packages.
 
     Raises:
-        SystemExit: it is not there.
+        InputError: it is not there.
     """
     for package, folder in (("nvidia.cu13", "bin"), ("triton", "backends/nvidia/bin")):
         spec = importlib.util.find_spec(package)
         for place in spec.submodule_search_locations or () if spec else ():
             if (path := Path(place) / folder / name).exists():
                 return str(path)
-    raise SystemExit(f"{name} is not installed; install the cuda extra")
+    raise InputError(f"{name} is not installed; install the cuda extra")
 
 
 def compile_kernels(shape: tuple[int, ...], dtype: str, folder: Path) -> dict[str, Path]:
@@ -155,55 +165,59 @@ def bounds(cost: Cost, shape: tuple[int, ...]) -> dict[str, float]:
     """Milliseconds that the whole chip needs for one kind of work alone, at one state and token a lane."""
     batch, length, channels, states = shape
     warps = batch * length * channels * states / LANES
-    seconds = 1 / (MULTIPROCESSORS * CLOCK_HZ)
+    seconds = 1 / (H100.number * H100.clock_hz)
     return {
         "issue": 1e3 * warps * cost.instructions["all"] / ISSUED_A_CYCLE * seconds,
-        "exponential": 1e3 * warps * cost.instructions["exponential"] / EXPONENTIALS_A_CYCLE * seconds,
+        "exponential": 1e3 * warps * cost.instructions["exponential"] * LANES / SPECIAL_A_CYCLE * seconds,
         "memory": 1e3 * warps * cost.memory_cycles * seconds,
     }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to count.
+
+    Attributes:
+        shapes: batch x length x channels x states.
+        dtype: of the sequences.
+        output: folder of the results.
+    """
+
+    shapes: tuple[str, ...] = SHAPES
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    output: Path = harness.RESULTS
+
+
 def main() -> None:
-    """Prints and writes a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length x channels x states")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    os.environ["PATH"] = f"{Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"
-    pipes = ("all", "float", "exponential", "shared", "global", "other")
-    lines = [
-        "# Instructions of the selective scan's GPU kernels",
-        "",
-        f"`python benchmarks/count_instructions.py`, {datetime.date.today()}, jax {jax.__version__}, compiled for "
-        f"sm_90a, {options.dtype}. Instructions and memory cycles (shared memory, shuffles, L1) are per state and "
-        f"token, in a warp; bounds in ms are for {MULTIPROCESSORS} multiprocessors at {CLOCK_HZ / 1e9:.2f} GHz if "
-        "nothing else took time. Those of the parts are for the whole sequence.",
-        "",
-        "| shape | kernel | S, R, parts | "
-        + " | ".join(pipes)
-        + " | memory cycles | registers | issue ms | exponential ms "
-        "| memory ms |",
-        "|" + "---|" * (len(pipes) + 8),
-    ]
-    print("\n".join(lines))
-    for text in options.shapes:
-        shape = tuple(int(size) for size in text.split("x"))
-        forward, backward = choose_tilings(*shape)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, ptx in compile_kernels(shape, options.dtype, Path(folder)).items():
-                tiling = backward if "backward" in name else forward
-                cost = cost_of(ptx, tiling)
-                cells = [text, name, f"{tiling.lanes_per_channel}, {tiling.rows}, {tiling.parts}"]
-                cells += [f"{cost.instructions.get(pipe, 0):.2f}" for pipe in pipes]
-                cells += [f"{cost.memory_cycles:.2f}", str(cost.registers)]
-                cells += [f"{milliseconds:.3f}" for milliseconds in bounds(cost, shape).values()]
-                lines.append("| " + " | ".join(cells) + " |")
-                print(lines[-1], flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"scan_instructions_{datetime.date.today()}.md"
-    path.write_text("\n".join(lines) + "\n")
-    print(f"wrote {path}")
+    """Command-line entry."""
+    with one_line_errors():
+        options = parse(Options, prog="benchmarks/count_instructions.py")
+        try:
+            specs = [MANIFEST.workload_of(text) for text in options.shapes]
+        except ValueError as error:
+            raise InputError(f"--shapes: {error}") from None
+        os.environ["PATH"] = f"{Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"
+        results = Results(options.output, Setting.here("sm_90a, compiled for and not run"))
+        for text, spec in zip(options.shapes, specs, strict=True):
+            shape = tuple(getattr(spec, name) for name in MANIFEST.sizes)
+            forward, backward = choose_tilings(*shape)
+            with tempfile.TemporaryDirectory() as folder:
+                for name, ptx in compile_kernels(shape, options.dtype, Path(folder)).items():
+                    tiling = backward if "backward" in name else forward
+                    cost = cost_of(ptx, tiling)
+                    figures = {pipe: cost.instructions.get(pipe, 0.0) for pipe in PIPE_NAMES}
+                    figures |= {"memory_cycles": cost.memory_cycles, "registers": cost.registers}
+                    figures |= {f"{unit}_ms": time for unit, time in bounds(cost, shape).items()}
+                    sizes = f"{tiling.lanes_per_channel} lanes, {tiling.rows} rows, {tiling.parts} parts"
+                    results.add(
+                        "selective_scan instructions",
+                        f"{text} {options.dtype}",
+                        implementation=sizes,
+                        direction=name,
+                        **figures,
+                    )
+        title = "Instructions of the selective scan's GPU kernels"
+        print(f"wrote {results.write_table('scan_instructions', title, NOTE)}")
 
 
 if __name__ == "__main__":

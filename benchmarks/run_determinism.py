@@ -14,11 +14,8 @@ products that are not chosen by timing them.
 
 import concurrent.futures
 import dataclasses
-import datetime
 import json
 import multiprocessing
-import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,9 +25,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jaxlib
 import numpy as np
 
+import harness
+from harness import Results, Setting, time_calls
 from mamba_jax.checkpoint import record
 from mamba_jax.checkpoint.fingerprints import fingerprints
 from mamba_jax.cli import one_line_errors, parse
@@ -73,7 +71,7 @@ class Options:
         seconds: time to spend on timing.
         text: folder of text files for `train.py`; None leaves that part out.
         run_steps: of `train.py`; it saves at every third of them and is killed after two thirds.
-        output: folder for the table.
+        output: folder of the results.
     """
 
     num_devices: int = 1
@@ -86,7 +84,7 @@ class Options:
     seconds: float = 5.0
     text: Path | None = None
     run_steps: int = 60
-    output: Path = Path(__file__).parent / "results"
+    output: Path = harness.RESULTS
 
     @property
     def program(self) -> ProgramConfig:
@@ -150,7 +148,7 @@ def run_steps(options: Options, variant: Variant) -> Steps:
         step_module.repeatable = lambda mesh: {}
     mesh = make_mesh(MeshConfig(data=options.num_devices), jax.devices()[: options.num_devices])
     program = TrainProgram(options.program, mesh)
-    runs, walls = [], []
+    runs = []
     with jax.set_mesh(mesh):
         batches = [put_batch(mesh, batch) for batch in make_batches(options)]
         start = time.perf_counter()
@@ -164,14 +162,16 @@ def run_steps(options: Options, variant: Variant) -> Steps:
                 values = {name: float(value).hex() for name, value in vars(jax.device_get(metrics)).items()}
                 found.append(values | fingerprints(state.items()))
             runs.append(found)
-        while len(walls) < 20 or sum(walls) < options.seconds:
-            start = time.perf_counter()
+
+        def run() -> Any:
+            nonlocal state
             state, metrics = step(state, batches[0])
-            jax.block_until_ready((state, metrics))
-            walls.append(time.perf_counter() - start)
+            return state, metrics
+
+        timing = time_calls(run, seconds=options.seconds, in_a_row=True)
     return Steps(
         runs=runs,
-        milliseconds=1e3 * float(np.median(walls)),
+        milliseconds=timing.milliseconds,
         compile_seconds=compile_seconds,
         device_kind=jax.devices()[0].device_kind,
     )
@@ -210,7 +210,7 @@ def run_to_the_end(config: ExperimentConfig, folder: Path, *, kill_at: int | Non
     return records, record.read(run_dir / "checkpoints" / str(config.train.num_steps)).fingerprints
 
 
-def compare_runs(options: Options) -> list[str]:
+def compare_runs(options: Options) -> str:
     """Uninterrupted against killed and resumed."""
     kill_at = 2 * options.run_steps // 3 + 5
     with tempfile.TemporaryDirectory() as name:
@@ -220,10 +220,10 @@ def compare_runs(options: Options) -> list[str]:
         config = options.experiment(run_dir=str(folder / "killed"), num_steps=options.run_steps)
         two, two_arrays = run_to_the_end(config, folder, kill_at=kill_at)
     arrays = "equal" if one_arrays == two_arrays else "different"
-    return [
+    return (
         f"`train.py`, {options.run_steps} steps, killed after step {kill_at} and resumed, against uninterrupted: "
         f"metrics and samples ({len(one)} records) {difference(one, two)}; arrays of the last checkpoint {arrays}."
-    ]
+    )
 
 
 def main() -> None:
@@ -236,38 +236,32 @@ def main() -> None:
         ) as processes:
             for variant in ("free", "repeatable"):
                 found[variant] = [processes.submit(run_steps, options, variant).result() for _ in range(2)]
-        day, first = datetime.date.today().isoformat(), found["repeatable"][0]
-        lines = [
-            f"# The same bits again, {day}",
-            "",
-            f"Mamba-1, d_model {options.d_model}, {options.num_layers} layers, vocabulary {options.vocab_size}, batch "
-            f"{options.batch}, length {options.length}, bfloat16 products, {options.num_devices} devices.",
-            "",
-            f"Hardware: {options.num_devices} x {first.device_kind}.",
-            f"Software: Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}.",
-            f"Command: `python {shlex.join(['benchmarks/run_determinism.py', *sys.argv[1:]])}`",
-            "",
-            f"{options.num_steps} steps; metrics and fingerprints of all arrays of the state after each. Times are "
-            "medians.",
-            "",
-            "| step | twice in a process | two processes | ms a step | compile s |",
-            "|---|---|---|---|---|",
-        ]
+        setting = Setting.here(f"{options.num_devices} x {found['repeatable'][0].device_kind}")
+        results = Results(options.output, setting)
+        workload = (
+            f"Mamba-1 d_model {options.d_model}, {options.num_layers} layers, vocabulary {options.vocab_size}, batch "
+            f"{options.batch} x {options.length}, bfloat16 products"
+        )
         for variant, (one, two) in found.items():
-            cells = [
-                difference(*one.runs),
-                difference(one.runs[0], two.runs[0]),
-                f"{one.milliseconds:.2f}, {two.milliseconds:.2f}",
-                f"{one.compile_seconds:.1f}, {two.compile_seconds:.1f}",
-            ]
-            lines.append(f"| {variant} | {' | '.join(cells)} |")
-        if options.text is not None:
-            lines += ["", *compare_runs(options)]
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / f"determinism_{options.num_devices}x_gpu_{day}.md"
-        path.write_text("\n".join([*lines, ""]))
-        print("\n".join(lines))
-        print(f"wrote {path}")
+            figures: dict[str, Any] = {
+                "twice_in_a_process": difference(*one.runs),
+                "two_processes": difference(one.runs[0], two.runs[0]),
+                "ms_in_the_second": two.milliseconds,
+                "compile_s": one.compile_seconds,
+                "compile_s_in_the_second": two.compile_seconds,
+            }
+            results.add(
+                "repeated step",
+                workload,
+                implementation=variant,
+                direction="step",
+                milliseconds=one.milliseconds,
+                **figures,
+            )
+        notes = [f"{options.num_steps} steps; metrics and fingerprints of all arrays of the state after each."]
+        notes += [compare_runs(options)] if options.text is not None else []
+        name = f"determinism_{options.num_devices}x_gpu"
+        print(f"wrote {results.write_table(name, 'The same bits again', *notes)}")
 
 
 if __name__ == "__main__":

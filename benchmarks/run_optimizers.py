@@ -1,4 +1,4 @@
-"""Trains the quickstart's model with AdamW and with Muon at several peak learning rates, and writes a table.
+"""Trains the quickstart's model with AdamW and with Muon at several peak learning rates, and keeps the losses.
 
     python benchmarks/run_optimizers.py
     python benchmarks/run_optimizers.py --num-steps 1200 --peak-lrs 5e-3
@@ -7,19 +7,12 @@ Everything but the optimizer is that of `configs/quickstart.py`, the seed and so
 """
 
 import dataclasses
-import datetime
-import os
-import platform
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
 
-import flax
-import jax
-import optax
-
+import harness
+from harness import Results, Setting
 from mamba_jax.cli import load_config, one_line_errors, parse
 from mamba_jax.config import ExperimentConfig
 from mamba_jax.run.loop import train
@@ -34,12 +27,12 @@ class Options:
     Attributes:
         num_steps: updates of each run; the schedule is stretched to them.
         peak_lrs: learning rates.
-        output: folder for the table.
+        output: folder of the results.
     """
 
     num_steps: int = 300
     peak_lrs: tuple[float, ...] = (1.5e-3, 5e-3, 1.5e-2)
-    output: Path = Path(__file__).parent / "results"
+    output: Path = harness.RESULTS
 
 
 def experiment(
@@ -60,34 +53,24 @@ def main() -> None:
     """Command-line entry."""
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_optimizers.py")
-        day = datetime.date.today().isoformat()
-        lines = [
-            f"# Optimizers, {day}",
-            "",
-            f"Hardware: {os.cpu_count()} CPU cores; losses do not depend on their speed.",
-            f"Software: Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, "
-            f"optax {optax.__version__}.",
-            f"Command: `python {shlex.join(['benchmarks/run_optimizers.py', *sys.argv[1:]])}`",
-            "",
-            f"The model and data of `configs/quickstart.py`, {options.num_steps} updates, one seed. Held-out text: "
-            "nats per token and bits per byte, over 16 batches of 16 windows.",
-            "",
-            "| peak learning rate | optimizer | nats per token | bits per byte |",
-            "|---|---|---|---|",
-        ]
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / f"optimizers_{day}.md"
+        results = Results(options.output, Setting.here(harness.hardware(), libraries=("flax", "optax")))
         for peak_lr in options.peak_lrs:
             for algorithm in ALGORITHMS:
                 with tempfile.TemporaryDirectory() as folder:
                     run_dir = Path(folder) / "run"
                     result = train(experiment(algorithm, peak_lr, num_steps=options.num_steps, run_dir=run_dir))
                 assert result.validation is not None, "the last step is evaluated"
-                nats, bits = result.validation.loss, result.validation.bits_per_byte
-                lines.append(f"| {peak_lr:g} | {algorithm} | {nats:.4f} | {bits:.4f} |")
-                print(lines[-1], flush=True)
-                path.write_text("\n".join(lines) + "\n")
-        print(f"wrote {path}")
+                figures = {
+                    "nats_per_token": result.validation.loss,
+                    "bits_per_byte": result.validation.bits_per_byte,
+                }
+                workload, direction = f"quickstart, {options.num_steps} updates", f"peak learning rate {peak_lr:g}"
+                results.add("training run", workload, implementation=algorithm, direction=direction, **figures)
+        note = (
+            "The model and data of `configs/quickstart.py`, one seed. Held-out text, over 16 batches of 16 windows; "
+            "losses do not depend on the speed of the hardware."
+        )
+        print(f"wrote {results.write_table('optimizers', 'Optimizers', note)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the TPU compiler's own schedule says about the ops, and writes a table; needs libtpu and no TPU.
+"""What the TPU compiler's own schedule says about the ops; needs libtpu and no TPU.
 
     python benchmarks/run_tpu_static.py
     python benchmarks/run_tpu_static.py --ops selective_scan --chips v5e v4 --variants
@@ -7,21 +7,17 @@ The compiler issues a bundle of instructions a cycle and says what slots it fill
 times the passes of their loops; memory is bounded by its bytes. XLA's operations carry an estimate of their cycles.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import math
 import multiprocessing
 import os
 import re
-import shlex
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -29,21 +25,43 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 import jax
 import jax.numpy as jnp
 
+import bounds
+import harness
 import pallas_kernels
-from mamba_jax.pods import chips
+from harness import Results, Setting
+from mamba_jax import chips
+from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
 from pallas_kernels.common.tpu_tiles import LANES, SPAN
+from pallas_kernels.manifests import MANIFESTS
 from pallas_kernels.selective_scan.arguments import ScanArguments
 from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
 from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, choose_geometry, generation
+from tpu_schedules import Schedule, read_schedule
 
 MEGABYTE = 1e6
+# Names of units in the table and in the compiler's listing.
+UNITS = {"VALU": "VALU", "EUP": "EUP", "stores": "VSTORE", "loads": "VLOAD", "XLU": "XLU"}
 DIRECTIONS = ("forward", "backward")
-SHAPES = dict.fromkeys(
-    ("selective_scan", "selective_scan_final_state", "selective_scan_initial_cotangent"), "8x2048x1536x16"
-) | {"causal_conv1d": "8x2048x1536x4", "selective_state_update": "128x1536x16"}
+OpName = Literal[
+    "selective_scan",
+    "selective_scan_final_state",
+    "selective_scan_initial_cotangent",
+    "causal_conv1d",
+    "selective_state_update",
+]
+WORKLOAD = "mamba_130m"
+
+
+def _shape(op: OpName) -> str:
+    """Sizes of the workload of an op; the edge states have those of the scan."""
+    manifest = MANIFESTS.get(op, MANIFESTS["selective_scan"])
+    return manifest.shape_text(manifest.workload(WORKLOAD))
+
+
+SHAPES: dict[OpName, str] = {op: _shape(op) for op in get_args(OpName)}
 # Arguments in float32; the others are in bfloat16.
 WIDE = ("A", "D", "dt_bias", "weight", "bias", "state")
 # Passes of an op and the names of their kernels.
@@ -53,6 +71,34 @@ KERNELS = {
     "selective_scan_initial_cotangent": {"backward": "selective_scan_pallas_tpu_edge"},
     "causal_conv1d": {direction: f"causal_conv1d_pallas_tpu_{direction}" for direction in DIRECTIONS},
 }
+NOTES = (
+    "Sizes are batch x length x channels x states or width (of the update: batch x channels x states); sequences are "
+    "bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward; of the state update forward only; the edge "
+    "states (final state, initial cotangent) are one pass each. The scan's forward kernel writes the states that its "
+    "backward kernel starts from. Nothing was run.",
+    "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector unit, "
+    "the exponential unit, stores, loads, exchanges between lanes and the memory would take by themselves. Over bound: "
+    "the larger of schedule and memory, over the largest of vector unit, exponential unit and memory.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compile.
+
+    Attributes:
+        ops: their names.
+        chips: generations.
+        implementations: the kernels, XLA's form, or both; the compiler takes minutes for XLA's loop over a scan.
+        variants: other blocks of the scan, tiles x tokens.
+        output: folder of the results.
+    """
+
+    ops: tuple[OpName, ...] = tuple(SHAPES)
+    chips: tuple[Literal["v4", "v5e", "v5p"], ...] = ("v5e", "v5p")
+    implementations: tuple[Literal["pallas_tpu", "xla"], ...] = ("pallas_tpu", "xla")
+    variants: tuple[str, ...] = ("12x64", "6x128", "4x128")
+    output: Path = harness.RESULTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,43 +107,25 @@ class Chip:
 
     Attributes:
         topology: of one chip.
-        figures: its cores.
-        bytes_per_second: of its memory.
+        kind: as JAX calls it.
     """
 
     topology: str
-    figures: chips.Cores
-    bytes_per_second: float
+    kind: str
+
+    @property
+    def cores(self) -> chips.Cores:
+        """Their number and clock."""
+        cores = chips.CHIPS[self.kind].cores
+        assert cores is not None, self.kind
+        return cores
 
 
 CHIPS = {
-    "v4": Chip(topology="v4:1x1x1", figures=chips.CORES["TPU v4"], bytes_per_second=1228e9),
-    "v5e": Chip(topology="v5e:1x1", figures=chips.CORES["TPU v5 lite"], bytes_per_second=819e9),
-    "v5p": Chip(topology="v5p:1x1x1", figures=chips.CORES["TPU v5"], bytes_per_second=2765e9),
+    "v4": Chip(topology="v4:1x1x1", kind="TPU v4"),
+    "v5e": Chip(topology="v5e:1x1", kind="TPU v5 lite"),
+    "v5p": Chip(topology="v5p:1x1x1", kind="TPU v5"),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loop:
-    """The bundles of a loop that are not in an inner loop.
-
-    Attributes:
-        depth: 0 outside of all loops.
-        bundles: how many.
-        slots: filled, by unit.
-    """
-
-    depth: int
-    bundles: int
-    slots: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A kernel's loops in the order of the program, and the slots of a bundle by unit."""
-
-    capacity: dict[str, int]
-    loops: tuple[Loop, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,55 +270,6 @@ def measure(op: str, chip: str, shape: tuple[int, ...], implementation: str, var
     return Program(kernels=kernels, other_cycles=other, temporaries=temporaries)
 
 
-def read_schedule(folder: Path, kernel: str) -> Schedule:
-    """A kernel's loops from the compiler's final bundles and their use of slots, which are listed in the same order."""
-    listing = next(path for path in folder.iterdir() if re.search(rf"{kernel}.*-\d+-final_bundles\.txt$", path.name))
-    use = next(
-        path
-        for path in folder.iterdir()
-        if kernel in path.name and path.name.endswith("-final_hlo-static-per-bundle-utilization.txt")
-    )
-    _, names, capacity, _, *rows = use.read_text().splitlines()
-    units = [name.strip() for name in names.split(",")]
-    slots = [[*map(int, row.split())] for row in rows if row.strip()]
-    bundles = re.findall(
-        r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?:\s*((?:> ?)*)\{", listing.read_text(), re.MULTILINE
-    )
-    assert len(bundles) == len(slots), f"{kernel}: {len(bundles)} bundles, {len(slots)} rows of slots"
-    depths = [nesting.count(">") for _, nesting in bundles]
-    # The listing shows a few bundles of a loop as if they were outside; a real return would begin with a label.
-    for i in range(1, len(depths)):
-        back = next((k for k in range(i, min(i + 16, len(depths))) if depths[k] >= depths[i - 1]), i)
-        if not bundles[back][0]:
-            depths[i] = max(depths[i], min(depths[i - 1], depths[back]))
-    loop_of: list[int] = []
-    loops: list[int] = [0]
-    stack = [0]
-    for (label, _), depth in zip(bundles, depths, strict=True):
-        while depth < loops[stack[-1]]:
-            stack.pop()
-        if label == "LB" and depth >= loops[stack[-1]] and depth > 0:
-            if depth == loops[stack[-1]]:
-                stack.pop()
-            loops.append(depth)
-            stack.append(len(loops) - 1)
-        loop_of.append(stack[-1])
-    return Schedule(
-        capacity=dict(zip(units, map(int, capacity.split()), strict=True)),
-        loops=tuple(
-            Loop(
-                depth=depth,
-                bundles=loop_of.count(number),
-                slots={
-                    unit: sum(slots[i][k] for i, owner in enumerate(loop_of) if owner == number)
-                    for k, unit in enumerate(units)
-                },
-            )
-            for number, depth in enumerate(loops)
-        ),
-    )
-
-
 def cycles_of_xla(text: str) -> float:
     """The compiler's estimates for all operations but kernels."""
     found = ((re.search(r'"estimated_cycles":"(\d+)"', line), times) for line, times in compiled_instructions(text))
@@ -304,83 +283,70 @@ def passes(work: Work, schedule: Schedule, cores: int) -> list[float]:
     return [*counts[:-1], counts[-1] * work.last_loop]
 
 
-def kernel_rows(chip: str, program: Program, works: dict[str, Work], label: str) -> list[str]:
-    """A line for every kernel, and one for everything together."""
-    figures, bandwidth = CHIPS[chip].figures, CHIPS[chip].bytes_per_second
-    lines, total = [], program.other_cycles
+def kernel_figures(chip: Chip, schedule: Schedule, work: Work) -> dict[str, float]:
+    """What a kernel takes, on the whole and of every unit."""
+    counts = passes(work, schedule, chip.cores.number)
+    cycles = sum(loop.bundles * count for loop, count in zip(schedule.loops, counts, strict=True))
+    unit = {
+        name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
+        for name, slots in schedule.capacity.items()
+    }
+    rates = bounds.chip(chip.kind)
+    assert rates is not None, chip.kind
+    memory = work.memory / rates.memory * chip.cores.clock_hz
+    least = max(unit["VALU"], unit["EUP"], memory)
+    return {
+        "milliseconds": 1e3 * max(cycles, memory) / chip.cores.clock_hz,
+        "Mcycles": cycles / 1e6,
+        "a_step": cycles * chip.cores.number / work.size,
+        **{label: unit[name] / 1e6 for label, name in UNITS.items()},
+        "memory": memory / 1e6,
+        "over_bound": max(cycles, memory) / least,
+    }
+
+
+def add(
+    results: Results, op: OpName, chip: Chip, implementation: str, program: Program, works: dict[str, Work]
+) -> None:
+    """Keeps a result for every kernel, and one for everything together."""
+    keep = functools.partial(results.add, f"{op} schedule", f"{SHAPES[op]}, {chip.kind}", implementation=implementation)
+    total = 1e3 * program.other_cycles / chip.cores.clock_hz
     for direction, schedule in program.kernels.items():
-        work = works[direction]
-        counts = passes(work, schedule, figures.number)
-        cycles = sum(loop.bundles * count for loop, count in zip(schedule.loops, counts, strict=True))
-        unit = {
-            name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
-            for name, slots in schedule.capacity.items()
-        }
-        memory = work.memory / bandwidth * figures.clock_hz
-        bound = max(unit["VALU"], unit["EUP"], memory)
-        total += max(cycles, memory)
-        cells = [label, direction, f"{cycles / 1e6:.3f}", f"{cycles * figures.number / work.size:.1f}"]
-        cells += [f"{unit[name] / 1e6:.3f}" for name in ("VALU", "EUP", "VSTORE", "VLOAD", "XLU")]
-        cells += [f"{memory / 1e6:.3f}", f"{max(cycles, memory) / bound:.2f}"]
-        cells += [f"{1e3 * max(cycles, memory) / figures.clock_hz:.2f}", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    cells = [label, "everything", f"{total / 1e6:.3f}", *[""] * 8]
-    cells += [f"{1e3 * total / figures.clock_hz:.2f}", f"{program.temporaries / MEGABYTE:.0f}"]
-    return [*lines, "| " + " | ".join(cells) + " |"]
+        figures: dict[str, Any] = kernel_figures(chip, schedule, works[direction])
+        total += figures["milliseconds"]
+        keep(direction=direction, **figures)
+    everything = {
+        "Mcycles": total * chip.cores.clock_hz / 1e9,
+        "temporaries_MB": program.temporaries / MEGABYTE,
+    }
+    keep(direction="everything", milliseconds=total, **everything)
 
 
-def table(op: str, chip: str, variants: Sequence[str]) -> list[str]:
-    """Markdown lines for one op and chip."""
-    shape = tuple(map(int, SHAPES[op].split("x")))
-    columns = ["implementation", "pass", "Mcycles", "a step", "VALU", "EUP", "stores", "loads", "XLU", "memory"]
-    columns += ["over bound", "ms", "temporaries MB"]
-    lines = [f"## {op} {SHAPES[op]}, {chip}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    entry = generation(tpu_devices(CHIPS[chip].topology)[0].device_kind)
-    for variant in ("", *variants) if op == "selective_scan" else ("",) if op in KERNELS else ():
+def compile_all(op: OpName, name: str, options: Options, results: Results) -> None:
+    """An op on a chip: its kernels, other sizes of blocks, and XLA's form."""
+    shape, chip = tuple(map(int, SHAPES[op].split("x"))), CHIPS[name]
+    entry = generation(chip.kind)
+    tried = ("", *options.variants) if op == "selective_scan" else ("",)
+    for variant in tried if op in KERNELS and "pallas_tpu" in options.implementations else ():
         changed = varied(entry, variant)
         works = convolution_work(shape) if op == "causal_conv1d" else scan_work(op, shape, changed)
         label = "pallas_tpu"
         if op == "selective_scan":
             label += f", up to {changed.tiles} tiles, {changed.tokens} tokens{'' if variant else ' (chosen)'}"
-        lines += kernel_rows(chip, measure(op, chip, shape, "pallas_tpu", variant), works, label)
-    lines += kernel_rows(chip, measure(op, chip, shape, "xla"), {}, "xla")
-    print("\n".join(lines), flush=True)
-    return [*lines, ""]
+        add(results, op, chip, label, measure(op, name, shape, "pallas_tpu", variant), works)
+    if "xla" in options.implementations:
+        add(results, op, chip, "xla", measure(op, name, shape, "xla"), {})
 
 
 def main() -> None:
-    """Compiles everything and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--chips", nargs="+", default=["v5e", "v5p"], choices=CHIPS)
-    parser.add_argument(
-        "--variants", nargs="*", default=["12x64", "6x128", "4x128"], help="tiles x tokens, of the scan"
-    )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    lines = [
-        f"# Static schedules of the ops on TPUs, {datetime.date.today()}",
-        "",
-        f"`python {shlex.join(['benchmarks/run_tpu_static.py', *sys.argv[1:]])}`, jax {jax.__version__}, libtpu "
-        f"{importlib.metadata.version('libtpu')}; nothing was run.",
-        "",
-        "Sizes are batch x length x channels x states or width (of the update: batch x channels x states); sequences "
-        "are bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward; of the state update forward only; "
-        "the edge states (final state, initial cotangent) are one pass each. "
-        "The scan's forward kernel writes the states that its backward kernel starts from.",
-        "",
-        "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector "
-        "unit, the exponential unit, stores, loads, exchanges between lanes and the memory would take by themselves. "
-        "Over bound: the larger of schedule and memory, over the largest of vector unit, exponential unit and memory.",
-        "",
-    ]
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"tpu_static_{datetime.date.today()}.md"
-    for op in options.ops:
-        for chip in options.chips:
-            lines += table(op, chip, options.variants)
-            path.write_text("\n".join(lines))
-    print(f"wrote {path}")
+    """Command-line entry."""
+    with one_line_errors():
+        options = parse(Options, prog="benchmarks/run_tpu_static.py")
+        results = Results(options.output, Setting.here("TPU compiler, nothing run", libraries=("libtpu",)))
+        for op in options.ops:
+            for chip in options.chips:
+                compile_all(op, chip, options, results)
+        print(f"wrote {results.write_table('tpu_static', 'Static schedules of the ops on TPUs', *NOTES)}")
 
 
 if __name__ == "__main__":

@@ -2,39 +2,38 @@
 
     python benchmarks/run_training.py
     python benchmarks/run_training.py --device gpu --compute-dtype bfloat16 --d-model 768 --num-layers 24 --length 2048
+    python benchmarks/run_training.py --mixer mamba2
 
 Every policy runs in a process of its own, so that its peak memory is its own.
 """
 
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import multiprocessing
-import os
-import platform
 import resource
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 
+import harness
+from harness import MIB, Results, Setting, Timing, select_platform, time_calls
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
+    Mamba1Config,
+    Mamba2Config,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
 )
 from mamba_jax.data.batch import LMBatch
+from mamba_jax.errors import InputError
 from mamba_jax.models import parameters
 from mamba_jax.models.flops import flops_per_token, model_flops_utilization
 from mamba_jax.models.loss import next_token_loss
@@ -42,10 +41,15 @@ from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.program import TrainProgram
-from pallas_kernels import causal_conv1d, selective_scan
+from pallas_kernels import causal_conv1d, selective_scan, ssd
 
 Remat = Literal["none", "dots", "block"]
-MIB = 2**20
+NOTES = (
+    "Forward, backward and update, compiled once, the state donated. Times are the best of repeated runs; CPU ms is "
+    "processor time over all threads, the one to compare on shared cores. Temporaries are what the compiled step "
+    "allocates beyond the state and the batch. Then where the time goes, each part compiled and timed alone, forward "
+    "and backward, all layers.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class Options:
 
     Attributes:
         device: where to run.
+        mixer: of every layer, with its defaults.
         remat: policies to compare.
         d_model: width of the residual stream.
         num_layers: blocks.
@@ -63,10 +68,11 @@ class Options:
         compute_dtype: of matrix products and activations.
         loss_chunk: sequence positions whose logits exist at the same time.
         seconds: time to spend on each measurement, at least three runs.
-        output: folder for the table.
+        output: folder of the results.
     """
 
     device: Literal["cpu", "gpu", "tpu"] = "cpu"
+    mixer: Literal["mamba1", "mamba2"] = "mamba1"
     remat: tuple[Remat, ...] = ("none", "dots", "block")
     d_model: int = 256
     num_layers: int = 4
@@ -76,7 +82,7 @@ class Options:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     loss_chunk: int = 512
     seconds: float = 20.0
-    output: Path = Path(__file__).parent / "results"
+    output: Path = harness.RESULTS
 
     def program(self, remat: Remat) -> ProgramConfig:
         """What one policy is measured with."""
@@ -85,6 +91,7 @@ class Options:
                 vocab_size=self.vocab_size,
                 d_model=self.d_model,
                 num_layers=self.num_layers,
+                mixer=Mamba1Config() if self.mixer == "mamba1" else Mamba2Config(),
                 compute_dtype=self.compute_dtype,
                 remat=remat,
             ),
@@ -97,14 +104,6 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Best of all runs: wall time, and processor time over all threads, in seconds."""
-
-    wall: float
-    cpu: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCost:
     """Cost of the step under one policy."""
 
@@ -112,24 +111,7 @@ class StepCost:
     compile_seconds: float
     temporaries: int
     peak_memory: int
-    device_kind: str
-
-
-def best_timing(run: Callable[[], Any], *, seconds: float) -> Timing:
-    """Repeats `run`, which must wait for its result, after one run that does not count."""
-    run()
-    walls, cpus = [], []
-    while len(walls) < 3 or sum(walls) < seconds:
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return Timing(wall=min(walls), cpu=min(cpus))
-
-
-def select_platform(device: str) -> None:
-    """Makes JAX use this kind of device."""
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    hardware: str
 
 
 def measure_step(options: Options, remat: Remat) -> StepCost:
@@ -153,24 +135,58 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
         step = lowered.compile()
         compile_seconds = time.perf_counter() - start
 
-        def run() -> None:
+        def run() -> Any:
             nonlocal state
             state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
+            return state, metrics
 
-        timing = best_timing(run, seconds=options.seconds)
+        timing = time_calls(run, seconds=options.seconds, in_a_row=False)
     memory = step.memory_analysis()
     assert memory is not None, "XLA reports the memory of every backend in use here"
-    device = jax.devices()[0]
     # Peak memory of the device where it keeps its own; the CPU's is that of the process, in KiB on Linux.
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return StepCost(
         timing=timing,
         compile_seconds=compile_seconds,
         temporaries=memory.temp_size_in_bytes,
         peak_memory=peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        device_kind=device.device_kind,
+        hardware=harness.hardware(),
     )
+
+
+Draw = Callable[..., jax.Array]
+# A piece of a step: a function of arrays, and its arguments.
+type Piece = tuple[Callable, tuple]
+
+
+def _mamba1(config: ModelConfig, sequence: tuple[int, int], draw: Draw) -> tuple[list[tuple[int, int]], Piece, int]:
+    """Sizes of the matrix products of a layer, its recurrence, and the channels that it convolves."""
+    mixer: Any = config.mixer
+    width, states = config.d_model, mixer.state_dim
+    inner, rank = mixer.channels(width), mixer.rank(width)
+    sizes = [(width, 2 * inner), (inner, rank + 2 * states), (rank, inner), (inner, width)]
+
+    def scan(x, dt, a, b, c, d, z, bias):
+        return selective_scan(x, dt, a, b, c, D=d, z=z, dt_bias=bias, dt_softplus=True).y
+
+    x, keys = draw(*sequence, inner), draw(*sequence, states)
+    vector, a = draw(inner, dtype=np.float32), -jnp.exp(draw(inner, states, dtype=np.float32))
+    return sizes, (scan, (x, x, a, keys, keys, vector, x, vector)), inner
+
+
+def _mamba2(config: ModelConfig, sequence: tuple[int, int], draw: Draw) -> tuple[list[tuple[int, int]], Piece, int]:
+    """The same of Mamba-2."""
+    mixer: Any = config.mixer
+    width, groups, states = config.d_model, mixer.num_groups, mixer.state_dim
+    inner, heads, shared = mixer.channels(width), mixer.heads(width), 2 * groups * states
+    sizes = [(width, 2 * inner), (width, shared), (width, heads), (inner, width)]
+
+    def recur(x, dt, a, b, c, d, bias):
+        return ssd(x, dt, a, b, c, D=d, dt_bias=bias, dt_softplus=True).y
+
+    x, keys = draw(*sequence, heads, mixer.head_dim), draw(*sequence, groups, states)
+    vector = draw(heads, dtype=np.float32)
+    return sizes, (recur, (x, draw(*sequence, heads), -jnp.exp(vector), keys, keys, vector, vector)), inner + shared
 
 
 def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
@@ -178,23 +194,19 @@ def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
     config = options.program("none").model
     mixer: Any = config.mixer
     dtype, layers, width = jnp.dtype(config.compute_dtype), config.num_layers, config.d_model
-    inner, rank, states = mixer.channels(width), mixer.rank(width), mixer.state_dim
     rng = np.random.default_rng(0)
 
     def draw(*sizes: int, dtype: Any = dtype) -> jax.Array:
         return jnp.asarray(0.1 * rng.standard_normal(sizes, np.float32), dtype)
 
     sequence = (options.batch, options.length)
-    sizes = ((width, 2 * inner), (inner, rank + 2 * states), (rank, inner), (inner, width))
+    of_layer = {"mamba1": _mamba1, "mamba2": _mamba2}[options.mixer]
+    sizes, (recurrence, arrays), channels = of_layer(config, sequence, draw)
     projections = tuple((draw(*sequence, fan_in), draw(fan_in, fan_out)) for fan_in, fan_out in sizes)
-    x, a = draw(*sequence, inner), -jnp.exp(draw(inner, states, dtype=np.float32))
     targets = jnp.asarray(rng.integers(0, options.vocab_size, sequence), jnp.int32)
 
     def multiply(pairs):
         return [jnp.einsum("blm,mn->bln", value, kernel) for value, kernel in pairs]
-
-    def scan(x, dt, a, b, c, d, z, bias):
-        return selective_scan(x, dt, a, b, c, D=d, z=z, dt_bias=bias, dt_softplus=True).y
 
     def convolve(x, weight, bias):
         return causal_conv1d(x, weight, bias, activation="silu").y
@@ -210,11 +222,11 @@ def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
 
         return both
 
-    vector, keys = functools.partial(draw, inner, dtype=np.float32), draw(*sequence, states)
+    taps, bias = draw(mixer.conv_width, channels), draw(channels, dtype=np.float32)
     return {
         "matrix products of the blocks": (with_gradient(multiply), (projections,), layers),
-        "selective scan": (with_gradient(scan), (x, x, a, keys, keys, vector(), x, vector()), layers),
-        "convolution": (with_gradient(convolve), (x, draw(mixer.conv_width, inner), vector()), layers),
+        "recurrence": (with_gradient(recurrence), arrays, layers),
+        "convolution": (with_gradient(convolve), (draw(*sequence, channels), taps, bias), layers),
         "head and loss": (with_gradient(loss), (draw(*sequence, width), draw(config.padded_vocab_size, width)), 1),
     }
 
@@ -233,11 +245,12 @@ def measure_update(options: Options) -> Timing:
         updates, moments = optimizer.update(gradient, state[1], state[0])
         return optax.apply_updates(state[0], updates), moments
 
-    def run() -> None:
+    def run() -> Any:
         nonlocal state
-        state = jax.block_until_ready(update(state, gradient))
+        state = update(state, gradient)
+        return state
 
-    return best_timing(run, seconds=options.seconds / 10)
+    return time_calls(run, seconds=options.seconds / 10, in_a_row=False)
 
 
 def measure_parts(options: Options) -> dict[str, Timing]:
@@ -246,74 +259,50 @@ def measure_parts(options: Options) -> dict[str, Timing]:
     timings = {}
     for name, (function, arguments, repeats) in parts(options).items():
         compiled = jax.jit(function).lower(*arguments).compile()
-        once = best_timing(
-            lambda program=compiled, args=arguments: jax.block_until_ready(program(*args)),
-            seconds=options.seconds / 10,
+        once = time_calls(functools.partial(compiled, *arguments), seconds=options.seconds / 10, in_a_row=False)
+        timings[name] = Timing(
+            milliseconds=repeats * once.milliseconds, cpu_milliseconds=repeats * once.cpu_milliseconds
         )
-        timings[name] = Timing(wall=repeats * once.wall, cpu=repeats * once.cpu)
     return timings | {"clipping and AdamW": measure_update(options)}
 
 
-def step_table(options: Options, costs: dict[Remat, StepCost]) -> list[str]:
-    """Markdown lines of the whole step."""
-    tokens = options.batch * options.length
-    config = options.program("none").model
-    lines = [
-        "| remat | tokens/s | best ms | CPU s a step | MFU | temporaries MiB | peak memory MiB | compile s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for remat, cost in costs.items():
-        speed = tokens / cost.timing.wall
-        mfu = model_flops_utilization(config, speed, length=options.length, device_kind=cost.device_kind, num_devices=1)
-        cells = [
-            f"{speed:,.0f}",
-            f"{cost.timing.wall * 1e3:.1f}",
-            f"{cost.timing.cpu:.3f}",
-            "-" if mfu is None else f"{mfu:.1%}",
-            f"{cost.temporaries / MIB:.1f}",
-            f"{cost.peak_memory / MIB:.0f}",
-            f"{cost.compile_seconds:.1f}",
-        ]
-        lines.append(f"| {remat} | {' | '.join(cells)} |")
-    return lines
+def step_figures(options: Options, cost: StepCost) -> dict[str, float | None]:
+    """What a step costs."""
+    speed = options.batch * options.length / cost.timing.milliseconds * 1e3
+    mfu = model_flops_utilization(
+        options.program("none").model, speed, length=options.length, device_kind=cost.hardware, num_devices=1
+    )
+    return {
+        "milliseconds": cost.timing.milliseconds,
+        "CPU_ms": cost.timing.cpu_milliseconds,
+        "tokens/s": speed,
+        "MFU_%": None if mfu is None else 100 * mfu,
+        "temporaries_MiB": cost.temporaries / MIB,
+        "peak_memory_MiB": cost.peak_memory / MIB,
+        "compile_s": cost.compile_seconds,
+    }
 
 
-def part_table(options: Options, timings: dict[str, Timing], whole: StepCost, remat: Remat) -> list[str]:
-    """Markdown lines of the pieces, and what of the step they do not cover."""
-    kind, label = ("cpu", "CPU ms") if options.device == "cpu" else ("wall", "ms")
-    milliseconds = {name: 1e3 * getattr(timing, kind) for name, timing in timings.items()}
-    total = 1e3 * getattr(whole.timing, kind)
+def part_figures(options: Options, timings: dict[str, Timing], whole: Timing, remat: Remat) -> dict[str, dict]:
+    """Time and share of every piece, and of what of the step they do not cover."""
+    kind = "cpu_milliseconds" if options.device == "cpu" else "milliseconds"
+    times = {name: getattr(timing, kind) for name, timing in timings.items()}
+    total = getattr(whole, kind)
     recomputed = "" if remat == "none" else ", recomputation"
-    milliseconds[f"rest: norms, residuals, embedding, layout changes{recomputed}"] = total - sum(milliseconds.values())
-    milliseconds[f"whole step, remat {remat!r}"] = total
-    lines = [f"| part | {label} | share |", "|---|---|---|"]
-    return lines + [f"| {name} | {time:.0f} | {time / total:.0%} |" for name, time in milliseconds.items()]
+    times[f"rest: norms, residuals, embedding, layout changes{recomputed}"] = total - sum(times.values())
+    label = "CPU_ms" if options.device == "cpu" else "milliseconds"
+    return {name: {label: time, "share_%": 100 * time / total} for name, time in times.items()}
 
 
-def header(options: Options, day: str, device_kind: str) -> list[str]:
-    """Markdown lines that say what was measured, on what, and how."""
+def workload(options: Options) -> str:
+    """Model and batch in words."""
     config = options.program("none").model
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    cpu = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
     flops = flops_per_token(config, length=options.length) * options.batch * options.length
-    return [
-        f"# Cost of a training step, {day}",
-        "",
-        f"Mamba-1, d_model {options.d_model}, {options.num_layers} layers, batch {options.batch}, length "
-        f"{options.length}, vocabulary {options.vocab_size}, {options.compute_dtype}: {parameters.count(config):,} "
-        f"parameters, {flops / 1e9:.1f} GFLOP a step.",
-        "",
-        f"Hardware: {cpu if options.device == 'cpu' else device_kind}.",
-        f"Software: Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax "
-        f"{flax.__version__}, optax {optax.__version__}.",
-        f"Command: `python {shlex.join(['benchmarks/run_training.py', *sys.argv[1:]])}`",
-        "",
-        "Forward, backward and update, compiled once, the state donated. Times are the best of repeated runs; CPU s is "
-        "processor time over all threads, the one to compare on shared cores. Temporaries are what the compiled step "
-        "allocates beyond the state and the batch.",
-        "",
-    ]
+    return (
+        f"{options.mixer} d_model {options.d_model}, {options.num_layers} layers, vocabulary {options.vocab_size}, "
+        f"{parameters.count(config):,} parameters, batch {options.batch} x {options.length}, {options.compute_dtype}, "
+        f"{flops / 1e9:.1f} GFLOP a step"
+    )
 
 
 def main() -> None:
@@ -322,24 +311,23 @@ def main() -> None:
         options = parse(Options, prog="benchmarks/run_training.py")
         for remat in options.remat:
             options.program(remat)
-        costs: dict[Remat, StepCost] = {}
+        results, whole = None, None
         with concurrent.futures.ProcessPoolExecutor(
             1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
         ) as processes:
             for remat in options.remat:
-                costs[remat] = processes.submit(measure_step, options, remat).result()
-                print(step_table(options, {remat: costs[remat]})[-1], flush=True)
+                cost = processes.submit(measure_step, options, remat).result()
+                results = results or Results(options.output, Setting.here(cost.hardware, libraries=("flax", "optax")))
+                whole = whole or cost.timing
+                figures: dict[str, Any] = step_figures(options, cost)
+                results.add("training step", workload(options), implementation=remat, direction="step", **figures)
             timings = processes.submit(measure_parts, options).result()
+        if results is None or whole is None:
+            raise InputError("--remat names no policy: give none, dots or block")
         first = options.remat[0]
-        day = datetime.date.today().isoformat()
-        lines = header(options, day, costs[first].device_kind) + step_table(options, costs)
-        lines += ["", "Where the time goes, each part compiled and timed alone, forward and backward, all layers:", ""]
-        lines += part_table(options, timings, costs[first], first)
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / f"training_{options.device}_{day}.md"
-        path.write_text("\n".join([*lines, ""]))
-        print("\n".join(lines[-8:]))
-        print(f"wrote {path}")
+        for name, figures in part_figures(options, timings, whole, first).items():
+            results.add("parts of a step", workload(options), implementation=first, direction=name, **figures)
+        print(f"wrote {results.write_table(f'training_{options.device}', 'Cost of a training step', *NOTES)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times the tilings of the GPU kernels of the selective scan over shapes, and writes a table.
+"""Times the tilings of the GPU kernels of the selective scan over shapes; keeps the results and writes a table.
 
     python benchmarks/tune_scan.py
     python benchmarks/tune_scan.py --shapes 8x2048x1536 1x131072x2048
@@ -8,19 +8,19 @@ calls, launches included, in milliseconds; the backward pass is timed together w
 choice.
 """
 
-import argparse
 import concurrent.futures
-import datetime
+import dataclasses
 import functools
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import harness
+from harness import Results, Setting, time_calls
+from mamba_jax.cli import one_line_errors, parse
+from mamba_jax.errors import InputError
 from pallas_kernels.selective_scan.arguments import ScanArguments
 from pallas_kernels.selective_scan.pallas_gpu import op as pallas_gpu
 from pallas_kernels.selective_scan.pallas_gpu.geometry import Tiling
@@ -41,6 +41,49 @@ PARTS = (1, 2, 4, 8, 16, 32)
 STATES = 16
 LEAST_TOKENS_OF_A_PART = 128
 LEAST_BLOCKS, MOST_BLOCKS = 190, 700
+NOTES = (
+    f"bfloat16, N {STATES}, D, z, dt_bias, softplus; medians of calls that follow each other. * is the choice of "
+    "`choose_tilings`. The backward pass is timed together with the forward pass of the present choice.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to time.
+
+    Attributes:
+        shapes: batch x length x channels.
+        output: folder of the results.
+    """
+
+    shapes: tuple[str, ...] = SHAPES
+    output: Path = harness.RESULTS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A tiling of one pass at one shape, and the program that it makes.
+
+    Attributes:
+        direction: "forward" or "forward + backward".
+        tiling: of the last pass.
+        is_chosen: whether `choose_tilings` takes it.
+        function: jitted.
+        compiled: when it is.
+    """
+
+    direction: str
+    tiling: Tiling
+    is_chosen: bool
+    function: Any
+    compiled: concurrent.futures.Future
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        tiling = self.tiling
+        mark = " *" if self.is_chosen else ""
+        return f"{tiling.lanes_per_channel} lanes, {tiling.rows} rows, {tiling.parts} parts{mark}"
 
 
 def arguments(shape: tuple[int, int, int]) -> dict[str, jax.Array]:
@@ -82,69 +125,65 @@ def forward_and_backward(tilings: tuple[Tiling, Tiling], arrays: dict[str, jax.A
     return y, vjp(y)
 
 
-def milliseconds(function: Callable, arrays: dict[str, jax.Array]) -> float:
-    """Median time of a call, when calls follow each other without a pause."""
-    jax.block_until_ready(function(arrays))
-    start = time.perf_counter()
-    jax.block_until_ready(function(arrays))
-    calls = max(1, min(20, int(0.01 / (time.perf_counter() - start))))
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        result = None
-        for _ in range(calls):
-            result = function(arrays)
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / calls)
-    return 1e3 * statistics.median(times)
+def sizes_of(text: str) -> tuple[int, int, int]:
+    """Sizes from "8x2048x1536".
+
+    Raises:
+        InputError: it is not three positive integers.
+    """
+    sizes = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+    if len(sizes) != 3 or 0 in sizes:
+        raise InputError(f"--shapes {text!r}: expected batch x length x channels, for example 8x2048x1536")
+    batch, length, channels = sizes
+    return batch, length, channels
+
+
+def candidates_of(shape: tuple[int, int, int], pool: concurrent.futures.Executor) -> list[Candidate]:
+    """All candidates at a shape, whose compilation starts."""
+    chosen = choose_tilings(*shape, STATES)
+    abstract = jax.eval_shape(functools.partial(arguments, shape))
+    candidates = []
+    for direction, run in (("forward", forward), ("forward + backward", forward_and_backward)):
+        for tiling in tilings_for(shape):
+            pair = (tiling, chosen[1]) if direction == "forward" else (chosen[0], tiling)
+            function = jax.jit(functools.partial(run, pair))
+            candidates.append(
+                Candidate(
+                    direction=direction,
+                    tiling=tiling,
+                    is_chosen=tiling == chosen[direction != "forward"],
+                    function=function,
+                    compiled=pool.submit(lambda f=function: f.lower(abstract).compile()),
+                )
+            )
+    return candidates
 
 
 def main() -> None:
     """Compiles everything in parallel, then times one candidate after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length x channels")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-
-    candidates = []
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for text in options.shapes:
-            batch, length, channels = (int(size) for size in text.split("x"))
-            shape = batch, length, channels
-            chosen = choose_tilings(*shape, STATES)
-            abstract = jax.eval_shape(functools.partial(arguments, shape))
-            for kind, run in (("forward", forward), ("forward + backward", forward_and_backward)):
-                for tiling in tilings_for(shape):
-                    pair = (tiling, chosen[1]) if kind == "forward" else (chosen[0], tiling)
-                    function = jax.jit(functools.partial(run, pair))
-                    compiled = pool.submit(lambda f=function, a=abstract: f.lower(a).compile())
-                    is_chosen = tiling == chosen[kind != "forward"]
-                    candidates.append((text, shape, kind, tiling, is_chosen, function, compiled))
-        for *_, compiled in candidates:
-            compiled.exception()
-
-    lines = [
-        "# Tilings of the selective scan on GPUs",
-        "",
-        f"`python benchmarks/tune_scan.py`, {datetime.date.today()}, {jax.devices()[0].device_kind}, jax "
-        f"{jax.__version__}; bfloat16, N {STATES}, D, z, dt_bias, softplus. * is the choice of `choose_tilings`.",
-        "",
-        "| batch x length x channels | pass | lanes | rows | parts | ms |",
-        "|---|---|---|---|---|---|",
-    ]
-    arrays, last = {}, None
-    for text, shape, kind, tiling, is_chosen, function, compiled in candidates:
-        if text != last:
-            arrays, last = arguments(shape), text
-        reason = compiled.exception()
-        time_taken = f"{milliseconds(function, arrays):.4f}" if reason is None else type(reason).__name__
-        mark = "*" if is_chosen else ""
-        lines.append(
-            f"| {text} | {kind} | {tiling.lanes_per_channel} | {tiling.rows} | {tiling.parts} | {time_taken}{mark} |"
-        )
-        print(lines[-1], flush=True)
-    path = options.output / f"scan_tilings_{datetime.date.today()}.md"
-    path.write_text("\n".join(lines) + "\n")
+    with one_line_errors():
+        options = parse(Options, prog="benchmarks/tune_scan.py")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            candidates = {text: candidates_of(sizes_of(text), pool) for text in options.shapes}
+        results = Results(options.output, Setting.here(harness.hardware()))
+        for text, group in candidates.items():
+            arrays = arguments(sizes_of(text))
+            for candidate in group:
+                reason, figures = candidate.compiled.exception(), {}
+                if reason is None:
+                    call = functools.partial(candidate.function, arrays)
+                    figures["milliseconds"] = time_calls(call, seconds=0.1, in_a_row=True).milliseconds
+                else:
+                    figures["failure"] = type(reason).__name__
+                workload = f"{text}x{STATES} bfloat16"
+                results.add(
+                    "selective_scan tiling",
+                    workload,
+                    implementation=candidate.name,
+                    direction=candidate.direction,
+                    **figures,
+                )
+        print(f"wrote {results.write_table('scan_tilings', 'Tilings of the selective scan on GPUs', *NOTES)}")
 
 
 if __name__ == "__main__":

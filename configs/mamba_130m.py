@@ -6,6 +6,8 @@ Data:      TFDS c4/en prepared as array_record, tokenised with GPT-NeoX-20B (a `
 Expected:  129,135,360 parameters, 4,800 steps. The paper shows this run's loss as a curve only; no figure of ours yet.
 """
 
+from typing import Any
+
 from mamba_jax.config import (
     CheckpointConfig,
     CosineSchedule,
@@ -20,13 +22,11 @@ from mamba_jax.config import (
 )
 
 
-def recipe(
-    name: str, *, d_model: int, num_layers: int, peak_lr: float, num_steps: int, global_batch: int = 256
-) -> ExperimentConfig:
+def recipe(name: str, *, peak_lr: float, num_steps: int, global_batch: int = 256, **model: Any) -> ExperimentConfig:
     """The paper's run of a model of this size; configs/mamba_370m.py and its like hold the other rows of its table."""
     return ExperimentConfig(
         name=name,
-        model=ModelConfig(vocab_size=50277, d_model=d_model, num_layers=num_layers),
+        model=ModelConfig(vocab_size=50277, **model),
         data=DataConfig(
             train=TfdsSource(name="c4/en", split="train"),
             validation=TfdsSource(name="c4/en", split="validation"),

@@ -19,7 +19,9 @@ from mamba_jax.data.config import TokenizerConfig as TokenizerConfig
 from mamba_jax.evaluation.config import EvaluationConfig as EvaluationConfig
 from mamba_jax.experiment import ExperimentConfig as ExperimentConfig
 from mamba_jax.models.config import DType as DType
+from mamba_jax.models.config import Hybrid as Hybrid
 from mamba_jax.models.config import ModelConfig as ModelConfig
+from mamba_jax.models.config import Unit as Unit
 from mamba_jax.models.mixers import *  # noqa: F403  the config of every mixer
 from mamba_jax.sharding.config import MeshConfig as MeshConfig
 from mamba_jax.training.config import CheckpointConfig as CheckpointConfig

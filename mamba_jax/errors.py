@@ -1,4 +1,4 @@
-"""The one exception type that command-line programs turn into a single line, and what its messages are made of."""
+"""The exception type that command-line programs print as a single line, and helpers for its messages."""
 
 import reprlib
 
@@ -7,10 +7,10 @@ _SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=6, maxstring=80, maxlong=40
 
 
 def clean_line(text: str) -> str:
-    """The text in one line that does nothing to a terminal: what would break or colour it is spelt out.
+    """The text as one line that is safe to print: line breaks become spaces, control characters become escapes.
 
     Args:
-        text: may quote names of files and words of other libraries; a very long one loses its middle.
+        text: any text, such as a message that quotes file names; from a very long one the middle is left out.
     """
     line = " ".join(part for part in text.splitlines() if part)
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
@@ -18,12 +18,12 @@ def clean_line(text: str) -> str:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Why a system call failed, without the path; a name that no file can have is a ValueError."""
+    """Why a system call failed, without the path. Python raises ValueError for impossible names, with a NUL in them."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def short(value: object) -> str:
-    """A value out of a file for a message, whatever its size and depth."""
+    """A short text for any value, such as one read from a file, to be quoted in a message."""
     return _SHORT.repr(value)
 
 
@@ -35,7 +35,7 @@ class InputError(ValueError):
     of this library and keeps its traceback.
 
     Args:
-        message: goes through `clean_line`.
+        message: the message; it is passed through `clean_line`.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""A run, described whole."""
+"""The config of a whole experiment: model, data, optimizer, loop, devices, checkpoints and evaluation."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ class ExperimentConfig(Config):
 
     Attributes:
         name: a short name for logs and plots.
-        seed: of parameters, data order and samples.
+        seed: seed of the initial parameters, the order of the data, and text samples.
         model: the network.
         data: the text.
         optimizer: the update rule.
@@ -40,7 +40,7 @@ class ExperimentConfig(Config):
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Sequences of an evaluation batch."""
+        """Number of sequences in an evaluation batch: `evaluation.batch_size`, or that of training."""
         return self.evaluation.batch_size or self.data.global_batch
 
     def _check(self) -> None:
@@ -49,10 +49,10 @@ class ExperimentConfig(Config):
 
     @property
     def program(self) -> ProgramConfig:
-        """What the compiled step depends on.
+        """The part of the config that the compiled training step depends on.
 
         Raises:
-            InputError: its parts do not go together.
+            InputError: its fields contradict each other, such as a length that is not divisible by the windows.
         """
         data, train = self.data, self.train
         return ProgramConfig(

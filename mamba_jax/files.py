@@ -1,4 +1,4 @@
-"""Writing a file so that it has its old content or the new one, and never a part."""
+"""Replaces files atomically: at any time a file has its old content or the new one."""
 
 import contextlib
 import os
@@ -8,16 +8,17 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacement(path: Path, *, mark: str = "") -> Iterator[Path]:
-    """Gives a path to write to, beside `path`, which takes its place when the block ends without an error.
+    """Context manager: yields a temporary path beside `path`, and renames it to `path` unless the block fails.
 
-    By then the disk has the content, so that a loss of power leaves the old file or the new one too.
+    The content is flushed to disk before it is renamed, so that even a power failure leaves the old file or the new.
 
     Args:
-        path: of the file; of a link, the file that it leads to is replaced.
-        mark: tells apart writers of the same file; whoever is killed leaves what they have written under this name.
+        path: the file to replace; if it is a link, the file that it leads to is replaced.
+        mark: part of the temporary file's name, different for each of several simultaneous writers. A process that is
+            killed leaves its temporary file.
 
     Raises:
-        OSError: it cannot take the place; `path` is as it was, as after any error in the block.
+        OSError: the file cannot be replaced; after this or any error in the block, `path` is as it was.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}{mark}")

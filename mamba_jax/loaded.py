@@ -23,7 +23,7 @@ from mamba_jax.models.language_model import LMOutput
 from mamba_jax.models.parameters import ModelDefinition, Params, define
 from mamba_jax.models.state import LMState
 
-# Token ids, or documents, of rows of equal length.
+# Token ids or document numbers, in rows of equal length.
 Ids = Int[jax.Array | np.ndarray, "B L"] | list[list[int]]
 
 
@@ -39,8 +39,8 @@ def load(
     Args:
         path: the folder.
         step: which checkpoint of a training run; None is the newest.
-        weights: of a training run: those of the last update, or their moving average.
-        compute_dtype: of matrix products and activations; None is that of the checkpoint.
+        weights: of a training run, "weights" for those of the last update or "average" for their moving average.
+        compute_dtype: dtype of matrix products and activations; None takes that of the checkpoint.
 
     Raises:
         InputError: the folder is neither, is damaged, or has no such step.
@@ -60,7 +60,7 @@ class Model:
         text = model.complete("The President", num_tokens=100)
 
     Attributes:
-        config: of the model.
+        config: config of the model.
         params: its parameters.
     """
 
@@ -87,9 +87,12 @@ class Model:
         """Logits of the next token at every position, and the state after the last; compiled once for each shape.
 
         Args:
-            tokens: ids in [0, vocab_size), (B, L); nested lists and NumPy arrays are taken as well.
-            state: from the call on the tokens before; None starts a sequence.
-            segment_ids: document of each token, (B, L); None is one document a row.
+            tokens: ids in [0, vocab_size), (B, L); nested lists and NumPy arrays are accepted, too.
+            state: `output.state` of the call with the previous tokens; None starts a sequence.
+            segment_ids: document number of each token, (B, L); None means one document per row.
+
+        Returns:
+            `logits`, (B, L, V) with V the padded vocabulary, and `state`.
         """
         ids = None if segment_ids is None else jnp.asarray(segment_ids)
         return _forward(self.definition, self.params, jnp.asarray(tokens), state, ids)
@@ -116,7 +119,7 @@ class Model:
     def complete(
         self, prompt: str, *, num_tokens: int = 128, seed: int = 0, sampling: SamplingConfig | None = None
     ) -> str:
-        """The prompt and its continuation, up to the end of the document."""
+        """Continues a text, until the model ends the document or `num_tokens` are added; returns prompt and all."""
         return complete(
             self.definition,
             self.params,

@@ -83,7 +83,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
     """Twelve steps on one device in a new run directory; a field such as `num_steps` overrides that of its section."""
 
-    def make(**fields: object) -> ExperimentConfig:
+    def make(**fields: Any) -> ExperimentConfig:
         def section(cls, **defaults):
             names = cls.__dataclass_fields__.keys()
             return cls(**{**defaults, **{name: fields.pop(name) for name in list(fields) if name in names}})

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -58,20 +58,24 @@ def test_json_mistakes_get_one_line(old: str, new: str, expected: str) -> None:
     assert "\n" not in message
 
 
-def data(**fields: object) -> c.DataConfig:
-    return c.DataConfig(**{"train": c.ShardSource(path="s"), "seq_len": 16, "global_batch": 4, **fields})
+def data(**fields: Any) -> c.DataConfig:
+    defaults: dict[str, Any] = {"train": c.ShardSource(path="s"), "seq_len": 16, "global_batch": 4}
+    return c.DataConfig(**defaults | fields)
 
 
-def train(**fields: object) -> c.TrainConfig:
-    return c.TrainConfig(**{"num_steps": 3, "run_dir": "run", **fields})
+def train(**fields: Any) -> c.TrainConfig:
+    defaults: dict[str, Any] = {"num_steps": 3, "run_dir": "run"}
+    return c.TrainConfig(**defaults | fields)
 
 
-def optimizer(**fields: object) -> c.OptimizerConfig:
-    return c.OptimizerConfig(**{"peak_lr": 1e-3, **fields})
+def optimizer(**fields: Any) -> c.OptimizerConfig:
+    defaults: dict[str, Any] = {"peak_lr": 1e-3}
+    return c.OptimizerConfig(**defaults | fields)
 
 
-def model(**fields: object) -> c.ModelConfig:
-    return c.ModelConfig(**{"vocab_size": 257, "d_model": 64, "num_layers": 2, **fields})
+def model(**fields: Any) -> c.ModelConfig:
+    defaults: dict[str, Any] = {"vocab_size": 257, "d_model": 64, "num_layers": 2}
+    return c.ModelConfig(**defaults | fields)
 
 
 def experiment(**recipe: object) -> c.ExperimentConfig:
@@ -162,6 +166,7 @@ _SCRIPT = """
 import functools, sys, numpy
 from mamba_jax.config import *
 from mamba_jax.errors import InputError
+from typing import Any
 DATA = functools.partial(DataConfig, **dict(train=ShardSource(path="s"), seq_len=16, global_batch=4))
 TRAIN = functools.partial(TrainConfig, **dict(num_steps=3, run_dir="run"))
 for text in sys.argv[1:]:
@@ -205,6 +210,7 @@ def config_file(tmp_path: Path) -> str:
 def test_overrides_change_single_fields(config_file: str) -> None:
     config = load_config(config_file, ["--train.num-steps", "7", "--model.mixer.selective", "dt", "C"])
     assert config.train.num_steps == 7
+    assert isinstance(config.model.mixer, c.Mamba1Config)
     assert config.model.mixer.selective == ("dt", "C")
     assert config.data == make_config().data
 

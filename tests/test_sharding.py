@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def test_processes_supply_the_rows_of_their_devices(
 def test_batch_is_put_in_its_shards() -> None:
     mesh = make_mesh(MeshConfig(data=2, sequence=2, tensor=2))
     rows = {"tokens": np.arange(24).reshape(4, 6), "continues": np.arange(4)}
-    put = put_batch(mesh, rows)
+    put: Any = put_batch(mesh, rows)
     for name, array in rows.items():
         np.testing.assert_array_equal(put[name], array)
         assert put[name].sharding == batch_sharding(mesh, dims=array.ndim)

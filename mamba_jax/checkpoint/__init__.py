@@ -1,8 +1,8 @@
 """Checkpoints of training, on Orbax.
 
-A checkpoint is a folder named by its step. It holds one item for each part of the state, such as `params` and `rest`,
-the resolved experiment as JSON (`config`), and what tells damage, another step and another run (`fingerprints`): Orbax
-itself reads flipped bits without complaint.
+A checkpoint is a folder named by its step. It holds one item for each part of the state, such as `params` and `rest`;
+the resolved experiment as JSON (`config`); and an item `fingerprints`, by which a damaged checkpoint, or one of another
+step or run, is recognised: Orbax itself reads flipped bits without complaint.
 """
 
 from mamba_jax.checkpoint.checkpointer import Checkpointer, Restored, SaveFailed

@@ -1,4 +1,4 @@
-"""What several processes decide together about one checkpoint."""
+"""Lets several processes reach the same decision about a checkpoint, so that none continues while another stops."""
 
 import contextlib
 import enum
@@ -15,9 +15,10 @@ _MESSAGE_BYTES = 1000
 
 
 class Finding(enum.IntEnum):
-    """What a process found when it read its part; the highest of all processes counts.
+    """What a process found when it read its part of a checkpoint; all processes act on the highest value.
 
-    A process that cannot read outweighs one that found damage: nothing is moved while the store is in trouble.
+    REFUSED (it cannot be read now, or belongs to something else) is above DAMAGED: while the storage fails, nothing is
+    moved away as damaged.
     """
 
     FINE = 0
@@ -27,9 +28,10 @@ class Finding(enum.IntEnum):
 
 
 class Outcome(enum.IntEnum):
-    """How writing ended in a process; the highest of all processes counts.
+    """How writing a checkpoint ended in a process; all processes report the highest value.
 
-    After a failure Orbax waits for the other processes; that it did so in vain says less than the failure.
+    If one process fails, Orbax makes the others wait for it until a deadline. FAILED is above WAITED_IN_VAIN so that
+    the message names the cause and not the wait.
     """
 
     DONE = 0
@@ -46,7 +48,10 @@ _ERRORS: dict[int, type[InputError]] = {
 
 @contextlib.contextmanager
 def same_for_all() -> Iterator[None]:
-    """Raises in every process what one of them raised; nothing inside may wait for another process."""
+    """Context manager: if the block raises an `InputError` in one process, all processes raise it at the end.
+
+    The processes exchange their results when the block ends, so nothing inside may wait for another process.
+    """
     own, finding = None, Finding.FINE
     try:
         yield
@@ -59,7 +64,7 @@ def same_for_all() -> Iterator[None]:
 
 
 def highest_of_all(value: int, message: str) -> tuple[int, str]:
-    """Value and message of the process whose value is highest, the lowest such process."""
+    """The highest `value` of all processes, and the `message` of the lowest-numbered process that has it."""
     if jax.process_count() == 1:
         return value, message
     own = bytes([value]) + message.encode(errors="replace")[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
@@ -69,5 +74,5 @@ def highest_of_all(value: int, message: str) -> tuple[int, str]:
 
 
 def from_first(value: int) -> int:
-    """The value of the first process: listings of shared storage may be of different age."""
+    """The value that the first process passes, in all processes: each may see another state of shared storage."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

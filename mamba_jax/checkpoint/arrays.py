@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: read into shardings, and listed after they were written."""
+"""Reads the arrays of a checkpoint into given shardings, and checks after a save that all of them were written."""
 
 import itertools
 import json
@@ -21,16 +21,19 @@ from mamba_jax.checkpoint.steps import LiteralPath
 
 
 def read_arrays(folder: Path, items: Mapping[str, Any], *, identity: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Some items of a checkpoint, compared with its record; all processes return, or all raise the same.
+    """Reads some items of a checkpoint and compares them with its record; all processes return, or all raise the same.
 
     Args:
-        folder: of the step.
-        items: trees of `jax.ShapeDtypeStruct` with shardings, by name.
-        identity: of the run that it must belong to; None takes any.
+        folder: the checkpoint's folder, named by its step.
+        items: what to read: by item name, a tree of `jax.ShapeDtypeStruct` with shardings.
+        identity: identity of the run that the checkpoint must belong to; None accepts any run.
+
+    Returns:
+        The arrays, in the same trees.
 
     Raises:
         DamagedCheckpoint, CheckpointGone: see `judged`.
-        InputError: it cannot be read now, or is of another step, another run or another model.
+        InputError: the checkpoint cannot be read now, or belongs to another step, run or model.
     """
     with same_for_all():
         record = records.read(folder)
@@ -38,7 +41,7 @@ def read_arrays(folder: Path, items: Mapping[str, Any], *, identity: Mapping[str
         records.check_identity(record, identity, folder)
         records.check_arrays(record, items, folder)
         restored = {name: _read_item(folder, name, tree) for name, tree in items.items()}
-    # All processes take part in these sums, so all must have got here.
+    # A collective computation, which would hang if a process had left above: hence the agreement before it.
     found = fingerprints(restored)
     with same_for_all():
         if differing := [name for name, value in found.items() if record.fingerprints.get(name) != value]:
@@ -48,13 +51,13 @@ def read_arrays(folder: Path, items: Mapping[str, Any], *, identity: Mapping[str
 
 
 def check_written(folder: Path, record: Record) -> None:
-    """Makes sure that a folder that was just written holds everything that its step should have.
+    """Makes sure that a checkpoint that was just written holds every array and its record.
 
-    Orbax does not miss what it does not find: an array that was lost shows only when someone reads it.
+    Orbax does not check this: an array that was not written would be noticed only when it is restored.
 
     Args:
-        folder: still under the name that says it is unfinished.
-        record: of what was to be saved.
+        folder: the folder, still under Orbax's temporary name.
+        record: the record of what was to be saved.
 
     Raises:
         DamagedCheckpoint: something is missing, or cannot be read back.
@@ -73,7 +76,7 @@ def check_written(folder: Path, record: Record) -> None:
 
 
 def _check_parts(store: Any, keys: set[bytes], name: str) -> None:
-    """An array is cut into parts on a grid, each under its own key."""
+    """Raises a ValueError unless every chunk of a Zarr array exists; each chunk has a key of its own in the store."""
     path = name.partition("/")[2].replace("/", ".")
     grid = json.loads(store.read(f"{path}/.zarray").result().value)
     counts = [math.ceil(size / part) for size, part in zip(grid["shape"], grid["chunks"], strict=True)]
@@ -85,7 +88,7 @@ def _check_parts(store: Any, keys: set[bytes], name: str) -> None:
 def _read_item(folder: Path, name: str, tree: Any) -> Any:
     quiet()
     own = jax.process_index()
-    # This process alone: others may be at another place, where a barrier would wait for them for ever.
+    # As if this process were alone: otherwise Orbax sets barriers, and a process that has failed never reaches them.
     options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     with judged(folder, name):
         return ocp.StandardCheckpointHandler(multiprocessing_options=options).restore(

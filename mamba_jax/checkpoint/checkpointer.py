@@ -1,4 +1,4 @@
-"""Saves the state of a run while it goes on, and restores it when it starts again."""
+"""Saves the training state in the background while the run continues, and restores it when the run is resumed."""
 
 import contextlib
 import dataclasses
@@ -29,14 +29,14 @@ from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.training.config import CheckpointConfig
 
-# How long a process waits for the others to write their parts.
+# How long a process waits for the others to write their parts. A judgement: long enough for slow shared storage.
 _DEADLINE_SECONDS = 1200
-# How long threads of Orbax may go on writing after one of them has failed.
+# How long to keep removing what Orbax's threads still write after one of them has failed. Judged: its writes are short.
 _AFTERMATH_SECONDS = 10.0
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written, for a reason in one line; older ones are untouched."""
+    """A checkpoint could not be written; the message is one line with the cause. Older checkpoints are untouched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Restored:
 
     Attributes:
         step: updates done.
-        items: by name, in the shardings that were asked for.
+        items: the parts of the state by name, in the shardings that were asked for.
     """
 
     step: int
@@ -55,13 +55,13 @@ class Restored:
 class Checkpointer:
     """Saves and restores the training state of one run directory.
 
-    With several processes, each makes the same calls, on storage that all of them see. Reading waits for no other
-    process: each reads its part, then all take the same decision, on the worst that any of them found. Only the first
-    moves and removes folders. A background save that fails in one process fails in all, in the others once Orbax's
-    deadline of 20 minutes has passed. A failure before that, in starting to save, ends the job.
+    With several processes, each makes the same calls, on storage that all of them see. Each reads its own part without
+    waiting for the others; then all decide together, by the worst result of any of them. Only the first process moves
+    and removes folders. If a background save fails in one process, it fails in all: in the others once Orbax's deadline
+    of 20 minutes has passed. If it cannot even be started in one of several processes, the job ends.
 
-    A step gets its name, and counts, once all that it should hold was found in its folder; only then are older ones
-    removed.
+    A checkpoint is written under a temporary name. It gets the name of its step once everything it should hold has been
+    found in the folder; only then are older checkpoints removed.
     """
 
     def __init__(
@@ -72,15 +72,16 @@ class Checkpointer:
         identity: Mapping[str, Any] | None = None,
         on_event: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
-        """Removes what saves that did not finish have left.
+        """Creates the folder of checkpoints if it is missing, and removes what unfinished saves have left in it.
 
         Args:
-            run_dir: checkpoints go to its folder "checkpoints".
+            run_dir: the run directory; checkpoints go to its folder "checkpoints".
             config: how many checkpoints are kept.
-            identity: what JSON can hold and what tells this run from others; a checkpoint of another one is refused.
-                None compares nothing.
-            on_event: told of "checkpoint" (its field `step` is saved and complete), and of "quarantined", "save_failed"
-                and "not_removed" with fields `step` and `reason`; not always in the thread that calls.
+            identity: a JSON object that distinguishes this run from others; restoring a checkpoint with another
+                identity is refused. None accepts any.
+            on_event: called with the name of an event: "checkpoint" with the field `step` when a save is complete;
+                "quarantined", "save_failed" and "not_removed" with the fields `step` and `reason`. Some of the calls
+                come from a background thread.
 
         Raises:
             InputError: checkpoints cannot be kept in a folder of this name.
@@ -97,15 +98,15 @@ class Checkpointer:
         self._open(patience=0.0)
 
     def save(self, step: int, items: Mapping[str, Any], config: ExperimentConfig) -> None:
-        """Starts to save; a save before this one that failed in the background is reported to `on_event`.
+        """Starts to save in the background, after the previous save is done; its failure is reported to `on_event`.
 
         Args:
             step: updates done; a step that is already saved is left alone.
-            items: trees of arrays by name: "params", "rest", "ema"; they may be donated as soon as this returns.
+            items: trees of arrays by name ("params", "rest", "ema"); they may be donated as soon as this returns.
             config: the resolved experiment.
 
         Raises:
-            SaveFailed: this save could not even be started. Later ones may succeed.
+            SaveFailed: this save could not be started. Later ones may succeed.
         """
         before = self._saving
         try:
@@ -203,7 +204,7 @@ class Checkpointer:
         check_written(self._folder / f"{self._record.step}.orbax-checkpoint-tmp", self._record)
 
     def _finish(self, record: records.Record) -> None:
-        """Goes on in the background."""
+        """Runs in the background thread: waits for the save to complete, then removes checkpoints beyond `keep`."""
         self._writer.wait_until_finished()
         self._on_event("checkpoint", step=record.step)
         if jax.process_index() == 0:
@@ -213,7 +214,10 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _failure_in_one_line(self) -> Iterator[None]:
-        """Whatever goes wrong while writing, the writer is replaced: its threads may hold on to what failed."""
+        """Context manager: turns any failure of writing, in any process, into `SaveFailed` in all of them.
+
+        The Orbax writer is replaced, because its threads may still be busy with the failed save.
+        """
         problem, cause, outcome = "", None, Outcome.DONE
         try:
             yield

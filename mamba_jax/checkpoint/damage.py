@@ -1,4 +1,4 @@
-"""Tells a damaged checkpoint from one that cannot be read at the moment, and from one that was removed meanwhile."""
+"""Classifies errors of reading a checkpoint: it is damaged, was removed meanwhile, or cannot be read right now."""
 
 import contextlib
 import errno
@@ -12,7 +12,8 @@ from typing import Any
 
 from mamba_jax.errors import InputError
 
-# TensorStore writes the error of a system call into its message, and begins others with the kind of problem.
+# TensorStore's messages contain the number of the operating system's error if there was one; the other messages begin
+# with a status such as "NOT_FOUND: ".
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 _STATUS = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
 _DAMAGE_STATUSES = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "OUT_OF_RANGE")
@@ -26,19 +27,19 @@ class DamagedCheckpoint(InputError):
 
 
 class CheckpointGone(InputError):
-    """A checkpoint that was removed while it was read, as a run does with its oldest."""
+    """A checkpoint that was removed while it was read, as a run removes its oldest ones."""
 
 
 @contextlib.contextmanager
 def judged(folder: Path, part: str = "") -> Iterator[None]:
-    """Turns whatever goes wrong while a checkpoint is read into one line that says what that means.
+    """Context manager: turns any error of reading a checkpoint into one of three errors with a message of one line.
 
-    Only what is on the list of damage is called so, and only once every file in the folder could be opened and read:
-    a store that is in trouble says nothing about what is in it.
+    A checkpoint is called damaged only if the error is a known sign of damage (`is_damage`) and every file in the
+    folder can be opened and read: errors of failing storage say nothing about the content.
 
     Args:
-        folder: of the step.
-        part: what is read, for the message.
+        folder: the checkpoint's folder, named by its step.
+        part: what is being read, for the message.
 
     Raises:
         CheckpointGone: the folder is not there any more.
@@ -65,11 +66,11 @@ def judged(folder: Path, part: str = "") -> Iterator[None]:
             root, reason = trouble, one_line(trouble)
         if is_damage(root):
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged ({reason})") from error
-        raise InputError(f"checkpoint {folder} cannot be read now ({reason}): see to that and start again") from error
+        raise InputError(f"checkpoint {folder} cannot be read now ({reason}): fix this and start again") from error
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether an error in reading can only come from what the files hold; any that is not known is none."""
+    """Whether an error of reading can only come from the content of the files; False for errors that are not known."""
     if isinstance(error, OSError):
         # Orbax raises some of these itself, without a number, where it finds no file.
         found = errno.ENOENT if error.errno is None and isinstance(error, FileNotFoundError) else error.errno
@@ -81,7 +82,9 @@ def is_damage(error: BaseException) -> bool:
 
 
 def check_files(folder: Path) -> None:
-    """Makes sure that the files of a checkpoint can be read: the first byte of each, without waiting for any.
+    """Makes sure that the files of a checkpoint can be read, by reading the first byte of each.
+
+    Pipes and devices are refused before they are opened, because reading them may block.
 
     Raises:
         DamagedCheckpoint: something is neither file nor folder, such as a pipe that would block, or a link to nothing.
@@ -102,10 +105,10 @@ def check_files(folder: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object out of a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        ValueError: it holds anything else.
+        ValueError: the file holds anything else.
     """
     value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
@@ -116,7 +119,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks, and without the middle if it is long."""
     text = " ".join(str(error).split())
-    # What was done stands at the start, with long paths after it; why it failed, such as a full disk, at the end.
+    # Such messages begin with what was being done and end with the cause, such as a full disk; in between stand long
+    # paths.
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-195:]}"
 
 

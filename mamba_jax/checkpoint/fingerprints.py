@@ -1,4 +1,4 @@
-"""A number per array that changes when any bit of it does, and does not depend on how the array is laid out."""
+"""A checksum for each array that is computed on the devices and does not depend on how the array is split over them."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ def fingerprints(tree: Any) -> dict[str, int]:
         fingerprint = sum_i mix(bits_i xor mix(i))  modulo 2^32
 
     where i numbers the elements and mix is a bijection of 32-bit words. One changed element always changes the sum;
-    several go unnoticed with a probability of 2^-32. The sum does not depend on its order, and so neither on the mesh
-    nor on the number of processes. It runs on the devices that hold the arrays.
+    changes of several elements cancel with a probability of about 2^-32. Integer sums do not depend on their order, so
+    the fingerprint is the same on every mesh and for any number of processes.
 
     Args:
         tree: arrays of any dtype of 1, 2, 4 or 8 bytes.

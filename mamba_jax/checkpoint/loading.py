@@ -1,4 +1,4 @@
-"""Reads what a run has saved, from outside the run."""
+"""Reads checkpoints for other programs than the run that wrote them, which may still be training."""
 
 import dataclasses
 import json
@@ -20,7 +20,8 @@ from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.parameters import Params, define
 
 _ITEM = {"weights": "params", "average": "ema"}
-# Each time a checkpoint is removed while it is read, a newer one is there.
+# If a checkpoint is removed while it is read, a newer one exists and is tried. Twenty in a row means that the run
+# removes checkpoints faster than they can be read.
 _TRIES = 20
 
 
@@ -57,16 +58,16 @@ class StoredRun:
 def load_params(
     run_dir: str | Path, step: int | None = None, *, weights: Literal["weights", "average"] = "weights"
 ) -> LoadedParams:
-    """Reads the parameters of a run onto one device; the run may be going on.
+    """Reads the parameters of a run onto the first local device; the run may still be training.
 
     Args:
-        run_dir: of the training run.
-        step: which checkpoint; None is the newest.
-        weights: those of the last update, or their moving average.
+        run_dir: the run directory.
+        step: which checkpoint; None takes the newest.
+        weights: "weights" for the parameters after the last update, "average" for their moving average.
 
     Raises:
         InputError: the run has no such checkpoint or keeps no average, or the checkpoint is damaged, cannot be read now
-            or does not hold what its config says.
+            or does not hold the arrays of its config.
     """
     check_path(run_dir)
     for _ in range(_TRIES):
@@ -83,16 +84,18 @@ def load_params(
 
 
 def stored_run(run_dir: str | Path) -> StoredRun | None:
-    """What the newest checkpoint that is not damaged says about its run; each process reads it for itself.
+    """Config, identity and step from the newest checkpoint of a run that is not damaged; reads no arrays.
+
+    Each process reads for itself, without waiting for the others.
 
     Args:
-        run_dir: of the run.
+        run_dir: the run directory.
 
     Returns:
-        None if there is no such checkpoint.
+        None if the run has no readable checkpoint.
 
     Raises:
-        InputError: it cannot be read now, or its config is of another version.
+        InputError: a checkpoint cannot be read now, or its config is of another version.
     """
     for step in reversed(steps_in(Path(run_dir) / FOLDER)):
         folder = Path(run_dir) / FOLDER / str(step)

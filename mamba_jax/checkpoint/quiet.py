@@ -1,4 +1,4 @@
-"""Keeps what Orbax prints about a failure away from a user who is told of it in one line."""
+"""Silences Orbax, so that the user sees a failure once, as our one-line message, and not as pages of tracebacks."""
 
 import functools
 import logging
@@ -18,8 +18,8 @@ _TENSORSTORE = ("tensorstore_spec", "OCDBT", "os_error_code")
 def quiet() -> None:
     """Drops, from now on, the log records and tracebacks of Orbax and of the threads that it starts.
 
-    It logs every option that it derives from another; where one array fails, it logs and raises in a thread for each of
-    the others, and what TensorStore still reads finds their event loop closed. The error itself reaches the caller.
+    Orbax logs every option that it derives. If one array fails, it also logs and raises an error in a thread for each
+    of the other arrays, whose reads then find their event loop closed. The first error still reaches the caller.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_of_orbax)

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, beside its arrays: its step, its run, its config and what its arrays are."""
+"""The record of a checkpoint: step, identity of the run, config, and the types and fingerprints of its arrays."""
 
 import dataclasses
 import hashlib
@@ -27,10 +27,10 @@ class Record:
 
     Attributes:
         step: updates done.
-        identity: which run this is; None if it was not told.
-        config: the resolved experiment, as JSON holds it.
-        arrays: by path, such as "params/norm_f/scale": dtype and shape, such as "float32[16]".
-        fingerprints: by path; see `mamba_jax.checkpoint.fingerprints`.
+        identity: identity of the run, as given to `Checkpointer`; None if none was given.
+        config: the resolved experiment as a JSON object.
+        arrays: dtype and shape of each array, such as "float32[16]", by its path, such as "params/norm_f/scale".
+        fingerprints: fingerprint of each array by its path; see `mamba_jax.checkpoint.fingerprints`.
     """
 
     step: int
@@ -52,13 +52,13 @@ class Record:
 
 
 def describe(step: int, identity: dict[str, Any] | None, config: ExperimentConfig, items: Mapping[str, Any]) -> Record:
-    """The record of what is about to be saved.
+    """The record of a checkpoint that is about to be saved; computes the fingerprints on the devices.
 
     Args:
         step: updates done.
-        identity: of the run.
+        identity: identity of the run as a JSON object, or None.
         config: the resolved experiment.
-        items: trees of arrays by name.
+        items: the trees of arrays that will be saved, by item name.
     """
     return Record(
         step=step,
@@ -78,20 +78,24 @@ def types_of(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read(folder: Path) -> Record:
-    """The record of a checkpoint, compared with its checksums.
+    """Reads the record of a checkpoint and compares it with its checksums; the arrays are not read.
+
+    Args:
+        folder: the checkpoint's folder, named by its step.
 
     Raises:
-        InputError: it was saved before checkpoints recorded their step and run, or cannot be read now.
+        InputError: it was saved by a version that did not record step and run, or cannot be read now.
         DamagedCheckpoint, CheckpointGone: see `judged`.
     """
     with judged(folder):
         check_files(folder)
     with judged(folder, _FINGERPRINTS):
         content = read_object(folder / _FINGERPRINTS / _FILE)
+        # That version stored fingerprints of the arrays and nothing besides.
         if content and all(type(value) is int for value in content.values()):
             raise InputError(
-                f"checkpoint {folder} records neither its step nor its run, as those of earlier versions: move that "
-                "folder away"
+                f"checkpoint {folder} is of an earlier version, which recorded neither step nor run: move that folder "
+                "away"
             )
         checksum = content.pop("sha256")
         if checksum != _checksum(content):
@@ -110,10 +114,10 @@ def read(folder: Path) -> Record:
 
 
 def check_step(record: Record, folder: Path) -> None:
-    """Makes sure that a folder holds the step that it is named by.
+    """Makes sure that a folder holds the step in its name.
 
     Raises:
-        InputError: it is a copy of another step.
+        InputError: it holds another step, as a renamed or copied folder does.
     """
     if record.step != int(folder.name):
         raise InputError(
@@ -126,12 +130,12 @@ def check_identity(record: Record, identity: Mapping[str, Any] | None, folder: P
     """Makes sure that a checkpoint belongs to a run.
 
     Args:
-        record: of the checkpoint.
-        identity: of the run; None compares nothing.
-        folder: of the checkpoint.
+        record: the checkpoint's record.
+        identity: the run's identity; None accepts any checkpoint.
+        folder: the checkpoint's folder, for the message.
 
     Raises:
-        InputError: it belongs to another one; the message says in what they differ.
+        InputError: it belongs to another run; the message says how the identities differ.
     """
     if identity is None or record.identity == identity:
         return
@@ -150,12 +154,12 @@ def check_identity(record: Record, identity: Mapping[str, Any] | None, folder: P
 
 
 def check_arrays(record: Record, items: Mapping[str, Any], folder: Path) -> None:
-    """Makes sure that a checkpoint holds the arrays that a model has: Orbax would cast another dtype silently.
+    """Makes sure that a checkpoint holds the arrays of the model; Orbax would silently cast arrays of another dtype.
 
     Args:
-        record: of the checkpoint.
-        items: trees of abstract arrays by name; other items of the checkpoint are not looked at.
-        folder: of the checkpoint.
+        record: the checkpoint's record.
+        items: the expected arrays: by item name, a tree of `jax.ShapeDtypeStruct`. Other items are not compared.
+        folder: the checkpoint's folder, for the message.
 
     Raises:
         InputError: an array is missing, unexpected or of another shape or dtype.
@@ -171,7 +175,7 @@ def check_arrays(record: Record, items: Mapping[str, Any], folder: Path) -> None
 
 
 def _checksum(value: dict[str, Any]) -> str:
-    """Of the content, whatever the order and the spaces in the text."""
+    """Sha256 of a JSON object, independent of the order of its keys and of white space in the file."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

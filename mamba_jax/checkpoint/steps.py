@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which steps are in it, what is removed from it and what is moved aside."""
+"""The folder of a run's checkpoints: lists its steps, removes old and unfinished ones, moves damaged ones aside."""
 
 import contextlib
 import errno
@@ -19,9 +19,10 @@ from mamba_jax.errors import InputError
 
 FOLDER, _DAMAGED = "checkpoints", "damaged"
 _LARGEST = 2**31
-# Left over by a save that did not finish, and on its way out.
+# Names of folders that an unfinished save has left, and of old checkpoints that are being removed.
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|removed)")
-# Damaged, in a folder of their own or, where that is on another disk, beside the others.
+# Names of damaged checkpoints: in the folder `damaged` of the run, or, if `checkpoints` is a link to another disk,
+# beside the good ones.
 _DAMAGED_STEP = re.compile(r"\d+(-\d+)?")
 _ASIDE = re.compile(r"\d+\.damaged(-\d+)?")
 # Linux takes paths of 4096 bytes, and what Orbax adds below a run's folder is at most some 140 of them.
@@ -32,15 +33,15 @@ class LiteralPath(PosixGPath):
     """A path that is not a pattern: Orbax finds some of its own files by globbing, where it joins path and pattern."""
 
     def glob(self, pattern: str) -> Any:
-        """Yields what matches the pattern below this folder, whatever characters the folder's own name has."""
+        """Yields the paths below this folder that match; characters such as * in the folder's own name are literal."""
         return (self._new(path) for path in Path(self).glob(pattern))
 
 
 def check_path(run_dir: str | Path) -> None:
-    """Makes sure that checkpoints can be kept below a path, which need not exist.
+    """Makes sure that Orbax and TensorStore can store checkpoints below a path, which need not exist.
 
     Raises:
-        InputError: it has characters that Orbax or TensorStore take for something else, or is too long.
+        InputError: the path has characters that these libraries interpret in another way, or is too long.
     """
     path = os.path.abspath(run_dir)
     kinds = {unicodedata.category(character) for character in path}
@@ -60,7 +61,7 @@ def check_path(run_dir: str | Path) -> None:
 
 
 def newest_step(run_dir: str | Path) -> int | None:
-    """Step of the newest complete checkpoint of a run, in whatever state; None if there is none.
+    """Step of the newest complete checkpoint of a run, even if it is damaged; None if there is none.
 
     Raises:
         InputError: the folder cannot be read, or is a link to nothing.
@@ -69,7 +70,7 @@ def newest_step(run_dir: str | Path) -> int | None:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps that have a folder, ascending; whatever has another name than a step gets is passed over.
+    """Steps that have a checkpoint folder, ascending; entries whose name is not a step are passed over.
 
     Raises:
         InputError: the folder cannot be read, or is a link to nothing.
@@ -81,13 +82,11 @@ def steps_in(folder: Path) -> list[int]:
         if isinstance(error, FileNotFoundError) and not folder.is_symlink():
             return []
         target = f", a link to {os.readlink(folder)}," if folder.is_symlink() else ""
-        raise InputError(
-            f"{folder}{target} cannot be read now ({error.strerror}): see to that and start again"
-        ) from error
+        raise InputError(f"{folder}{target} cannot be read now ({error.strerror}): fix this and start again") from error
 
 
 def quarantined(run_dir: str | Path) -> list[Path]:
-    """Damaged checkpoints of a run that were moved aside."""
+    """Folders of damaged checkpoints that were moved aside in a run directory, sorted."""
     damaged, folder = Path(run_dir) / _DAMAGED, Path(run_dir) / FOLDER
     places = ((damaged, _DAMAGED_STEP), (folder, _ASIDE))
     return sorted(
@@ -96,10 +95,12 @@ def quarantined(run_dir: str | Path) -> list[Path]:
 
 
 def quarantine(run_dir: Path, step: int) -> None:
-    """Moves a checkpoint to the folder `damaged`, or lets it lose its name where that is on another disk.
+    """Moves a damaged checkpoint to the folder `damaged` of the run.
+
+    If `checkpoints` is on another disk, the checkpoint stays there and is renamed, so that it no longer counts.
 
     Raises:
-        OSError: it stays where it is.
+        OSError: it can neither be moved nor renamed, and stays as it is.
     """
     source, target = run_dir / FOLDER / str(step), run_dir / _DAMAGED / str(step)
     target.parent.mkdir(exist_ok=True)
@@ -112,12 +113,12 @@ def quarantine(run_dir: Path, step: int) -> None:
 
 
 def remove_leftovers(folder: Path, *, patience: float) -> None:
-    """Removes what saves that did not finish have left, as far as the store lets it.
+    """Removes what unfinished saves have left; errors are ignored.
 
     Args:
-        folder: of the checkpoints.
-        patience: seconds to go on for. Where one array could not be written, threads of Orbax may still be writing
-            others.
+        folder: the folder of checkpoints.
+        patience: seconds during which removing is repeated. After a failed save, threads of Orbax may still be writing
+            the other arrays.
     """
     end = time.monotonic() + patience
     with contextlib.suppress(OSError):
@@ -130,12 +131,17 @@ def remove_leftovers(folder: Path, *, patience: float) -> None:
 
 
 def remove_oldest(folder: Path, *, keep: int, identity: Mapping[str, Any] | None) -> str | None:
-    """Removes all but the newest checkpoints of a run; what is not surely its own stays.
+    """Removes all but the newest checkpoints of a run; folders that are not known to be its own stay.
 
-    A folder loses its name first, so that no one who reads it takes half of it for a damaged checkpoint.
+    A folder is renamed before it is deleted, so that no reader takes a half-deleted folder for a damaged checkpoint.
+
+    Args:
+        folder: the folder of checkpoints.
+        keep: number of checkpoints to keep.
+        identity: identity of the run; a checkpoint with another one is not removed. None removes any.
 
     Returns:
-        Why the store did not let it remove one; None if nothing was left to remove.
+        Why a checkpoint could not be removed, in one line; None if all went well.
     """
     try:
         for path in (folder / str(step) for step in steps_in(folder)[:-keep]):
@@ -159,7 +165,7 @@ def _is_step(name: str) -> bool:
 
 
 def _free(path: Path) -> Path:
-    """The path, or one with a number behind its name if there is something already."""
+    """The path if nothing exists there, else the first of `path-1`, `path-2`, ... that is free."""
     taken, candidate = 0, path
     while os.path.lexists(candidate):
         taken += 1

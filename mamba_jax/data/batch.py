@@ -18,12 +18,12 @@ class LMBatch:
 
     Attributes:
         tokens: input ids, (B, L).
-        targets: id that follows each input, (B, L).
-        loss_mask: positions that count in the loss, (B, L).
-        segment_ids: document number of each input within its row, (B, L), or None when the state runs on across
-            documents. A change of number between t - 1 and t resets convolution and state before t.
-        continues: rows whose first input goes on with the document that the same row of the batch before ended in,
-            (B,); None when rows have nothing to do with those of the batch before.
+        targets: the id that follows each input, (B, L).
+        loss_mask: whether each position counts in the loss, (B, L).
+        segment_ids: document number of each input within its row, (B, L); where it changes between t - 1 and t,
+            convolution and state are reset before t. None when the state is never reset.
+        continues: whether the row continues the document at the end of the same row of the previous batch, (B,); None
+            when rows are unrelated to those of the previous batch.
     """
 
     tokens: Int[jax.Array | np.ndarray, "B L"]

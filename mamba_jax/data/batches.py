@@ -1,4 +1,4 @@
-"""The interface between data and training: batch number k, whatever makes it."""
+"""The interface between data and training: an object that gives batch number k, from any kind of source."""
 
 import abc
 import dataclasses
@@ -13,13 +13,14 @@ from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.config import DataConfig, Documents
 from mamba_jax.errors import InputError
 
+# A judgement that catches typing errors: a thousand batches of token ids take gigabytes and help nobody.
 _MAX_PREFETCH = 1000
-# Above this many threads, Python's lock and not the disk is what batches wait for.
+# A judgement: with more threads, they wait for Python's interpreter lock and not for the disk.
 _MAX_THREADS = 16
 
 
 class Batches(abc.ABC):
-    """Training batches as a pure function of the step, which is all that a checkpoint stores of the data.
+    """Training batches as a pure function of the step, so that a checkpoint stores nothing of the data but the step.
 
     Attributes:
         prefetch: batches that `iterate` keeps ready.
@@ -29,7 +30,7 @@ class Batches(abc.ABC):
 
     @abc.abstractmethod
     def at(self, step: int) -> LMBatch:
-        """Batch `step`, counted from 0: this process' rows, as numpy arrays."""
+        """Batch number `step`, counted from 0: the rows of this process, as numpy arrays."""
 
     def iterate(self, start_step: int) -> Iterator[LMBatch]:
         """`at(start_step)`, `at(start_step + 1)`, ... without end, prepared ahead by background threads."""
@@ -40,11 +41,11 @@ class Batches(abc.ABC):
 
 
 class Task(abc.ABC):
-    """A source that makes whole batches itself, as a synthetic task does; there is no stream of tokens behind it.
+    """A source that makes whole batches itself, such as a synthetic task, instead of a stream of tokens.
 
     Attributes:
-        identity: JSON object that changes whenever the batches may have changed; a run refuses to resume on another.
-        tokens_per_byte: what bits per byte are computed with; 1 counts every token as a byte.
+        identity: JSON object that changes whenever the batches may change; a run refuses to resume if it differs.
+        tokens_per_byte: factor from bits per token to bits per byte; 1 counts every token as a byte.
     """
 
     identity: dict[str, Any]
@@ -52,13 +53,16 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def batch(self, seed: int, step: int, *, batch_size: int, seq_len: int) -> LMBatch:
-        """A whole batch, a pure function of the arguments; `segment_ids` and `continues` are None.
+        """The batch with the rows of all processes, as a pure function of the arguments.
 
         Args:
-            seed: of the run.
-            step: number of the batch, from 0; that of evaluation batches is negative, so they are other ones.
-            batch_size: B, rows over all processes.
-            seq_len: L, tokens of a row.
+            seed: the seed of the run.
+            step: number of the batch, counted from 0. Evaluation uses negative numbers, so that it gets other batches.
+            batch_size: B, number of rows over all processes.
+            seq_len: L, number of tokens in a row.
+
+        Returns:
+            A batch whose `segment_ids` and `continues` are None.
         """
 
 
@@ -68,12 +72,12 @@ class TaskBatches(Batches):
     Args:
         task: makes the batches.
         config: `seq_len`, `global_batch`, `documents`, `order` and `prefetch` are used.
-        seed: handed to the task.
-        process_index: p; this process gets the p-th of P equal runs of rows.
+        seed: the seed that the task is called with.
+        process_index: p; this process gets the p-th of P equal runs of consecutive rows.
         process_count: P.
 
     Raises:
-        InputError: `order` asks for streams, which a task does not have; or see `check_prefetch` and `process_rows`.
+        InputError: `order` is "streams", which needs a stream of tokens; or see `check_prefetch` and `process_rows`.
     """
 
     def __init__(
@@ -96,7 +100,7 @@ class TaskBatches(Batches):
 
 
 def task_rows(batch: LMBatch, rows: range, documents: Documents) -> LMBatch:
-    """Some rows of a task's batch, each a document of its own where documents are marked."""
+    """The given rows of a task's batch; with `documents="packed"`, each row is marked as one document."""
     batch = jax.tree.map(lambda array: array[rows.start : rows.stop], batch)
     if documents == "packed":
         batch = dataclasses.replace(batch, segment_ids=np.zeros(batch.tokens.shape, np.int32))
@@ -104,10 +108,10 @@ def task_rows(batch: LMBatch, rows: range, documents: Documents) -> LMBatch:
 
 
 def check_prefetch(prefetch: int) -> int:
-    """The number of batches to keep ready, if memory can hold so many.
+    """Returns `prefetch` unchanged if it is a sensible number of batches to keep ready.
 
     Raises:
-        InputError: it cannot.
+        InputError: it is more than `_MAX_PREFETCH`.
     """
     if prefetch > _MAX_PREFETCH:
         raise InputError(f"data.prefetch keeps at most {_MAX_PREFETCH} batches ready, got {prefetch}: lower it")
@@ -115,10 +119,16 @@ def check_prefetch(prefetch: int) -> int:
 
 
 def process_rows(batch_size: int, process_index: int, process_count: int, *, name: str) -> range:
-    """The rows of a batch that process p of P makes: the p-th of P equal runs.
+    """The rows of a batch that process p of P makes: the p-th of P equal runs of consecutive rows.
+
+    Args:
+        batch_size: number of rows over all processes.
+        process_index: p.
+        process_count: P.
+        name: what the batch size is called in the config, for the message.
 
     Raises:
-        InputError: the rows cannot be split evenly; `name` is what to change.
+        InputError: the rows cannot be split evenly.
     """
     if batch_size % process_count:
         raise InputError(f"{name} ({batch_size}) must be divisible by the {process_count} processes: change it")

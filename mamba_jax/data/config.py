@@ -1,4 +1,4 @@
-"""What a model learns from, and how it is cut."""
+"""Configs of data: sources of text, the tokenizer, and how text is cut into batches."""
 
 import dataclasses
 from pathlib import Path
@@ -47,9 +47,9 @@ class Source(Config):
     kind: str
 
     def open(self) -> "DocumentReader | TokenDataset | Task":
-        """Documents to tokenise, a stream of token ids, or a task that makes batches itself.
+        """Opens the source: documents to tokenise, a stream of token ids, or a task that makes batches itself.
 
-        What reads the source is imported here, so that configs can be read without it.
+        Implementations import the reader inside this method, so that configs can be used without its dependencies.
 
         Raises:
             InputError: there is no such source, or it is damaged.
@@ -57,15 +57,15 @@ class Source(Config):
         raise NotImplementedError
 
     def require_present(self) -> None:
-        """Makes sure that opening the source downloads nothing. Sources that never download leave this as it is.
+        """Makes sure that `open` will not download anything; sources that never download inherit this empty method.
 
         Raises:
-            InputError: something is missing here.
+            InputError: the data is not on this machine.
         """
 
     @property
     def place(self) -> str:
-        """Where the data is, for messages."""
+        """Name or folder of the data, for messages."""
         return self.kind
 
 

@@ -1,4 +1,4 @@
-"""What every source of text gives: documents in a fixed order, one piece of text at a time."""
+"""The interface of sources of text: documents in a fixed order, read one piece at a time."""
 
 import abc
 import dataclasses
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A document, or a part of one too long to be held whole.
+    """A document, or a part of one that is too long to be held in memory whole.
 
     Attributes:
-        text: the piece.
-        num_bytes: its length in UTF-8.
-        continues: it goes on with the document of the piece before.
-        ends_document: no further piece of this document follows.
+        text: the text of the piece.
+        num_bytes: length of the text in UTF-8.
+        continues: whether it continues the document of the previous piece.
+        ends_document: whether it is the last piece of its document.
     """
 
     text: str
@@ -27,10 +27,10 @@ class DocumentReader(abc.ABC):
     """Documents in a fixed order.
 
     Attributes:
-        name: of the source, for messages.
-        identity: JSON value that changes whenever the documents may have changed.
-        total: amount of work, in `unit`.
-        unit: what progress is counted in.
+        name: name of the source, for messages.
+        identity: JSON value that changes whenever the documents may have changed; tokenised text is cached under it.
+        total: size of the source in `unit`, for the progress bar.
+        unit: unit that progress is counted in.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Windows of the token stream to training examples."""
+"""Turns windows of the token stream into training examples."""
 
 import numpy as np
 from jaxtyping import Int
@@ -8,7 +8,7 @@ from mamba_jax.data.config import Documents
 
 
 def pack(windows: Int[np.ndarray, "B W"], documents: Documents, *, end_of_document: int) -> LMBatch:
-    """Inputs, targets, mask and segments of windows of L + 1 consecutive tokens.
+    """Makes a batch from windows of L + 1 consecutive tokens: inputs, targets, loss mask and segment ids.
 
     With s the window, tokens_t = s_t and targets_t = s_{t+1}. In "packed" mode the segment id of position t is the
     number of end-of-document tokens before t: such a token belongs to the document it ends, and is a target like any

@@ -23,8 +23,10 @@ from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
+from mamba_jax.rounding import ceil_div
 
-# Batches of a task in an evaluation that names no number: a task has no end.
+# Batches of a task in an evaluation without `max_batches`; a task has no end. A judgement: some ten thousand
+# predictions.
 _TASK_EVALUATION = 16
 
 
@@ -32,14 +34,14 @@ def open_source(source: Source, cache_dir: str | Path | DataConfig, tokenizer: T
     """Opens a source; documents are tokenised into `cache_dir` first unless they are there already.
 
     The name of a cached folder is a hash of the source, of the names, sizes and times of its files, and of the
-    tokenizer, so changed text or another tokenizer never meets an old cache. It is compared whole with its index before
-    it is used, and one that is damaged is passed over for good and made again under a further name. Processes that
-    share a cache may do all this at the same time.
+    tokenizer, so that changed text or another tokenizer never uses an old cache. Before a cached folder is used, all of
+    it is compared with its index. A damaged folder is never used again: the text is tokenised into a new folder beside
+    it. Processes that share a cache may do all this at the same time.
 
     Args:
-        source: of any registered kind.
-        cache_dir: holds a folder for each tokenised source; or the config that names it.
-        tokenizer: must be the one that made the ids, if the source holds ids already.
+        source: the config of a source, of any registered kind.
+        cache_dir: folder that holds a folder for each tokenised source; or a `DataConfig`, whose `cache_dir` is used.
+        tokenizer: makes the token ids; if the source holds ids already, it must be the one that made them.
 
     Returns:
         The token stream, or the task if the source makes its batches itself.
@@ -59,13 +61,14 @@ def open_source(source: Source, cache_dir: str | Path | DataConfig, tokenizer: T
 def train_batches(
     dataset: TokenDataset | Task, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Batches:
-    """The training batches of an opened source; arguments and errors as of `TrainBatches` and `TaskBatches`."""
+    """The training batches of an opened source; see `TrainBatches` and `TaskBatches` for arguments and errors."""
     if isinstance(dataset, Task):
         return TaskBatches(dataset, config, seed=seed, process_index=process_index, process_count=process_count)
     return TrainBatches(dataset, config, seed=seed, process_index=process_index, process_count=process_count)
 
 
 def _open_cache(documents: DocumentReader, tokenizer: Tokenizer, cache: Path) -> TokenDataset:
+    """The documents as tokens, from the cache; they are tokenized first if it lacks them or has a damaged copy only."""
     key = json.dumps([INDEX_VERSION, documents.identity, tokenizer.fingerprint], sort_keys=True)
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     damage = None
@@ -93,7 +96,7 @@ def _write_cache(documents: DocumentReader, tokenizer: Tokenizer, folder: Path) 
     try:
         write_shards(documents, tokenizer, folder)
     except InputError:
-        # Another process may have been faster; its folder is as good.
+        # If another process has written the folder first, that one is used.
         if not folder.is_dir():
             raise
 
@@ -101,26 +104,26 @@ def _write_cache(documents: DocumentReader, tokenizer: Tokenizer, folder: Path) 
 class TrainBatches(Batches):
     """Training batches of a token stream as a pure function of (seed, step).
 
-    Window i is the L + 1 tokens from i * L on: windows share one token, so every token but the first is a target
-    once an epoch, up to a tail. The windows of all batches form one endless sequence; batch k is its elements k * B to
-    (k + 1) * B - 1, of which process p of P gets the p-th of P equal runs. So neither the number of processes nor
-    threads nor restarts change what step k sees.
+    Window i is the L + 1 tokens that begin at token i * L. Neighbouring windows share one token, so that in each epoch
+    every token is a target once, except the first and a tail that does not fill a window. The windows of all batches
+    form one endless sequence; batch k takes its elements k * B to (k + 1) * B - 1, and process p of P gets the p-th of
+    P equal runs of them. So step k sees the same windows whatever the number of processes, threads and restarts.
 
     - `order="shuffled"`: the windows come in a new random order every epoch; the tail is shorter than a window.
-    - `order="streams"`: the windows are cut, in text order, into B equal streams of S; row r of batch k is window
-      r * S + k mod S. A row goes on where it ended in batch k - 1, and after S batches all rows start again. The tail
-      is shorter than a window a row.
+    - `order="streams"`: the windows are cut, in text order, into B equal streams of S windows each; row r of batch k is
+      window r * S + k mod S. Each row continues where it ended in batch k - 1, and after S batches all rows start
+      again. The tail is shorter than one window for each row.
 
     Args:
         dataset: the token stream.
         config: `seq_len`, `global_batch`, `documents`, `order` and `prefetch` are used.
-        seed: of the order; streams have none.
+        seed: seed of the random order; not used by streams.
         process_index: p.
         process_count: P.
 
     Raises:
         InputError: the text is shorter than a window, or than a window for each stream; the batch cannot be split over
-            the processes; or `prefetch` is absurd.
+            the processes; or `prefetch` is larger than `check_prefetch` allows.
     """
 
     def __init__(
@@ -163,16 +166,17 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[LMBatch]:
-    """Every target token of the stream once, in stream order.
+    """Batches in which every token of the stream but the first is a target once, in stream order.
 
-    The last window is padded with end-of-document tokens, the last batch with rows of them, both with loss_mask False.
+    The last window is filled up with end-of-document tokens, and the last batch with rows of such tokens; `loss_mask`
+    is False for all of them.
 
     Args:
-        dataset: the token stream, or a task, which gives as many batches as are asked for.
-        seq_len: L, tokens of a window.
+        dataset: the token stream, or a task, which makes as many batches as asked for.
+        seq_len: L, number of tokens in a window.
         documents: see `DataConfig`.
-        batch_size: sequences of a batch over all processes.
-        max_batches: take only so many batches, spread evenly over the stream.
+        batch_size: number of sequences in a batch, over all processes.
+        max_batches: take at most this many batches, spread evenly over the stream; None takes all.
         process_index: p; process p gets the p-th of P equal runs of rows.
         process_count: P.
 
@@ -189,14 +193,14 @@ def evaluation_batches(
     num_targets = dataset.num_tokens - 1
     if num_targets == 0:
         raise InputError("the evaluation text has a single token, so there is nothing to predict: use more text")
-    total = -(-num_targets // (seq_len * batch_size))
+    total = ceil_div(num_targets, seq_len * batch_size)
     count = total if max_batches is None else min(total, max_batches)
     numbers = (index * total // count for index in range(count))
     return (_windows(dataset, np.array(rows) + number * batch_size, seq_len, documents) for number in numbers)
 
 
 def _windows(dataset: TokenDataset, windows: np.ndarray, length: int, documents: Documents) -> LMBatch:
-    """Some windows of the stream, given by number, as a batch; beyond the end of the stream nothing counts."""
+    """A batch of the windows with the given numbers; `loss_mask` is False beyond the end of the stream."""
     starts = windows * length
     targets = np.clip(dataset.num_tokens - 1 - starts, 0, length)
     tokens = np.full((len(windows), length + 1), dataset.end_of_document, dtype=np.int32)
@@ -222,7 +226,7 @@ def _check_length(dataset: TokenDataset, config: DataConfig) -> None:
 
 
 def _window_order(num_windows: int, config: DataConfig, seed: int) -> Callable[[int], int]:
-    """Window number of element n of the endless sequence of all batches' rows."""
+    """A function from n to the window that is element n of the endless sequence of all batches' rows."""
     import grain
 
     if config.order == "streams":

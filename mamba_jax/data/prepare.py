@@ -18,7 +18,7 @@ from mamba_jax.data.shard_index import ShardIndex
 from mamba_jax.data.shard_writer import SHARD_TOKENS, ShardWriter, refuse_existing
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 
-# Text that is tokenised at once: enough to keep all cores of `tokenizers` busy, little enough to bound memory.
+# How much text is tokenised in one call. A judgement: enough to keep all cores busy, little enough to bound memory.
 _BATCH_BYTES = 4 * 2**20
 _BATCH_PIECES = 8192
 _PLAIN_SECONDS = 10.0
@@ -30,13 +30,13 @@ def write_shards(
     """Tokenises all documents into a new folder of shards, with a progress bar, in constant memory.
 
     Args:
-        documents: the text.
-        tokenizer: makes the ids.
-        folder: must not exist; it appears once it is complete.
-        shard_tokens: ids in a file.
+        documents: the documents to tokenise.
+        tokenizer: makes the token ids.
+        folder: the new folder; it must not exist, and appears once it is complete.
+        shard_tokens: number of token ids in a file.
 
     Returns:
-        What the folder's index records.
+        The index of the new folder.
 
     Raises:
         InputError: `folder` exists or cannot be written, or a document is not UTF-8 text.
@@ -68,7 +68,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 @contextlib.contextmanager
 def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then anywhere else, both on standard error."""
+    """Shows progress on standard error: a bar on a terminal, elsewhere a line every ten seconds.
+
+    Yields:
+        A function that is called with the amount of work done since the last call.
+    """
     stream: Any = cli.enduring(sys.stderr)
     console = rich.console.Console(file=stream)
     if console.is_terminal:

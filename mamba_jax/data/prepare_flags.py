@@ -1,4 +1,4 @@
-"""The command line of `mamba_jax.data.prepare`, made of the fields of every source that gives documents."""
+"""The command line of `mamba_jax.data.prepare`, whose flags are the fields of every source of documents."""
 
 import dataclasses
 import re
@@ -33,15 +33,15 @@ class PrepareArguments:
 
     @property
     def tokenizer_config(self) -> TokenizerConfig:
-        """What --tokenizer names."""
+        """The config of the tokenizer that the flags describe."""
         kind = "byte" if self.tokenizer is None else "hf_json"
         return TokenizerConfig(kind=kind, path=self.tokenizer, end_of_document=self.end_of_document)
 
     def source(self) -> Source:
-        """The source that the flags name.
+        """The config of the source that the flags describe.
 
         Raises:
-            InputError: not exactly one of them is named, or a flag is missing or belongs to another one.
+            InputError: the flags name no source or several, a flag is missing, or one belongs to another source.
         """
         sources = list(_sources())
         named = [cls for cls in sources if getattr(self, _flags(cls)[_leading(cls)]) is not None]
@@ -89,7 +89,10 @@ def _leading(cls: type[Source]) -> str:
 
 
 def _flags(cls: type[Source]) -> dict[str, str]:
-    """The flag of every field; the field that names the text has one that tells what it is the name of."""
+    """Name of the flag for each field: that of the field, but for the leading one, whose flag names the kind of source.
+
+    For example the field `path` of a text folder is the flag --text.
+    """
     assert cls.prepare_flag is not None
     return {field.name: field.name for field in _fields(cls)} | dict([cls.prepare_flag])
 
@@ -99,7 +102,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _explanation(cls: type[Source], field: dataclasses.Field[Any]) -> str:
-    """The docstring of a field, and its default."""
+    """Help text of a flag: what the docstring of the source says about the field, and the default."""
     found = re.search(rf"^ +{field.name}: (.+?)(?=^ +\w+: |\Z|^\s*$)", cls.__doc__ or "", re.MULTILINE | re.DOTALL)
     text = " ".join(found[1].split()).rstrip(".") if found else field.name
     if _is_required(field):

@@ -1,4 +1,4 @@
-"""What `index.json` of a folder of token shards records, and the checks that need nothing else."""
+"""The index of a folder of token shards (`index.json`): its fields, reading, writing, and checks of the index alone."""
 
 import dataclasses
 import hashlib
@@ -14,22 +14,25 @@ import pydantic
 
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
+from mamba_jax.rounding import ceil_div
 
-# A window of a usual length touches one or two blocks, and zstd has enough to work with.
+# Token ids in a block, the unit of reading and compression. A window of up to 4096 tokens touches one or two blocks,
+# and a block of 8 KiB or more compresses well.
 BLOCK_TOKENS = 4096
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
-# An index of 100,000 shards has 20 MB.
+# An index of 100,000 shards takes 20 MB; ten times that is not an index of ours.
 _MAX_INDEX_BYTES = 2**28
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
-# JSON knows no limit of a number, but numpy and the files do.
+# JSON numbers have no limit. Up to 2**53, whole numbers are exact in every JSON reader, and sums of them fit into
+# int64.
 _Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
 _Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class DamagedShards(InputError):
-    """Token shards are not those that were written; never raised for storage that cannot be read now."""
+    """The files are not the token shards that were written; not raised for storage that cannot be read now."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,12 @@ class ShardEntry:
     """One ArrayRecord file.
 
     Attributes:
-        file: its name.
-        records: number of blocks.
-        tokens: number of token ids.
-        size: bytes on disk.
-        sha256: of the file.
-        digests: sha256 of the digests of its blocks, which follow the blocks as one more record; None in version 1.
+        file: name of the file.
+        records: number of blocks in it.
+        tokens: number of token ids in it.
+        size: its size on disk, in bytes.
+        sha256: sha256 of the file.
+        digests: sha256 of its last record, which holds a digest of each block; None in version 1, which has no digests.
     """
 
     file: str
@@ -55,21 +58,21 @@ class ShardEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """What `index.json` records.
+    """The content of `index.json`.
 
     Attributes:
-        version: of this format; version 1 is still read.
-        vocab_size: V; every id is below.
+        version: version of the format; version 1 can still be read.
+        vocab_size: V; token ids are 0 .. V - 1.
         end_of_document: id that follows every document.
-        tokenizer_fingerprint: of the tokenizer that made the ids.
-        dtype: of an id, little-endian.
-        block_tokens: ids in a record.
+        tokenizer_fingerprint: fingerprint of the tokenizer that made the ids.
+        dtype: dtype in which ids are stored, little-endian.
+        block_tokens: number of ids in a record.
         documents: number of documents.
         tokens: number of ids, end-of-document tokens included.
         num_bytes: UTF-8 length of all documents.
-        shards: the files in stream order.
-        content: sha256 of the digests of all blocks, so of the token stream; None in version 1.
-        checksum: of all the other fields, see `index_checksum`; None in version 1.
+        shards: the files, in the order of the stream.
+        content: sha256 of the digests of all blocks, which identifies the token stream; None in version 1.
+        checksum: sha256 of all other fields, see `index_checksum`; None in version 1.
     """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
@@ -92,7 +95,7 @@ INDEX_JSON = pydantic.TypeAdapter(ShardIndex)
 
 
 def index_checksum(index: ShardIndex) -> str:
-    """sha256 of the index as JSON without its checksum, with sorted keys and without spaces."""
+    """Sha256 of the index as JSON without its checksum, with sorted keys and without spaces."""
     fields: dict[str, Any] = INDEX_JSON.dump_python(index, mode="json")
     del fields["checksum"]
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -113,11 +116,11 @@ def write_index(folder: Path, index: ShardIndex) -> ShardIndex:
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """Reads `index.json` and compares it with itself.
+    """Reads `index.json` and checks that its fields agree with each other and with its checksum.
 
     Raises:
-        InputError: it cannot be read.
-        DamagedShards: it is missing, or no index, or contradicts itself.
+        InputError: it cannot be read now.
+        DamagedShards: it is missing, is not an index, or contradicts itself.
     """
     path = folder / INDEX_NAME
     try:
@@ -126,7 +129,7 @@ def read_index(folder: Path) -> ShardIndex:
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"]))
         raise DamagedShards(
-            f"{path} is no index of token shards: {where + ': ' if where else ''}{detail['msg']}"
+            f"{path} is not an index of token shards: {where + ': ' if where else ''}{detail['msg']}"
         ) from None
     if contradiction := _contradiction(index):
         raise DamagedShards(f"{path} contradicts itself: {contradiction}; prepare the folder again")
@@ -145,18 +148,18 @@ def _read(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}; {advice}") from None
     if not regular or len(data) > _MAX_INDEX_BYTES:
-        raise DamagedShards(f"{path} is no regular file of at most {_MAX_INDEX_BYTES} bytes; {advice}")
+        raise DamagedShards(f"{path} is not a regular file of at most {_MAX_INDEX_BYTES} bytes; {advice}")
     return data
 
 
 def _contradiction(index: ShardIndex) -> str | None:
-    """What cannot be true, or None."""
+    """Says in a few words why the fields cannot all be true; None if they can."""
     size, shards = index.block_tokens, index.shards
     for shard in shards:
         if not _PLAIN_NAME.fullmatch(shard.file):
             return f"a shard must have a plain file name, not {shard.file!r}"
-        # A record takes 40 bytes and more.
-        if not 0 < shard.records <= shard.size or size == 0 or shard.records != -(-shard.tokens // size):
+        # Every record takes at least 40 bytes, so there are fewer records than bytes.
+        if not 0 < shard.records <= shard.size or size == 0 or shard.records != ceil_div(shard.tokens, size):
             return f"{shard.file} cannot hold {shard.tokens} tokens in {shard.records} records of {size}"
     whole = all(shard.tokens % size == 0 for shard in shards[:-1])
     if not shards or not whole or sum(shard.tokens for shard in shards) != index.tokens:

@@ -1,4 +1,4 @@
-"""Writes a token stream to shards, all or nothing."""
+"""Writes a token stream to a folder of shards, which appears only when it is complete."""
 
 import contextlib
 import glob
@@ -18,11 +18,15 @@ from mamba_jax.data.shard_index import BLOCK_TOKENS, ShardEntry, ShardIndex, wri
 from mamba_jax.data.shards import block_digest
 from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
+from mamba_jax.rounding import ceil_div
 
+# Token ids in a file unless told otherwise: 256 MiB of 16-bit ids before compression, easy to copy and to check.
 SHARD_TOKENS = 2**27
-# The digests of the blocks of one file, 2**24 bytes at this size, are one record.
+# The digests of all blocks of a file are one record: 2**32 / 4096 blocks * 16 bytes = 16 MiB.
 _MAX_SHARD_TOKENS = 2**32
+# Ids that are collected before they are checked and written, so that short documents do not cost a call each.
 _FLUSH_TOKENS = 256 * BLOCK_TOKENS
+# An unfinished folder that nobody has touched for a day was left by a writer that was killed.
 _STALE_SECONDS = 24 * 3600
 
 
@@ -33,9 +37,9 @@ class ShardWriter:
     writer leaves a folder that looks valid. Use it as a context manager: leaving it before `finish` removes the files.
 
     Args:
-        folder: where the shards will be; it must not exist.
-        vocabulary: what the ids are.
-        shard_tokens: ids in a file, rounded up to whole blocks.
+        folder: the new folder; it must not exist.
+        vocabulary: number of ids, end-of-document id and fingerprint, which go into the index.
+        shard_tokens: number of ids in a file, rounded up to whole blocks.
 
     Raises:
         InputError: `folder` exists or its parent cannot be written to.
@@ -49,7 +53,7 @@ class ShardWriter:
         self._partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
         self._vocabulary = vocabulary
         self._dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
-        self._shard_blocks = -(-shard_tokens // BLOCK_TOKENS)
+        self._shard_blocks = ceil_div(shard_tokens, BLOCK_TOKENS)
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
         self._documents = self._num_bytes = self._tokens = 0
@@ -80,14 +84,14 @@ class ShardWriter:
         Args:
             ids: token ids of the text.
             num_bytes: UTF-8 length of the text.
-            ends_document: the end-of-document token follows.
+            ends_document: whether the document ends here, so that the end-of-document token follows.
 
         Raises:
             InputError: an id lies outside the vocabulary or is not a whole number, or the disk is full.
         """
         if ids.dtype.kind not in "iu":
             raise InputError(f"token ids must be whole numbers, got {ids.dtype}: convert them")
-        # Signed and unsigned ids would be joined to floating-point ones.
+        # numpy would concatenate int64 and uint64 ids to floats.
         self._pending.append(ids.astype(np.int64, copy=False))
         self._pending_tokens += len(ids)
         self._num_bytes += num_bytes
@@ -196,13 +200,13 @@ class ShardWriter:
 
 def refuse_existing(folder: Path) -> None:
     """Raises an `InputError` if there is anything at `folder`; nothing is ever overwritten."""
-    # A link that leads nowhere is in the way, too; and `new/..` is there as soon as `new` is.
+    # A link to nothing counts as well. `new/..` would come into existence together with `new`.
     if folder.name == ".." or os.path.lexists(folder):
         raise InputError(f"{folder} exists already: choose another folder or remove it")
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what killed writers of the same folder left; a living one has touched its files within a day."""
+    """Removes unfinished folders of writers that were killed: those without a file changed in the last day."""
     for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
         # Another process may be removing it, too.
         with contextlib.suppress(OSError):

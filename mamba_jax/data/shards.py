@@ -20,18 +20,18 @@ from mamba_jax.data.shard_index import INDEX_NAME, DamagedShards, ShardEntry, re
 from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
 
-# Two blocks of the same digest would take 2**64 trials to find.
+# 16 bytes: finding two blocks with the same digest would take about 2**64 trials.
 _DIGEST_BYTES = 16
 
 
 def block_digest(block: bytes) -> bytes:
-    """What a shard records of each of its blocks: the first half of its sha256."""
+    """The digest that a shard stores for each of its blocks: the first half of the block's sha256."""
     return hashlib.sha256(block).digest()[:_DIGEST_BYTES]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OpenShard:
-    """A file that is being read, and the digests of its blocks; none where the whole file was compared."""
+    """A file that is open for reading, and the digests of its blocks; empty in version 1, where there are none."""
 
     reader: array_record_module.ArrayRecordReader
     digests: bytes
@@ -40,15 +40,14 @@ class _OpenShard:
 class TokenDataset:
     """A folder of token shards, open for reading.
 
-    Opening compares the index with itself and with the size of every file. Contents are checked as they are read, at a
-    cost in proportion to what is read, so that a start on terabytes takes no longer than one on megabytes: when a file
-    is first read, the digests of its blocks (a five-hundredth of its ids) are compared with their sha256 in the index,
-    and from then on every block with its digest. So a damaged, edited, exchanged or foreign file is found with the
-    first block of it that is wrong. In version 1 of the format, which lacks digests, the sha256 of the whole file is
-    compared when it is first read.
+    Opening checks the index and the size of every file. Contents are checked only as they are read, so that opening
+    terabytes takes no longer than opening megabytes: when a file is first read, its record of block digests (about a
+    five-hundredth of the file) is compared with the sha256 in the index, and after that every block that is read is
+    compared with its digest. A damaged, edited or exchanged file is thus noticed at the first wrong block. Version 1 of
+    the format has no digests; there the sha256 of the whole file is compared when the file is first read.
 
     Args:
-        folder: holds `index.json`.
+        folder: the folder that holds `index.json`.
 
     Attributes:
         index: what `index.json` records.

@@ -19,7 +19,8 @@ from mamba_jax.data.tokenizer_loss import find_loss
 from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
 
-# A model has a row for every id below the highest.
+# A model needs an embedding row for every id up to the highest. 16 million is far above real vocabularies (up to
+# 10**6).
 _MAX_IDS = 2**24
 
 
@@ -32,8 +33,9 @@ class Tokenizer(abc.ABC):
         vocab_size: V, ids are 0 .. V - 1.
         end_of_document: id that follows every document in the token stream.
         fingerprint: sha256 of what defines the tokenizer; equal fingerprints give equal ids.
-        known: (V,), whether an id stands for a token; numbering may leave gaps.
-        lossy: what is wrong with bits per byte if texts that differ get equal ids; None if the ids hold the whole text.
+        known: (V,), whether each id stands for a token; the numbering of tokens may have gaps.
+        lossy: a warning, in one sentence, if different texts get equal ids, so that bits per byte are too low; None if
+            text can be recovered from its ids.
     """
 
     vocab_size: int
@@ -56,25 +58,26 @@ class Tokenizer(abc.ABC):
     ) -> list[Int[np.ndarray, " T"]]:
         """Token ids of each text, without beginning or end markers.
 
-        The ids of a document's pieces are those of the document if each is cut behind a line break that stands between
-        two visible characters, and no token holds a line break and more. A normalizer that looks for the ends of a
-        text, such as `Strip`, finds them in each piece too.
+        A long document may be encoded in pieces. The ids are those of the whole document if every cut is behind a line
+        break between two visible characters and no token contains a line break together with other characters. (They
+        differ for a normalizer that acts at the ends of a text, such as `Strip`: it acts on each piece.)
 
         Args:
-            texts: what to encode.
-            continues: whether a text goes on with a document, and so gets no space in front where the tokenizer puts
-                one before the first word; None is nowhere.
+            texts: the texts to encode.
+            continues: for each text, whether it continues a document; then the tokenizer adds no space in front of it,
+                as some tokenizers do at the start of a text. None means that no text does.
 
         Raises:
-            InputError: a text holds a lone surrogate and so has no UTF-8 form, or what the vocabulary has no ids for.
+            InputError: a text holds a lone surrogate, so that it has no UTF-8 form, or characters that the vocabulary
+                has no ids for.
         """
 
     @abc.abstractmethod
     def to_json(self) -> str:
-        """A file of the `tokenizers` library with the same ids, for programs that read nothing else.
+        """The tokenizer as a JSON file of the `tokenizers` library, for other programs; it gives the same ids.
 
-        The file adds no beginning or end markers. It cannot hold that text never yields a special token: whoever loads
-        it sets `encode_special_tokens`, or reads no text that spells one.
+        The file adds no beginning or end markers. It cannot say that plain text must not become special tokens: a
+        program that loads it must set `encode_special_tokens` to get the same ids for text that spells one.
         """
 
     @abc.abstractmethod
@@ -161,8 +164,8 @@ class JsonTokenizer(Tokenizer):
         end_of_document: the token that separates documents.
 
     Raises:
-        InputError: the file is missing, no tokenizer or a random one, or the token is unknown or can be spelled by
-            ordinary text.
+        InputError: the file is missing, is not a tokenizer or makes ids at random, or the token is unknown or can be
+            spelled by ordinary text.
     """
 
     def __init__(self, path: str, *, end_of_document: str) -> None:
@@ -182,7 +185,11 @@ class JsonTokenizer(Tokenizer):
         self._set_apart(end_of_document, file.unknown, path)
 
     def _set_apart(self, end_of_document: str, unknown: int | None, path: str) -> None:
-        """Finds the ids that no text may yield: the special ones, but for the one that stands for unknown text."""
+        """Finds the ids that plain text must never get: those of special tokens, except the one for unknown text.
+
+        Raises:
+            InputError: plain text can spell the end-of-document token.
+        """
         added = self._tokenizer.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special}
         if unknown == self.end_of_document or (
@@ -253,7 +260,7 @@ class JsonTokenizer(Tokenizer):
             return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_json(self) -> str:
-        # What adds markers is left out: the model never saw any.
+        # The post-processor would add beginning and end markers, which the model has never seen.
         return json.dumps({**json.loads(self._tokenizer.to_str()), "post_processor": None}, ensure_ascii=False)
 
 

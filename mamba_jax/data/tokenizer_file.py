@@ -13,19 +13,19 @@ import tokenizers
 
 from mamba_jax.errors import InputError
 
-# Vocabularies of a million tokens take some 70 MB; what is far larger is another kind of file.
+# A vocabulary of a million tokens takes about 70 MB; a file of more than 256 MiB is something else.
 _MAX_BYTES = 256 * 2**20
 _MAX_REASON = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerFile:
-    """What a file holds.
+    """A tokenizer file that has been read and checked.
 
     Attributes:
-        data: its bytes.
-        tokenizer: what they describe.
-        unknown: the id that stands for text without a token; None if there is none.
+        data: the bytes of the file.
+        tokenizer: the tokenizer that the file describes.
+        unknown: id of the token that replaces text without a token of its own; None if the tokenizer has no such token.
     """
 
     data: bytes
@@ -36,11 +36,11 @@ class TokenizerFile:
 def read_tokenizer(path: str) -> TokenizerFile:
     """Reads a file of the `tokenizers` library.
 
-    The file's wishes that would change what a text becomes are set aside: a fixed length would silently cut documents,
-    and special tokens read out of plain text would let a document forge its own end.
+    Settings in the file that would change the ids of a text are switched off: truncation and padding would silently cut
+    documents, and parsing special tokens from plain text would let a document forge its own end.
 
     Raises:
-        InputError: the file cannot be read, is no tokenizer, or makes ids at random.
+        InputError: the file cannot be read, is not a tokenizer, or makes ids at random.
     """
     data = _read(path)
     try:
@@ -73,11 +73,11 @@ def read_tokenizer(path: str) -> TokenizerFile:
 
 @contextlib.contextmanager
 def library_errors(message: str, *, advice: str = "") -> Iterator[None]:
-    """Turns what the `tokenizers` library raises, panics of its Rust code among it, into an `InputError`.
+    """Context manager: turns errors of the `tokenizers` library, including panics of its Rust code, into `InputError`.
 
     Args:
-        message: what could not be done; the library's reason follows.
-        advice: what to do; ends the line.
+        message: what could not be done; the library's reason is added behind it.
+        advice: what to do about it, added at the end.
     """
     try:
         yield
@@ -89,10 +89,10 @@ def library_errors(message: str, *, advice: str = "") -> Iterator[None]:
 
 
 def without_prefix_space(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer for text in the middle of a document, where no space is added in front.
+    r"""The tokenizer without the setting that adds a space in front of a text, for text in the middle of a document.
 
-    Only the line break in front of the text shows what is in front of it there: a tokenizer that puts a space before
-    every word of a line keeps doing so.
+    Returned only if it encodes "b" as the original encodes the "b" of "a\nb". Tokenizers that add a space at the start
+    of every line differ there, and are returned unchanged.
     """
     description = json.loads(tokenizer.to_str())
     for part in ("normalizer", "pre_tokenizer"):
@@ -107,7 +107,7 @@ def _read(path: str) -> bytes:
     try:
         # A pipe would be waited for, and a device never ends.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"tokenizer {path!r} is no regular file: give the path of a tokenizer's JSON file")
+            raise InputError(f"tokenizer {path!r} is not a regular file: give the path of a tokenizer's JSON file")
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:

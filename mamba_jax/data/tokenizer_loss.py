@@ -1,4 +1,4 @@
-"""Whether token ids hold the whole text: a tokenizer that gives two texts the same ids lost what tells them apart."""
+"""Finds out whether a tokenizer loses text, that is, gives different texts the same ids."""
 
 import functools
 import unicodedata
@@ -11,13 +11,13 @@ from mamba_jax.errors import InputError
 
 
 def find_loss(encode_batch: Callable[[Sequence[str]], list[Int[np.ndarray, " T"]]]) -> str | None:
-    """Compares the ids of texts that differ, nothing else: how they come to be equal does not matter.
+    """Encodes many different short texts and looks for two with the same ids.
 
-    Unknown characters, dropped bytes, lower case, stripped accents, collapsed spaces and compatibility forms are all
-    found. Canonically equivalent texts (Unicode's NFC) count as the same text.
+    This finds unknown characters, dropped bytes, lower-casing, stripped accents, collapsed spaces and compatibility
+    forms, whatever part of the tokenizer causes them. Canonically equivalent texts (Unicode's NFC) count as the same.
 
     Args:
-        encode_batch: ids of texts.
+        encode_batch: gives the token ids of each of several texts.
 
     Returns:
         One sentence with an example; None if all ids differ.
@@ -42,7 +42,7 @@ def _with_ids(
         return
     except InputError:
         pass
-    # Text that is refused is not lost: the rest decides.
+    # Text that the tokenizer refuses with an error is not lost silently: only the other texts are compared.
     for text in texts:
         try:
             yield text, encode_batch([text])[0]
@@ -52,7 +52,7 @@ def _with_ids(
 
 @functools.cache
 def _probes() -> tuple[str, ...]:
-    """Every byte that UTF-8 has and every kind of white space, within a word; what is likely in a text comes first."""
+    """Texts x?x with every byte of UTF-8 and kind of white space in the middle, likely ones first (for the example)."""
     ascii_visible = map(chr, range(0x21, 0x7F))
     spaces = (" ", "  ", "\n", "\n\n", "\t", "\r\n", "")
     two_bytes = map(chr, range(0xA0, 0x800))

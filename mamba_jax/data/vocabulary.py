@@ -1,4 +1,4 @@
-"""What token ids are, apart from where they come from: text, DNA and audio share shards and batches by it."""
+"""What shards and batches need to know about token ids, whatever made them: text, DNA, audio."""
 
 import dataclasses
 
@@ -8,9 +8,9 @@ class Vocabulary:
     """The ids of a token stream.
 
     Attributes:
-        size: V, ids are 0 .. V - 1.
+        size: V; ids are 0 .. V - 1.
         end_of_document: id that follows every document in the stream.
-        fingerprint: sha256 of what gives the ids their meaning, such as the tokenizer; equal fingerprints, equal ids.
+        fingerprint: sha256 of whatever maps data to ids, such as the tokenizer; equal fingerprints mean equal ids.
     """
 
     size: int

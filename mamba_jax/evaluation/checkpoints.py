@@ -1,4 +1,4 @@
-"""What `eval.py` does: held-out loss and text samples of any checkpoint."""
+"""The work of `eval.py`: held-out loss and text samples of any checkpoint."""
 
 import contextlib
 import dataclasses
@@ -21,18 +21,21 @@ from mamba_jax.generation.sampling import SamplingConfig
 from mamba_jax.generation.text import complete
 from mamba_jax.models.config import DType
 from mamba_jax.models.parameters import define
+from mamba_jax.rounding import round_up
 from mamba_jax.sharding import batch_shards, make_mesh, replicated
 from mamba_jax.sharding.config import MeshConfig
 
-# A vocabulary of bytes has 257 ids, padded to a multiple of no more than that.
+# A byte vocabulary has 257 ids and is padded to a multiple of `vocab_multiple`. With a multiple of up to 257, the
+# padded vocabulary has at most 2 * 257 rows; a larger one belongs to another tokenizer.
 _MOST_BYTE_ROWS = 514
-# Where no training run says how its text was cut: the length that the published models were trained on, ...
+# Defaults for a safetensors folder, which does not say how its training text was cut.
+# The published models were trained on 2048 tokens (arXiv 2312.00752, section 4.2).
 _SEQ_LEN = 2048
-# ... as many rows as keep a small accelerator busy, ...
+# A judgement: enough rows for a small accelerator, few enough for its memory.
 _BATCH_SIZE = 8
-# ... and documents apart, so that no document is predicted from another.
+# No document is predicted from another one.
 _DOCUMENTS: Documents = "packed"
-# Positions whose logits exist together: 0.8 GB in float32 for 8 rows of a vocabulary of 50,000.
+# Positions whose logits exist at the same time: 8 rows * 512 * 50,000 ids * 4 bytes = 0.8 GB in float32.
 _LOSS_CHUNK = 512
 
 
@@ -54,18 +57,18 @@ class EvaluationRequest:
         split: which text of the training run to read.
         text: folder of text files to read instead; needed for a safetensors folder, which names no data.
         tokenizer: None takes that of the checkpoint: `tokenizer.json` in its folder, or what its training run used.
-        compute_dtype: of matrix products and activations; None takes that of the training run, or of the weights.
-        cache_dir: where text is tokenised to and kept for the next time; None keeps nothing. A checkpoint's config
-            does not decide what is written here.
+        compute_dtype: dtype of matrix products and activations; None takes that of the training run, or of the weights.
+        cache_dir: folder where tokenised text is kept for the next call; None keeps nothing. The `data.cache_dir` in a
+            checkpoint's config is not used, because it may come from another machine.
         seq_len: tokens of a window; None takes that of the training run, or 2,048.
         batch_size: sequences of a batch; None takes that of the training run, or 8.
-        max_batches: read only so many batches, spread over the text; None reads all.
+        max_batches: read at most this many batches, spread evenly over the text; None reads all.
         step: which checkpoint of a training run; None is the newest.
-        weights: those of the last update, or their average if the run keeps one.
+        weights: "weights" for those of the last update, "average" for their moving average if the run keeps one.
         prompt: text to continue; None writes no sample.
-        num_tokens: most tokens of the continuation.
-        sampling: how they are drawn.
-        seed: of the sample.
+        num_tokens: largest number of tokens in the continuation.
+        sampling: how its tokens are drawn.
+        seed: seed of the random draws.
     """
 
     split: Literal["validation", "train"] = "validation"
@@ -94,14 +97,14 @@ class EvaluationRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What came out.
+    """Result of `evaluate_checkpoint`.
 
     Attributes:
-        perplexity: of the text; None if there was none to read.
+        perplexity: loss on the text; None if no text was read.
         sample: prompt and continuation; None without a prompt.
-        text: where the text is; None if there was none to read.
-        tokenizer: the JSON file, or "bytes".
-        compute_dtype: of matrix products and activations.
+        text: name or folder of the text; None if no text was read.
+        tokenizer: path of the tokenizer's JSON file, or "bytes".
+        compute_dtype: dtype that matrix products and activations were computed in.
     """
 
     perplexity: Perplexity | None
@@ -112,10 +115,15 @@ class Evaluation:
 
 
 def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluation:
-    """Loads a training run or a safetensors folder, reads the text and continues the prompt.
+    """Measures the loss of a checkpoint on a text, and lets it continue a prompt, as `request` asks.
+
+    Args:
+        checkpoint: a run directory, or a folder with `config.json` and safetensors.
+        request: which text, prompt, checkpoint step and settings.
 
     Raises:
-        InputError: one line about what is wrong.
+        InputError: checkpoint, text or tokenizer are missing, damaged or do not fit each other; one line says what to
+            do.
     """
     loaded = load_model(checkpoint, step=request.step, weights=request.weights)
     model = dataclasses.replace(loaded.config, compute_dtype=request.compute_dtype or loaded.config.compute_dtype)
@@ -152,7 +160,7 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
 
 
 def _bytes(loaded: LoadedCheckpoint, checkpoint: str) -> TokenizerConfig:
-    """The tokenizer of a folder that has none: bytes, which need no file, unless the model knows more."""
+    """The byte tokenizer, for a checkpoint without a tokenizer file, unless the model has more ids than bytes need."""
     rows = loaded.config.padded_vocab_size
     if rows > _MOST_BYTE_ROWS:
         raise InputError(
@@ -182,10 +190,10 @@ def _perplexity(
     if tokenizer.lossy:
         print("warning:", tokenizer.lossy, file=sys.stderr)
     experiment = loaded.experiment
-    # Sequences stay whole, so any length will do, whatever the mesh of the training run was.
+    # All devices on the data axis: sequences are not split, so any length will do.
     mesh = make_mesh(MeshConfig())
     batch_size = request.batch_size or (experiment.evaluation_batch_size if experiment else _BATCH_SIZE)
-    rows = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+    rows = round_up(batch_size, batch_shards(mesh))
     with _cache(request) as cache:
         dataset = open_source(source, cache, tokenizer)
         batches = evaluation_batches(
@@ -207,7 +215,7 @@ def _perplexity(
 
 @contextlib.contextmanager
 def _cache(request: EvaluationRequest) -> Iterator[str]:
-    """Where to tokenise to."""
+    """The folder to keep tokenised text in: the requested one, or a temporary one that is removed afterwards."""
     if request.cache_dir is not None:
         yield request.cache_dir
         return

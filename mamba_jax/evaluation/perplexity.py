@@ -15,7 +15,8 @@ from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.sharding import put_batch, repeatable
 
-# float64 holds exp(709): a loss beyond it has the largest perplexity that can be written.
+# exp(709) is the largest that float64 holds. Larger losses are reported with the perplexity exp(700), not as an
+# overflow.
 _LARGEST_EXPONENT = 700.0
 
 
@@ -26,8 +27,8 @@ class Perplexity:
     Attributes:
         loss: mean -log p of a token, in nats.
         perplexity: exp(loss).
-        bits_per_byte: loss / log 2 times the tokens per UTF-8 byte of the text, end-of-document tokens included.
-        num_tokens: tokens that were predicted.
+        bits_per_byte: loss / log 2 * tokens_per_byte, which does not depend on the tokenizer.
+        num_tokens: number of tokens that were predicted.
     """
 
     loss: float
@@ -37,14 +38,14 @@ class Perplexity:
 
     @classmethod
     def of(cls, sums: Mapping[str, float], *, tokens_per_byte: float) -> "Perplexity":
-        """What the sums that `measure` returns say.
+        """Computes the three units from the sums that `measure` returns.
 
         Args:
-            sums: "loss" and "tokens".
-            tokens_per_byte: of the text that the batches come from.
+            sums: "loss", the sum of -log p in nats, and "tokens", the number of predicted tokens.
+            tokens_per_byte: tokens of the text, end-of-document tokens included, per byte of its UTF-8 form.
 
         Raises:
-            InputError: no token is counted.
+            InputError: the number of tokens is 0.
         """
         if sums["tokens"] == 0:
             raise InputError("the evaluation text has no token to predict: use more text")
@@ -66,7 +67,7 @@ def evaluate(
     tokens_per_byte: float,
     loss_chunk: int,
 ) -> Perplexity:
-    """Held-out loss of a model: `measure`, read as a `Perplexity`; arguments as of these two."""
+    """Held-out loss of a model as a `Perplexity`; see `measure` and `Perplexity.of` for the arguments."""
     sums = measure(definition, params, batches, mesh=mesh, loss_chunk=loss_chunk)
     return Perplexity.of(sums, tokens_per_byte=tokens_per_byte)
 
@@ -74,25 +75,25 @@ def evaluate(
 def measure(
     definition: ModelDefinition, params: Params, batches: Iterable[LMBatch], *, mesh: Mesh, loss_chunk: int
 ) -> dict[str, float]:
-    """Sums over all counted tokens of the batches, in float64, by name.
+    """Sums of loss and tokens over all batches, added up in float64.
 
     Args:
         definition: the model to measure.
         params: its parameters, on the devices of `mesh`.
-        batches: this process' rows.
-        mesh: the devices.
-        loss_chunk: sequence positions whose logits exist at the same time.
+        batches: the batches, each with the rows of this process only.
+        mesh: the device mesh.
+        loss_chunk: sequence positions whose logits exist at the same time, which bounds the memory.
 
     Returns:
-        "loss", the sum of -log p in nats, and "tokens", how many tokens were predicted.
+        "loss", the sum of -log p in nats over the tokens with `loss_mask`, and "tokens", their number.
     """
     sums: list[dict[str, jax.Array]] = []
     program = _program(mesh)
     with jax.set_mesh(mesh):
         for batch in batches:
             sums.append(program(definition, loss_chunk, params, put_batch(mesh, batch)))
-            # The devices have the next batch to work on while the host waits. Unread, hundreds of batches would fill
-            # their memory, and processes on CPUs block each other for ever once 32 programs are in flight.
+            # Waits for the batch before, while the devices work on this one. Without a wait, hundreds of dispatched
+            # batches would fill their memory, and processes on CPUs deadlock once 32 programs are in flight.
             jax.block_until_ready(sums[-2:-1])
     return {name: math.fsum(float(batch[name]) for batch in sums) for name in ("loss", "tokens")}
 

@@ -1,4 +1,4 @@
-"""Files that lie beside the weights: the tokenizer's, and how `transformers` generates."""
+"""Files that belong beside exported weights: those of the tokenizer, and settings of generation for `transformers`."""
 
 import dataclasses
 import json
@@ -20,12 +20,12 @@ _OWN = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generat
 
 
 def tokenizer_beside(folder: Path) -> TokenizerConfig | None:
-    """The tokenizer that lies in a folder; None if there is none.
+    """The config of the tokenizer in a model's folder; None if the folder has no `tokenizer.json`.
 
-    Its end of document is the `eos_token` of `tokenizer_config.json`, or that of `config.json`.
+    The end-of-document token is `eos_token` of `tokenizer_config.json`, else `eos_token_id` of `config.json`.
 
     Raises:
-        InputError: a file of it cannot be read.
+        InputError: one of these files cannot be read.
     """
     path = folder / _TOKENIZER
     if not lexists(path):
@@ -41,7 +41,7 @@ def _ends(folder: Path) -> Iterator[str]:
         token = read_json(folder / "tokenizer_config.json").get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(token, str):
-            raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token={short(token)} is no text")
+            raise InputError(f"{folder / 'tokenizer_config.json'}: eos_token={short(token)} is not text")
         if token is not None:
             yield token
     if lexists(folder / "config.json"):
@@ -61,16 +61,16 @@ def _parse(data: bytes, path: Path) -> tokenizers.Tokenizer:
 
 
 def tokenizer_of_run(folder: Path, own: TokenizerConfig) -> TokenizerConfig:
-    """The tokenizer of a training run: the file that lies in its folder, else the one that its config names."""
+    """The tokenizer of a training run: `tokenizer.json` in its folder if there is one, else that of its config."""
     path = folder / _TOKENIZER
     return dataclasses.replace(own, path=str(path)) if own.kind == "hf_json" and lexists(path) else own
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a checkpoint, whose path may come out of a config that was written elsewhere.
+    """Opens the tokenizer of a checkpoint; its path may be one of another machine, where the config was written.
 
     Raises:
-        InputError: the file is missing, no file, or no tokenizer.
+        InputError: the file is missing, or is not a regular file or not a tokenizer.
     """
     if config.path is not None:
         try:
@@ -83,27 +83,30 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def special_tokens(config: TokenizerConfig) -> dict[str, int]:
-    """Ids that `transformers` would otherwise take to be 0, which for bytes or words is an ordinary token."""
+    """The ids of special tokens by their names in `transformers`, which would take 0 for them, an ordinary token."""
     end_of_document = open_tokenizer(config).end_of_document
     return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_document)
 
 
 def copied(folder: Path) -> dict[str, bytes]:
-    """The files of a published model's folder that belong to its tokenizer, as they are."""
+    """The tokenizer's files and generation settings in the folder of a published model, by name, unchanged."""
     return {name: read_file(folder / name) for name in _OWN if lexists(folder / name)}
 
 
 def written(config: TokenizerConfig, model: ModelConfig, *, layout: str) -> dict[str, bytes]:
-    """Files by which `transformers` reads the tokenizer of a training run and gives the same ids.
+    """Files with which `transformers` loads the tokenizer of a training run and gets the same ids.
 
-    Without `tokenizer_config.json` it would take another class for `MambaForCausalLM`, which replaces the
-    pre-tokeniser. Text does not yield special tokens, whatever it spells; batches are padded on the left, where they
-    leave the state of a recurrent model alone. Rows of the embedding that stand for no token are never generated.
+    Without `tokenizer_config.json`, `transformers` would use a tokenizer class for `MambaForCausalLM` that replaces the
+    pre-tokeniser. The settings make sure that plain text never becomes a special token, and that batches are padded on
+    the left, in front of the text. `generation_config.json` excludes ids that stand for no token.
 
     Args:
-        config: of the tokenizer.
-        model: whose embedding it indexes.
-        layout: `generation_config.json` belongs to "hf" alone.
+        config: config of the tokenizer.
+        model: config of the model, whose padded vocabulary may be larger than that of the tokenizer.
+        layout: name of the layout; only "hf" gets a `generation_config.json`.
+
+    Returns:
+        Contents of the files by name.
 
     Raises:
         InputError: the tokenizer cannot be read.
@@ -136,7 +139,7 @@ def written(config: TokenizerConfig, model: ModelConfig, *, layout: str) -> dict
 
 
 def _adds(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether a file makes more or less of a text than its tokens."""
+    """Whether a tokenizer adds special tokens to a text, truncates it or pads it."""
     return bool(tokenizer.num_special_tokens_to_add(False) or tokenizer.truncation or tokenizer.padding)
 
 

@@ -1,4 +1,4 @@
-"""Files that others wrote, read in bounded time and memory, and folders that appear whole."""
+"""Reads files of unknown origin in bounded time and memory, and writes folders that appear only when complete."""
 
 import contextlib
 import json
@@ -39,11 +39,11 @@ def read_file(path: Path, *, limit: int | None = None) -> bytes:
     """The content of a file.
 
     Args:
-        path: of the file.
-        limit: most bytes that it may have.
+        path: the file.
+        limit: largest size in bytes that is accepted; None accepts any.
 
     Raises:
-        InputError: it is no file, cannot be read or is larger.
+        InputError: it is not a file, cannot be read or is larger.
     """
     require_file(path)
     try:
@@ -92,11 +92,11 @@ def require_new_folder(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder to write to, whose files appear in `path` together when the block ends without an error.
+    """Context manager that yields a folder to write to; its files appear in `path` if the block ends without an error.
 
-    A new folder is renamed into place. One that is there and empty may be a mount point, the working directory or a
-    link, which no other folder can take the place of: files are moved into it, config.json last, so that until then
-    it is no model to any reader.
+    If `path` does not exist, the folder is renamed to it. If `path` is an empty folder, it may be a mount point, the
+    working directory or a link, which cannot be replaced by renaming. Then the files are moved into it, config.json
+    last, so that no reader takes an incomplete folder for a model.
 
     Args:
         path: the folder; it must not exist, or be empty.

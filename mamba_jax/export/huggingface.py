@@ -30,9 +30,9 @@ class LoadedModel:
     """A checkpoint in memory.
 
     Attributes:
-        config: of the model; it computes in the dtype of the weights.
-        layout: of the folder, such as "hf".
-        params: numpy arrays, layers stacked.
+        config: config of the model; both its dtypes are that of the weights.
+        layout: name of the folder's layout, such as "hf".
+        params: the parameters as numpy arrays, with layers stacked.
         extra: keys of a Hugging Face `config.json` that do not describe the network, such as the ids of special tokens.
     """
 
@@ -55,7 +55,7 @@ def save(
 
     Args:
         path: the folder; it must not exist, or be empty.
-        config: of the model.
+        config: config of the model.
         params: its parameters, with layers stacked.
         layout: "hf" for `transformers`, "original" for the authors' code.
         extra: further keys of `config.json`; the original layout has no place for them.
@@ -145,7 +145,7 @@ def load(path: str | Path) -> LoadedModel:
 
 
 def _problems(stored: Mapping[str, StoredTensor], table: Table, num_layers: int) -> Iterator[str]:
-    """What is wrong with the tensors, by their names, shapes and dtypes."""
+    """Yields a message for each tensor that is missing, unexpected, or of a wrong shape or dtype; reads no values."""
     if num_layers > len(stored):
         yield f"{short(num_layers)} layers, but only {len(stored)} tensors"
         return
@@ -173,7 +173,7 @@ def _read(
     num_layers: int,
     dtype: DType,
 ) -> np.ndarray:
-    """One parameter; only one layer of it exists twice."""
+    """Reads one parameter and stacks its layers one by one, so that at most one layer is in memory twice."""
     rows = slice(None) if tensor.rows is None else slice(*tensor.rows)
     if key[0] != "layers":
         return tensor.from_file(_finite(path, stored, tensor.name)[rows]).astype(dtype, copy=False)

@@ -1,4 +1,4 @@
-"""Weights that a training run starts from: those of the same model, or none."""
+"""Weights that a training run starts from, given as a safetensors folder, if they belong to exactly the same model."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def initial_params(config: ExperimentConfig) -> Params | None:
 
 
 def _decisive(config: ModelConfig) -> dict[str, Any]:
-    """What the weights depend on, by name."""
+    """The fields of a model's config that decide what its weights mean, flat and by dotted name."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     mixer = config.mixer
     if isinstance(mixer, MixerConfig):

@@ -1,4 +1,4 @@
-"""Any checkpoint this project can read, by its path."""
+"""Loads any checkpoint that this project can read, given its path: a training run or a safetensors folder."""
 
 import dataclasses
 from os.path import isdir, lexists
@@ -20,7 +20,7 @@ class LoadedCheckpoint:
     """A model out of a training run or a safetensors folder.
 
     Attributes:
-        config: of the model.
+        config: config of the model.
         params: its parameters.
         experiment: the training run's config; None for a safetensors folder.
         step: updates done; None for a safetensors folder.
@@ -44,7 +44,7 @@ def load_model(
     Args:
         path: the folder.
         step: which checkpoint of a training run; None is the newest.
-        weights: of a training run: those of the last update, or their moving average.
+        weights: of a training run, "weights" for those of the last update or "average" for their moving average.
 
     Raises:
         InputError: the folder is neither, is damaged, or has no such step.
@@ -65,9 +65,9 @@ def load_model(
     if not lexists(path / "config.json"):
         raise InputError(f"{path} is neither a training run (no folder 'checkpoints') nor a model (no 'config.json')")
     if step is not None:
-        raise InputError(f"{path} is no training run, so it has no step {step}: leave the step out")
+        raise InputError(f"{path} is not a training run, so it has no step {step}: leave the step out")
     if weights == "average":
-        raise InputError(f"{path} is no training run, so it keeps no average of the weights: leave --weights out")
+        raise InputError(f"{path} is not a training run, so it keeps no average of the weights: leave --weights out")
     model = huggingface.load(path)
     return LoadedCheckpoint(
         config=model.config,

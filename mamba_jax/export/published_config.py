@@ -14,18 +14,18 @@ from mamba_jax.models.mixers.declaration import MIXERS
 from mamba_jax.models.published import Format, layer_of_original
 
 _MESSAGE = 500
-# Formats besides those that mixers bring along, for whoever adds one to be read and written.
+# Formats that are registered in addition to those of the mixers; docs/add_a_layout.md says how to add one.
 FORMATS: list[Format] = []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedConfig:
-    """What a `config.json` says.
+    """A `config.json` that has been read.
 
     Attributes:
-        format: that recognises it.
-        config: of the model.
-        extra: keys that do not describe the network, such as the ids of special tokens.
+        format: the format that recognised it.
+        config: config of the model that it describes.
+        extra: its keys that do not describe the network, such as the ids of special tokens.
     """
 
     format: Format
@@ -39,10 +39,14 @@ def formats() -> tuple[Format, ...]:
 
 
 def format_of(config: ModelConfig, layout: str) -> Format:
-    """The format of a layout that a model can be written in.
+    """The format in which a model is written in a layout.
+
+    Args:
+        config: config of the model.
+        layout: name of the layout, such as "hf".
 
     Raises:
-        InputError: there is none, because its mixers have no published names or none in this layout.
+        InputError: the model's mixers have no published tensor names, or none in this layout.
     """
     kinds = sorted({stack.mixer.kind for stack in config.stacks})
     # The tables of tensors know a single stack of blocks, so a hybrid is refused even if all its mixers are of a kind.
@@ -93,7 +97,7 @@ def _unknown(content: Mapping[str, Any]) -> str:
 
 
 def _validated(fields: dict[str, Any], path: Path) -> ModelConfig:
-    """The published files are no more trustworthy than other input, so types are checked as in our own JSON."""
+    """The config made of fields from a published file, whose types are checked like those of our own JSON files."""
     try:
         return from_json(ModelConfig, json.dumps(fields), origin=str(path))
     except InputError as error:
@@ -104,12 +108,12 @@ def _validated(fields: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def to_json(config: ModelConfig, *, layout: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` for a model.
+    """The content of `config.json` for a model.
 
     Args:
-        config: of the model.
-        layout: which keys to write.
-        extra: further keys; a format that has no place for them leaves them out.
+        config: config of the model.
+        layout: name of the layout, which decides the keys.
+        extra: further keys to write; formats without a place for them leave them out.
 
     Raises:
         InputError: the layout cannot express the model.

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint folder: names, dtypes and shapes at once, values one at a time."""
+"""Opens the tensors of a checkpoint folder: names, dtypes and shapes at once, values only when asked for."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ _KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor that was not read yet.
+    """A tensor in a file, whose values have not been read yet.
 
     Attributes:
-        file: that holds it.
-        dtype: numpy's name of it, or the file's where numpy has none, such as F8_E4M3.
-        shape: in the orientation of the file.
-        read: gives the values.
+        file: the file that holds it.
+        dtype: numpy's name of its dtype, or the file's name if numpy has none, such as F8_E4M3.
+        shape: its shape as stored, which may be transposed compared to ours.
+        read: function that reads the values.
     """
 
     file: Path
@@ -87,7 +87,7 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             if (header := int.from_bytes(file.read(8), "little")) > _HEADER_BYTES:
-                raise InputError(f"{path} is damaged or no safetensors file (a header of {header} bytes)")
+                raise InputError(f"{path} is damaged or not a safetensors file (a header of {header} bytes)")
         # The alternative maps the file, and a file that someone shortens meanwhile would end the process.
         opened: Any = safetensors.safe_open(path, framework="np", backend="pread")
         return {name: _stored(path, opened, name) for name in opened.keys()}  # noqa: SIM118  no mapping
@@ -112,7 +112,7 @@ def _read(path: Path, opened: Any, name: str) -> np.ndarray:
 def _unreadable(path: Path, error: Exception) -> InputError:
     if isinstance(error, OSError):
         return InputError(f"cannot read {path} ({reason(error)})")
-    return InputError(f"{path} is damaged or no safetensors file ({str(error)[:200]}): fetch it again")
+    return InputError(f"{path} is damaged or not a safetensors file ({str(error)[:200]}): fetch it again")
 
 
 def _open_torch(path: Path) -> dict[str, StoredTensor]:
@@ -128,7 +128,7 @@ def _open_torch(path: Path) -> dict[str, StoredTensor]:
         arrays = {str(name): tensor.float().numpy() for name, tensor in state.items()}
     except Exception as error:  # which one depends on where the damage is
         text = str(error).partition("\n")[0][:200]
-        raise InputError(f"{path} is damaged or no PyTorch state dictionary ({text}): fetch it again") from None
+        raise InputError(f"{path} is damaged or not a PyTorch state dictionary ({text}): fetch it again") from None
     return {
         name: StoredTensor(file=path, dtype="float32", shape=array.shape, read=lambda array=array: array)
         for name, array in arrays.items()

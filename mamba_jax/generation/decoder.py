@@ -1,4 +1,4 @@
-"""A model that writes: a prompt at once, then token after token, under settings that are arrays."""
+"""Token-by-token generation: reads whole prompts at once, then draws one token per step."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ class Prefilled:
     """Result of reading prompts.
 
     Attributes:
-        logits: of the token after each prompt, (B, V) in float32, V the padded vocabulary.
-        state: after the last token of each prompt.
+        logits: logits of the token after each prompt, (B, V) in float32, V the padded vocabulary.
+        state: recurrent state after the last token of each prompt.
     """
 
     logits: Float[jax.Array, "B V"]
@@ -39,9 +39,9 @@ class Decoded:
     """Result of one step.
 
     Attributes:
-        tokens: drawn for each row, (B,); -1 where the logits left none to draw.
-        logits: that they were drawn from, (B, V) in float32.
-        state: after the tokens that the step was given.
+        tokens: the token drawn for each row, (B,); -1 where no token could be drawn, see `sample`.
+        logits: the logits that the tokens were drawn from, (B, V) in float32.
+        state: recurrent state after the tokens that were passed to the step.
     """
 
     tokens: Int[jax.Array, " B"]
@@ -50,10 +50,10 @@ class Decoded:
 
 
 class Decoder:
-    """Reads prompts and writes tokens; what loops, servers and `generate` are built on.
+    """Reads prompts and draws tokens, one step at a time, for callers with a loop of their own, such as servers.
 
-    Each method is one compiled program a batch shape: settings, lengths and keys are arrays, so none of them compiles
-    anew. A token takes the same time and memory however many came before.
+    Each method is compiled once for each shape of its arrays. Sampling settings, lengths and keys are arrays, so new
+    values of them do not compile anything. Each token takes the same time and memory however many came before.
 
     Example:
         decoder = Decoder(definition, params)
@@ -76,14 +76,14 @@ class Decoder:
     def prefill(
         self, tokens: Int[jax.Array | np.ndarray, "B L"], lengths: Int[jax.Array | np.ndarray, " B"] | None = None
     ) -> Prefilled:
-        """Reads prompts, each as if it were alone.
+        """Reads a batch of prompts; each row gets the result that it would get alone.
 
         Args:
-            tokens: ids, (B, L); what follows a row's length may be any ids and changes nothing.
-            lengths: tokens of each prompt, (B,), from 1 to L; None is L.
+            tokens: token ids, (B, L); those behind a row's length are ignored.
+            lengths: number of tokens in each prompt, (B,), from 1 to L; None means L for all.
 
         Raises:
-            InputError: there is no token, or a length is outside of 1 .. L.
+            InputError: L is 0, or a length is outside of 1 .. L.
         """
         if tokens.shape[1] == 0:
             raise InputError("the prompt has no tokens: give at least one")
@@ -92,7 +92,7 @@ class Decoder:
         return _prefill(self.definition, self.params, tokens, lengths)
 
     def draw(self, logits: Float[jax.Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> Int[jax.Array, " B"]:
-        """A token for every row; see `sample`."""
+        """Draws a token for every row from logits (B, V); see `sample`."""
         return _draw(self.definition, logits, sampling, key)
 
     def step(
@@ -101,10 +101,10 @@ class Decoder:
         """Reads one more token of each row and draws the next.
 
         Args:
-            state: after all tokens before.
-            tokens: ids, (B,).
-            sampling: how to draw, one setting a row.
-            key: a `jax.random.key`, another one for every step.
+            state: recurrent state after all previous tokens.
+            tokens: token ids to read, (B,).
+            sampling: how to draw, with one setting per row.
+            key: a `jax.random.key`; use another one for every step.
         """
         return _step(self.definition, self.params, state, tokens, sampling, key)
 
@@ -116,11 +116,11 @@ def check_lengths(lengths: Int[np.ndarray, " B"], longest: int) -> None:
 
 
 def read_prompts(model: LanguageModel, tokens: jax.Array, lengths: jax.Array | None) -> Prefilled:
-    """`Decoder.prefill` inside a program.
+    """`Decoder.prefill` as a function to be called inside a jitted one, for tokens (B, L) and lengths (B,) or None.
 
-    Rows of different lengths are moved to the right, where all end at once. The padding in front of a prompt is a
-    document of its own, and nothing of it reaches the next one: so every mixer that keeps packed documents apart reads
-    padded prompts exactly.
+    Prompts of different lengths are moved to the right, so that all end at the same position. The padding in front of a
+    prompt is marked as a document of its own (segment 0, the prompt is segment 1). Any mixer that keeps documents apart
+    therefore gives exactly the result without padding.
     """
     if lengths is None:
         read = model.hidden(tokens)

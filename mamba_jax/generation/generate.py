@@ -27,19 +27,20 @@ def generate(
 ) -> Int[jax.Array, "B T"]:
     """Continues a batch of prompts.
 
-    Time and memory per token do not depend on how many came before: the recurrent state is all that is carried. Another
-    `sampling` or other lengths need no new program.
+    Only the recurrent state is carried from token to token, so time and memory per token do not depend on how many came
+    before. Other values of `sampling` and `lengths` do not compile a new program; another `num_tokens` does.
 
     Args:
         definition: the model to run.
         params: its parameters.
         prompt: token ids in [0, vocab_size), (B, L), L at least 1.
-        lengths: tokens of each prompt, (B,), each continued as if it were alone; None is L.
-        num_tokens: tokens to add to every row.
+        lengths: number of tokens in each prompt, (B,); each row is continued as it would be alone. None means L for
+            all.
+        num_tokens: number of tokens to add to every row.
         key: a `jax.random.key`.
-        sampling: how tokens are drawn; None is plain sampling at temperature 1.
-        allowed: (A,), whether an id may be drawn, such as `Tokenizer.known`: a model may have rows that its tokenizer
-            has no token for. Those from A on may not; None allows all that the model has.
+        sampling: how tokens are drawn; None draws from the model's distribution at temperature 1.
+        allowed: (A,), whether each id may be drawn, such as `Tokenizer.known`: a model may have ids that its tokenizer
+            has no token for. Ids from A on are not drawn. None allows all ids below vocab_size.
 
     Returns:
         The added tokens, (B, num_tokens).
@@ -106,5 +107,5 @@ def _generate(
         return (next_B, output.state), next_B
 
     _, rest_TB = jax.lax.scan(step, (first_B, read.state), keys[1:])
-    # Whole on every device, so that each of several processes can read it.
+    # Replicated on all devices, so that each of several processes can read the whole result.
     return constrain(jnp.concatenate([first_B[:, None], rest_TB.T], axis=1), None, None)

@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Draws the next token from logits: temperature, top-k and top-p sampling."""
 
 import dataclasses
 import math
@@ -12,10 +12,11 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
 
-# Beyond these float32 has no normal number for the temperature or its inverse, and 0 or -inf would become NaN.
+# Temperatures are limited to this range. Outside of it, the temperature or its inverse is not a normal float32 number,
+# and dividing logits of 0 or -inf by it would give NaN.
 _LOWEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)
 _HIGHEST_TEMPERATURE = 1 / _LOWEST_TEMPERATURE
-# `top_k` of rows that take all tokens: more than any vocabulary has.
+# The value of `top_k` that stands for all tokens, larger than any vocabulary.
 _ALL = 2**31 - 1
 
 
@@ -24,9 +25,10 @@ class SamplingConfig:
     """How tokens are drawn.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens only; None is all, and so is more than there are.
-        top_p: draw among the fewest tokens whose probabilities reach p (arXiv 1904.09751); None is all, and so is 1.
+        temperature: number that the logits are divided by; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens only; None, or more than there are, means all.
+        top_p: draw among the fewest likeliest tokens whose probabilities add up to at least p (arXiv 1904.09751); None
+            or 1 means all.
     """
 
     temperature: float = 1.0
@@ -46,7 +48,7 @@ class SamplingConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """`SamplingConfig` as arrays, one value a row: a program that takes it serves every setting.
+    """`SamplingConfig` as arrays with one value per row, so that one compiled program serves all settings.
 
     Attributes:
         temperature: (B,) float32; 0 takes the likeliest token.
@@ -60,7 +62,7 @@ class Sampling:
 
     @classmethod
     def of(cls, configs: Sequence[SamplingConfig]) -> "Sampling":
-        """The settings of rows, in order."""
+        """The arrays for the given configs, one config per row."""
         temperatures = [
             min(max(config.temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE) if config.temperature else 0.0
             for config in configs
@@ -83,17 +85,17 @@ def sample(
 ) -> Int[jax.Array, " B"]:
     """Draws a token for every row.
 
-    Among equal logits the lowest ids count as the likeliest.
+    If logits are equal, those of lower ids count as likelier.
 
     Args:
-        logits: (B, V), V the padded vocabulary; -inf is never drawn.
+        logits: (B, V), V the padded vocabulary; ids with -inf are never drawn.
         key: a `jax.random.key`; not used at temperature 0.
-        sampling: how to draw, for all rows or for each.
+        sampling: how to draw: one config for all rows, or arrays with a setting per row.
         vocab_size: ids from here on are padding and never drawn.
-        allowed: (vocab_size,), whether an id may be drawn; None allows all.
+        allowed: (vocab_size,), whether each id may be drawn; None allows all.
 
     Returns:
-        Token ids, (B,) int32; -1 where there is none to draw: a logit is NaN or +inf, or all are -inf.
+        Token ids, (B,) int32; -1 for rows where no token can be drawn: a logit is NaN or +inf, or all are -inf.
     """
     if isinstance(sampling, SamplingConfig):
         sampling = Sampling.of([sampling] * logits.shape[0])
@@ -106,10 +108,10 @@ def sample(
 
 
 def _draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tokens by logits whose highest is 0."""
+    """Draws tokens (B,) from logits (B, vocab_size) that have been shifted so that the highest of each row is 0."""
     temperature = jnp.asarray(sampling.temperature)
     likeliest = jnp.argmax(logits, axis=-1)
-    # Without noise there is nothing to draw, and no random number to make for every id.
+    # If every row takes the likeliest token, no random numbers (one per id) need to be made.
     drawn = jax.lax.cond(jnp.any(temperature > 0), lambda: _draw_randomly(logits, key, sampling), lambda: likeliest)
     return jnp.where(temperature == 0, likeliest, drawn)
 
@@ -124,17 +126,17 @@ def _draw_randomly(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax
 
 
 def _cut(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits with -inf for all but the tokens that `top_k` and `top_p` leave."""
+    """Sets the logits of all tokens that `top_k` and `top_p` exclude to -inf; (B, vocab_size) in and out."""
     top_k, top_p = jnp.asarray(sampling.top_k)[:, None], jnp.asarray(sampling.top_p)[:, None]
-    # Stable, hence exactly k of them however many are equal, the lowest ids first.
+    # Sorted by position, so exactly k remain even if several are equal; `top_k` puts the lower of equal ids first.
     likeliest, ids = jax.lax.top_k(logits, logits.shape[-1])
     likeliest = jnp.where(jnp.arange(logits.shape[-1])[None] < top_k, likeliest, -jnp.inf)
     likeliest = jnp.where((top_p < 1) & (_mass_before(likeliest) >= top_p), -jnp.inf, likeliest)
-    # Back in the order of ids, each keeps its noise if rounding swaps two of the likeliest.
+    # Back in the order of ids: each id gets the same random number even if rounding changes the order of two logits.
     return jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), ids, likeliest, axis=-1, inplace=False)
 
 
 def _mass_before(logits: jax.Array) -> jax.Array:
-    """Probability that lies in front of each token of a falling order; 0 for the first."""
+    """For logits in descending order, the total probability of the tokens in front of each one; 0 for the first."""
     mass = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
     return jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))

@@ -1,4 +1,4 @@
-"""Generation from text to text."""
+"""Text generation with a tokenizer: continues a prompt given as text."""
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,19 @@ def complete(
     key: PRNGKeyArray,
     sampling: SamplingConfig | None = None,
 ) -> str:
-    """The prompt and its continuation, up to the end of the document.
+    """Continues a text, until the model ends the document or `num_tokens` tokens have been added.
 
     Args:
         definition: the model to run.
         params: its parameters.
         tokenizer: the one that made the model's training text.
-        prompt: text to continue; empty starts a new document.
-        num_tokens: most tokens to add.
+        prompt: text to continue; an empty one starts a new document.
+        num_tokens: largest number of tokens to add.
         key: a `jax.random.key`.
-        sampling: how tokens are drawn.
+        sampling: how tokens are drawn; None draws from the model's distribution at temperature 1.
+
+    Returns:
+        The prompt followed by its continuation.
     """
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_document]
     tokens = generate(
@@ -48,9 +51,13 @@ def complete(
 
 
 def _continuation(tokenizer: Tokenizer, prompt: str, ids: list[int], added: list[int]) -> str:
-    """The text that `added` stands for behind the ids of the prompt."""
-    # Whether a word begins with a space shows only behind another one. Where the added tokens change the text before
-    # them, as bytes that end no character do, a single token of the prompt must stand for all.
+    """The text of the ids `added` when they follow those of the prompt.
+
+    It is the difference of two decoded texts, because many tokenizers write the space before a word only if another
+    word stands in front.
+    """
+    # The added ids may change the end of the text before them, for example by completing a character whose first bytes
+    # end the prompt. Then a single token of the prompt, tried from the last to the first, replaces the prompt.
     for context in (ids, *([token] for token in dict.fromkeys(reversed(ids)))):
         before, text = tokenizer.decode(context), tokenizer.decode(context + added)
         if text.startswith(before):
@@ -59,6 +66,6 @@ def _continuation(tokenizer: Tokenizer, prompt: str, ids: list[int], added: list
         before, text = "", tokenizer.decode(added)
     continuation = text[len(before) :]
     bare = prompt.rstrip()
-    # A tokenizer of words does not see the space that the prompt ends with, and sets its own.
+    # A tokenizer of whole words ignores a space at the end of the prompt, and puts its own in front of the next word.
     sees_space = bare == prompt or tokenizer.encode(bare).tolist() != ids
     return continuation if sees_space else continuation.removeprefix(" ")

@@ -7,6 +7,7 @@ from mamba_jax.config_base import Config, Kinds, require
 from mamba_jax.models.mixers import DEFAULT_MIXER, MIXERS
 from mamba_jax.models.mixers.declaration import DType as DType
 from mamba_jax.models.mixers.declaration import MixerConfig, Setting
+from mamba_jax.rounding import round_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,9 @@ class Stack:
     """Blocks of one mixer whose parameters and states are stacked on a leading axis.
 
     Attributes:
-        name: of their parameters and states.
-        mixer: of each block.
-        repeats: how many.
+        name: name under which their parameters and states are stored.
+        mixer: config of the mixer in each block.
+        repeats: number of blocks.
     """
 
     name: str
@@ -113,7 +114,7 @@ class ModelConfig(Config):
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        return round_up(self.vocab_size, self.vocab_multiple)
 
     @property
     def setting(self) -> Setting:

@@ -25,11 +25,11 @@ def parameter(
 
     Args:
         rngs: source of the key.
-        initializer: of the value.
-        shape: of the value.
+        initializer: draws the initial value.
+        shape: shape of the value.
         axes: logical axis of every dimension.
-        dtype: of the value.
-        decay: weight decay applies.
+        dtype: dtype of the value.
+        decay: whether weight decay applies.
     """
     return nnx.Param(initializer(rngs.params(), shape, jnp.dtype(dtype)), axes=axes, decay=decay)
 
@@ -81,7 +81,7 @@ def projection(
 
     Args:
         setting: dtypes of the mixer.
-        shape: of the weights, the contracted dimension first.
+        shape: shape of the weights, the contracted dimension first.
         axes: logical axis of every dimension.
         use_bias: whether it has a bias.
         scale: factor on the initial weights.
@@ -98,6 +98,12 @@ def projection(
     )
 
 
+def rms_normalized(x: Float[jax.Array, "..."], *, eps: float) -> Float[jax.Array, "..."]:
+    """The last dimension over its root mean square: x / sqrt(mean(x^2) + eps), in float32 (arXiv 1910.07467)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale, with float32 statistics (arXiv 1910.07467)."""
 
@@ -107,9 +113,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "B L D"], *, dtype: str) -> Float[jax.Array, "B L D"]:
         """Normalises the last dimension and rounds the result to `dtype`."""
-        x = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * inverse_rms * read(self.scale).astype(jnp.float32)[None, None]).astype(dtype)
+        return (rms_normalized(x, eps=self.eps) * read(self.scale).astype(jnp.float32)[None, None]).astype(dtype)
 
 
 class Embedding(nnx.Module):

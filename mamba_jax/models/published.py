@@ -102,9 +102,9 @@ _ORIGINAL_REQUIRED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": Tru
 
 
 def layer_of_original(content: Mapping[str, Any]) -> Any:
-    """The name of the mixer in the authors' `config.json`."""
-    ssm = content.get("ssm_cfg", {})
-    return ssm.get("layer", "Mamba1") if isinstance(ssm, Mapping) else "Mamba1"
+    """The name of the mixer in the authors' `config.json`; None if it does not say, and means their first."""
+    ssm = content.get("ssm_cfg")
+    return ssm.get("layer") if isinstance(ssm, Mapping) else None
 
 
 def from_original(content: Mapping[str, Any], *, known: Collection[str]) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -196,3 +196,63 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         "dtype": config.param_dtype,
     }
+
+
+def hf_format(
+    mixer: str,
+    *,
+    model_types: Collection[str],
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]],
+    check_config: Callable[[Mapping[str, Any], ModelConfig], None],
+    write_config: Callable[[ModelConfig], dict[str, Any]],
+    tensors: Callable[[ModelConfig], Mapping[str, Tensor]],
+) -> Format:
+    """The layout of `transformers` for a model of the Mamba family.
+
+    Args:
+        mixer: kind of the mixer.
+        model_types: those of such a `config.json`.
+        read_config: see `Format`.
+        check_config: see `Format`.
+        write_config: see `Format`.
+        tensors: the tensors of a layer's mixer, as in `backbone`.
+    """
+    return Format(
+        layout="hf",
+        mixer=mixer,
+        recognises=lambda content: content.get("model_type") in model_types,
+        read_config=read_config,
+        check_config=check_config,
+        write_config=write_config,
+        tensors=lambda config: backbone(config, tensors(config), embedding="backbone.embeddings.weight"),
+        keeps_extra=True,
+    )
+
+
+def original_format(
+    mixer: str,
+    *,
+    layers: Collection[str | None],
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]],
+    write_config: Callable[[ModelConfig], dict[str, Any]],
+    tensors: Callable[[ModelConfig], Mapping[str, Tensor]],
+) -> Format:
+    """The authors' layout.
+
+    Args:
+        mixer: kind of the mixer.
+        layers: what the authors call it; None for a file that does not say.
+        read_config: see `Format`.
+        write_config: see `Format`.
+        tensors: the tensors of a layer's mixer, as in `backbone`.
+    """
+    return Format(
+        layout="original",
+        mixer=mixer,
+        recognises=lambda content: "d_model" in content and layer_of_original(content) in layers,
+        read_config=read_config,
+        check_config=lambda content, config: None,
+        write_config=write_config,
+        tensors=lambda config: backbone(config, tensors(config), embedding="backbone.embedding.weight"),
+        tied_head="lm_head.weight",
+    )

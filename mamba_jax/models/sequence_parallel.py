@@ -46,12 +46,12 @@ Decay = Callable[[jax.Array], jax.Array]
 
 
 def is_split(length: int, *, past: int) -> bool:
-    """Whether sequences are worked on in parts under the current mesh; else each device takes them whole.
+    """Whether sequences are split over the devices of the current mesh; if not, each device computes them whole.
 
     Args:
-        length: L, tokens of the sequence.
-        past: inputs before a token that the convolution reaches; a part must hold as many, for they all come from the
-            shard before.
+        length: L, number of tokens in the sequence.
+        past: K - 1, number of inputs before a token that the convolution reads. A part must hold at least that many,
+            because they are all sent by the shard before.
     """
     count = parts(Axis.LENGTH, length)
     return count > 1 and length // count >= past
@@ -74,7 +74,7 @@ def convolve(
         bias: (E,), or None.
         initial_window: the last K - 1 inputs before the whole sequence, (B, K - 1, E); None is zero.
         segment_ids: document of each token of the shard, (B, L), or None.
-        **options: of `causal_conv1d`.
+        **options: further arguments of `causal_conv1d`.
 
     Returns:
         Output of the shard, and the window after the last shard, on every device.
@@ -88,7 +88,7 @@ def scan(*, implementation: str | None = None, **given: Any) -> ScanOutput:
     """`selective_scan` of this shard's tokens, from the state that the shards before leave.
 
     Args:
-        implementation: of `selective_scan`.
+        implementation: see `selective_scan`.
         **given: arguments of `selective_scan`: those with a length hold this shard's tokens, `initial_state` is that
             before the whole sequence, and the step size goes through the softplus.
 
@@ -210,11 +210,11 @@ def _decay(A_EN: jax.Array) -> Decay:
 
 
 def elapsed(dt: Float[jax.Array, "B L C"], dt_bias: Float[jax.Array, " C"]) -> Float[jax.Array, "B C"]:
-    """Time that passes in the shard, s = sum_t softplus(dt_t + dt_bias), in float32 at least; C channels or heads.
+    """Sum of the shard's step sizes, s = sum_t softplus(dt_t + dt_bias), (B, C), in float32 or more; see the module.
 
     Args:
-        dt: (B, L, C) step size, before bias and softplus.
-        dt_bias: (C,).
+        dt: (B, L, C) step size before bias and softplus, of C channels or heads.
+        dt_bias: (C,) bias.
     """
     dtype = jnp.promote_types(dt.dtype, jnp.float32)
     return jnp.sum(jax.nn.softplus(dt.astype(dtype) + dt_bias.astype(dtype)[None, None]), axis=1)
@@ -242,7 +242,7 @@ def halo(
         return window
     last = x[:, length - past :]
     if segment_ids is not None:
-        # A document is a run of one id: an id that comes again after another is a new document.
+        # A document is a run of equal ids: if an id appears again after another one, that is a new document.
         is_end_BW = segment_ids[:, length - past : -1] != segment_ids[:, length - past + 1 :]
         ends_BW = jnp.cumsum(is_end_BW[:, ::-1], axis=1)[:, ::-1]
         last = jnp.where(jnp.pad(ends_BW, ((0, 0), (0, 1)))[:, :, None] == 0, last, 0)
@@ -265,7 +265,10 @@ def starts_document(segment_ids: Int[jax.Array, "B L"]) -> Bool[jax.Array, " B"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Span:
-    """What a run of shards does to a state; all zero does nothing to it, as what is received from no shard must be."""
+    """What a run of shards does to the state that enters it (S, s and the resets of the module's equation).
+
+    All zeros leave a state unchanged: that is what `from_shard` gives where there is no shard to receive from.
+    """
 
     left_behind: jax.Array
     elapsed: jax.Array

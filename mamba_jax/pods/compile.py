@@ -1,4 +1,4 @@
-"""The training step of a config, compiled for a TPU pod that is not there: its memory, its exchanges, its time.
+"""Compiles the training step of a config for a TPU pod that is not present, and estimates memory, exchanges and time.
 
 python train.py configs/mamba_2_8b.py --compile-only --topology v5p:8x8x8 --num-slices 2 --mesh.data 16 --mesh.fsdp 64
 """
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import jax
 from jax.errors import JaxRuntimeError
 
+from mamba_jax.chips import CHIPS
 from mamba_jax.cli import print_result
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.flops import flops_per_token
-from mamba_jax.pods.chips import CORES
 from mamba_jax.pods.estimate import StepEstimate
 from mamba_jax.pods.hlo import count_instructions
 from mamba_jax.run.out_of_memory import advice
@@ -29,13 +29,13 @@ def compile_step(config: ProgramConfig, mesh: MeshConfig, topology: str, *, num_
     """Compiles the training step for every device of a TPU topology such as "v5e:16x16", or of several of them.
 
     Args:
-        config: what the step depends on.
-        mesh: how the devices are arranged.
-        topology: generation and chips along the axes of a slice.
-        num_slices: slices of that shape, joined by the data-centre network.
+        config: everything that the step depends on.
+        mesh: sizes of the mesh axes.
+        topology: TPU generation and the number of chips along each axis of a slice.
+        num_slices: number of such slices, connected by the data-centre network.
 
     Raises:
-        InputError: the topology is not known, the config does not fit it, or the step not into the devices' memory.
+        InputError: the topology is not known, the mesh does not fit it, or the step does not fit into the memory.
     """
     if num_slices < 1:
         raise InputError(f"num_slices must be positive, got {num_slices}: pass the number of slices of the pod")
@@ -60,15 +60,15 @@ def compile_step(config: ProgramConfig, mesh: MeshConfig, topology: str, *, num_
 
 
 def print_report(config: ExperimentConfig, topology: str | None, num_slices: str) -> int:
-    """What `train.py --compile-only` does; returns its exit status.
+    """Compiles the step and prints the estimate, for `train.py --compile-only`; returns the exit status.
 
     Args:
         config: the resolved experiment.
-        topology: as given; None if it was not.
-        num_slices: as given.
+        topology: value of the flag --topology; None if it was not given.
+        num_slices: value of the flag --num-slices, not checked yet.
 
     Raises:
-        InputError: as `compile_step`, or there is no topology or number.
+        InputError: a flag is missing or not a number; or see `compile_step`.
     """
     if topology is None:
         raise InputError("--compile-only needs --topology, such as --topology v5e:4x4")
@@ -87,7 +87,8 @@ def _estimate(
     assert memory is not None, "the TPU compiler reports memory"
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
     counts = count_instructions(compiled.as_text() or "", num_slices)
-    cores = CORES.get(devices[0].device_kind)
+    chip = CHIPS.get(devices[0].device_kind)
+    cores = None if chip is None else chip.cores
     tokens = config.global_batch * config.seq_len / len(devices)
     return StepEstimate(
         devices=len(devices),

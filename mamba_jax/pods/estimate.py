@@ -10,10 +10,8 @@ model operations / (peak * lower end).
 """
 
 import dataclasses
-import math
 
-from mamba_jax.models.flops import PEAK_FLOPS
-from mamba_jax.pods.chips import CHIPS, GIB
+from mamba_jax.chips import CHIPS, GIB
 
 MIB = 2**20
 
@@ -25,18 +23,18 @@ class StepEstimate:
     """What the compiler says about a training step; bytes, operations and seconds are those of one device.
 
     Attributes:
-        devices: how many.
-        num_slices: that the devices form.
-        device_kind: their kind.
+        devices: number of devices.
+        num_slices: number of slices that they form.
+        device_kind: JAX's name of the kind of device.
         memory: bytes by kind of use; "temporaries" are what the step needs besides its arguments and results.
         reused: bytes of results that take the memory of arguments.
         collectives: within a slice by kind, how often in a step, and the bytes that arrive at a device.
         collective_lines: the instructions, for a closer look.
-        between_slices: the same as `collectives` over the data-centre network.
+        between_slices: like `collectives`, for exchanges over the data-centre network.
         kernels: how often a step calls each Pallas kernel.
-        flops: model operations.
-        operation_seconds: XLA's operations by the compiler's estimate of cycles, at the clock.
-        kernel_seconds: kernels by their schedules.
+        flops: floating-point operations of the model, see `flops_per_token`.
+        operation_seconds: time of XLA's operations, by the compiler's estimate of cycles; None if the clock is unknown.
+        kernel_seconds: time of the Pallas kernels, by their static schedules; None if there are none for this device.
     """
 
     devices: int
@@ -65,7 +63,8 @@ class StepEstimate:
     @property
     def matmul_seconds(self) -> float:
         """Model operations at the device's peak; 0 if that is not known."""
-        return self.flops / PEAK_FLOPS.get(self.device_kind, math.inf)
+        chip = CHIPS.get(self.device_kind)
+        return 0.0 if chip is None else self.flops / chip.peak_flops
 
     @property
     def link_seconds(self) -> float | None:

@@ -17,8 +17,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from mamba_jax.pods.chips import KERNELS
-
+# Pallas kernels that a step may call.
+KERNELS = (
+    "selective_scan_pallas_tpu_forward",
+    "selective_scan_pallas_tpu_backward",
+    "causal_conv1d_pallas_tpu_forward",
+    "causal_conv1d_pallas_tpu_backward",
+    "selective_scan_pallas_tpu_edge",
+)
 _COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -26,8 +32,8 @@ def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
     """The instructions that a compiled program runs one after the other, and how often each of them runs.
 
     Args:
-        text: of the program, from `Compiled.as_text`; loops count up to the largest number in their condition, and what
-            runs on another unit of the chip counts like the rest.
+        text: text of the program, from `Compiled.as_text`. Loops are taken to count up to the largest number in their
+            condition; instructions that run on another unit of the chip are included.
     """
     bodies, entry = _computations(text)
 
@@ -48,7 +54,8 @@ def _turns(condition: str, start: str, lines: Sequence[str]) -> int:
     Args:
         condition: text of its condition.
         start: name of the tuple of values that it starts from.
-        lines: that the loop stands among; the compiler takes the first turn of some loops out, and counts from 1.
+        lines: lines of the computation that contains the loop. They show where its counter starts: of some loops the
+            compiler moves the first turn out and counts from 1.
     """
     bounds = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", condition)
     counter = re.search(r"[su]32\[\]\S* get-tuple-element\(.*index=(\d+)", condition)
@@ -96,16 +103,16 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 class Counts:
-    """What a device does in a step.
+    """What one device does in one step.
 
     Attributes:
-        cycles: the compiler's estimate for XLA's operations.
-        calls: of collectives and Pallas kernels, by kind.
-        arrived: bytes by kind of collective.
-        collective_lines: their instructions.
-        transfers: between slices, by kind.
-        received: bytes from other slices by kind.
-        kernel_elements: tokens times channels by kernel.
+        cycles: cycles of XLA's operations, as estimated by the compiler.
+        calls: number of calls by kind of collective and by name of Pallas kernel.
+        arrived: bytes that arrive at the device, by kind of collective.
+        collective_lines: the instructions of the collectives.
+        transfers: number of transfers between slices, by kind.
+        received: bytes that arrive from other slices, by kind.
+        kernel_elements: number of tokens times channels that each Pallas kernel works on.
     """
 
     def __init__(self) -> None:
@@ -123,7 +130,7 @@ def count_instructions(text: str, num_slices: int) -> Counts:
 
     Args:
         text: from `Compiled.as_text`.
-        num_slices: that the program runs on.
+        num_slices: number of slices that the program runs on.
     """
     counts = Counts()
     _count_collectives(counts, text)
@@ -158,10 +165,10 @@ def _count_kernel(counts: Counts, line: str, times: int, types: dict[str, str]) 
     The instruction: %causal_conv1d_pallas_tpu_forward.3 = bf16[2,64,1024]{2,1,0} custom-call(%p), ...
 
     Args:
-        counts: to add to.
+        counts: the counts to add to.
         line: any instruction.
         times: how often it runs.
-        types: of the results of all instructions, by name.
+        types: type of the result of every instruction, by name.
     """
     found = re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\((.*?)\)", line)
     if found is None:

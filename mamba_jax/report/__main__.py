@@ -34,7 +34,7 @@ def main() -> None:
             raise InputError("missing RUN_DIR: give the train.run_dir of a run, or of several to compare")
         page = render([read_run(Path(folder)) for folder in arguments.run_dirs])
         output = Path(arguments.output or Path(arguments.run_dirs[0]) / "report.html")
-        # Half of a surrogate pair, as in the name of a folder that is no UTF-8, is shown as an escape.
+        # Half of a surrogate pair, as in the name of a folder that is not UTF-8, is shown as an escape.
         content = page.encode("utf-8", "backslashreplace")
         try:
             _write(output, content)

@@ -83,9 +83,9 @@ def draw(title: str, unit: str, curves: Sequence[Curve]) -> str:
     """A chart as HTML: the picture with a linear and a logarithmic step axis, its legend, and its points for hovering.
 
     Args:
-        title: of the chart.
-        unit: of the values; "" for none.
-        curves: any number of points each, NaN allowed; a curve without a finite value is left out.
+        title: title of the chart.
+        unit: unit of the values; "" for none.
+        curves: the curves, with any number of points, NaN allowed; a curve without a finite value is left out.
     """
     curves = [curve for curve in curves if np.isfinite(curve.series.values).any()]
     if not curves:

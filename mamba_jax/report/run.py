@@ -43,14 +43,14 @@ class Run:
     """A run as its files tell it.
 
     Attributes:
-        name: of the config, or of the folder.
-        folder: where it lies.
-        config: dotted name -> value as JSON text.
-        num_steps: planned; None if the config does not say.
-        series: (kind, name) -> its curve, such as ("train", "grad_norm").
-        events: of all starts, oldest first.
-        samples: (step, text), oldest first.
-        goodput: None without events.
+        name: name in the config, or else that of the folder.
+        folder: the run directory.
+        config: each value of the config as JSON text, by dotted name.
+        num_steps: planned number of steps; None if the config does not say.
+        series: curve of each metric by (kind, name), such as ("train", "grad_norm").
+        events: events of all starts, oldest first.
+        samples: (step, text) of each sample, oldest first.
+        goodput: where the time went; None without events.
     """
 
     name: str

@@ -34,9 +34,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence
     """An HTML table of escaped texts.
 
     Args:
-        header: of the columns.
-        rows: as many cells each.
-        marked: rows to point out; empty for none.
+        header: titles of the columns.
+        rows: the cells of each row, as many as there are columns.
+        marked: for each row, whether to highlight it; empty highlights none.
     """
     flags = marked or [False] * len(rows)
     body = "".join(

@@ -1,4 +1,8 @@
-"""The folder of a run: who may write there, and whether a config may continue what is in it."""
+"""The run directory: checks that it is free or holds a run that this config may continue; config and record files.
+
+The order of calls in `mamba_jax.run.loop.train`: `check_is_run_or_free`, then as the owner `begins_at_zero`,
+`settle_run`, perhaps `set_aside`, and at last `claim_run_directory` and `store_record`.
+"""
 
 import contextlib
 import dataclasses
@@ -32,11 +36,13 @@ from mamba_jax.run.record import (
 
 _CONFIG = "config.json"
 
-# What a start leaves before it has done anything, and what file systems put into a folder.
+# Files that do not make a folder a foreign one: those that an aborted start leaves, and those of the file system
+# itself.
 _HARMLESS = {LOCK, OWNER, "lost+found", ".snapshot"}
 _HARMLESS_STARTS = (f".{_CONFIG}", f".{RECORD}", f".{OWNER}", ".nfs")
 
-# What a run writes; the last ones say that there is a run, so they are set aside last.
+# Everything that a run writes, in the order in which `set_aside` moves it. A folder counts as a run by its last two, so
+# if moving is interrupted, the folder still counts as a run.
 _RECORDS = (
     FOLDER,
     "damaged",
@@ -75,12 +81,13 @@ def check_run_directory(config: ExperimentConfig, *, from_scratch: bool = False)
     """Makes sure that the run directory is free, or that the run in it is the one that `config` describes.
 
     Args:
-        config: of the run.
-        from_scratch: whatever run is in it will be set aside.
+        config: `config.train.run_dir` is the directory; the other fields are compared with those of the run in it,
+            except for the ones in `_CHANGEABLE`, which do not change the result.
+        from_scratch: the run in the directory is going to be set aside, so it may have another config.
 
     Raises:
-        InputError: it is not a folder, cannot be read, or holds something else, or a run whose result would differ; the
-            message names the fields.
+        InputError: the path is not a folder, cannot be read, holds something other than a run, or holds a run with a
+            config that gives another result; the message names the fields.
     """
     run_dir = Path(config.train.run_dir)
     check_is_run_or_free(config)
@@ -90,10 +97,10 @@ def check_run_directory(config: ExperimentConfig, *, from_scratch: bool = False)
 
 
 def check_is_run_or_free(config: ExperimentConfig) -> None:
-    """Makes sure that a run may write to the run directory, whichever run it is.
+    """Makes sure that the run directory is missing, empty, or holds some run; its config is not compared.
 
     Raises:
-        InputError: it is not a folder, cannot be read, or holds something else.
+        InputError: the path is not a folder, cannot be read, or holds something other than a run.
     """
     run_dir = config.train.run_dir
     if "://" in run_dir:
@@ -103,21 +110,23 @@ def check_is_run_or_free(config: ExperimentConfig) -> None:
         )
     check_path(run_dir)
     with _writing(run_dir):
-        # Some text that is not Unicode.
+        # Fails now rather than later if a string in the config cannot be written as UTF-8.
         to_json(config)
     with _reading(run_dir):
         _check_content(Path(run_dir))
 
 
 def begins_at_zero(config: ExperimentConfig, *, from_scratch: bool) -> bool:
-    """Checks the folder as its owner, and says whether a run begins there.
+    """Whether training begins at step 0 in the run directory, after `check_run_directory`; False if it resumes.
+
+    Call it as the owner of the directory (`mamba_jax.run.ownership`), so that no other job changes the answer.
 
     Args:
-        config: of the run.
-        from_scratch: whatever run is in it will be set aside.
+        config: `config.train.run_dir` is the directory.
+        from_scratch: the run in the directory is going to be set aside, so training begins at step 0 in any case.
 
     Raises:
-        InputError: as `check_run_directory`; or a run would begin again though it was saved.
+        InputError: see `check_run_directory`; or the run in the directory was saved once, but its checkpoints are gone.
     """
     check_run_directory(config, from_scratch=from_scratch)
     run_dir = Path(config.train.run_dir)
@@ -131,18 +140,20 @@ def begins_at_zero(config: ExperimentConfig, *, from_scratch: bool) -> bool:
 
 
 def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratch: bool) -> RunRecord:
-    """Says which run goes on or begins in a folder that `begins_at_zero` has passed; the first process decides.
+    """The record of the run that begins or resumes in the run directory; call it after `begins_at_zero`.
+
+    The first process decides, and all processes return the same record.
 
     Args:
-        config: of the run.
-        data: what `data.train` resolves to.
-        from_scratch: a new one begins, whatever is there.
+        config: `config.train.run_dir` is the directory.
+        data: identity of the training data, see `TokenDataset.identity`.
+        from_scratch: make a new record, whatever the directory holds.
 
     Returns:
-        Its record; `saved` is None if it begins.
+        The record; its field `saved` is None if the run begins.
 
     Raises:
-        InputError: the run was trained on other data.
+        InputError: the run that would be resumed was trained on other data.
     """
     run_dir = Path(config.train.run_dir)
 
@@ -168,12 +179,15 @@ def _find_run(run_dir: Path, data: Mapping[str, Any]) -> RunRecord:
 
 
 def claim_run_directory(config: ExperimentConfig) -> Path:
-    """Creates the run directory if need be and stores the config there; later calls must agree with it.
+    """Creates the run directory if it is missing, and stores the config there; later starts are compared with it.
 
-    Call it when nothing can be wrong any more.
+    Call it after every check has passed, because a stored config makes the folder count as a run.
+
+    Returns:
+        The run directory.
 
     Raises:
-        InputError: the folder cannot be created or written to; what it held stays as it was.
+        InputError: the folder cannot be created or written to; its files stay as they were.
     """
     run_dir = Path(config.train.run_dir)
     with _writing(run_dir):
@@ -184,17 +198,20 @@ def claim_run_directory(config: ExperimentConfig) -> Path:
 
 
 def store_record(run_dir: Path, record: RunRecord) -> None:
-    """Stores which run it is.
+    """Writes `run.json`, which says which run the directory holds.
 
     Raises:
-        InputError: the folder cannot be written to; what it held stays as it was.
+        InputError: the folder cannot be written to; its files stay as they were.
     """
     with _writing(run_dir):
         write_record(run_dir, record)
 
 
 def set_aside(run_dir: Path) -> Path | None:
-    """Moves all that a run has left to a new folder within, `before-1` for the first; returns it, or None.
+    """Moves everything a run has written into a new folder inside the run directory: `before-1`, `before-2`, ...
+
+    Returns:
+        The new folder; None if there was nothing to move.
 
     Raises:
         InputError: something cannot be moved.
@@ -217,8 +234,12 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 def _set_content_aside(link: Path, target: Path) -> None:
-    """Checkpoints behind a link stay on their disk, and so will the next ones."""
-    # Whole ones, damaged ones, and what is left of others.
+    """Sets checkpoints aside when their folder is a link to another disk.
+
+    They move to a new folder on that disk, and `target` gets a link to it. The old link stays, so the next checkpoints
+    go to the same disk.
+    """
+    # The names of complete, unfinished and damaged checkpoints all begin with the step.
     steps = [path for path in link.iterdir() if path.name[0].isdecimal()]
     folder = link.resolve() / f"{target.parent.name}-{target.name}"
     folder.mkdir()
@@ -271,12 +292,12 @@ def _is_harmless(path: Path) -> bool:
 
 
 def _is_empty_place(path: Path) -> bool:
-    """Whether this is where checkpoints will be, such as a link to another disk."""
+    """Whether the path is an empty folder for checkpoints, such as a link to another disk made before the run."""
     return path.name == FOLDER and path.is_dir() and all(_is_harmless(inner) for inner in path.iterdir())
 
 
 def _check_config(config: ExperimentConfig, run_dir: Path) -> None:
-    """Compares the config with those of the run: the stored one, and that of its newest checkpoint."""
+    """Compares `config` with both configs that a run leaves: `config.json`, and the one in its newest checkpoint."""
     if newest_step(run_dir) is None and not has_recorded_steps(run_dir):
         return
     stored = _stored_run(run_dir)
@@ -289,7 +310,10 @@ def _check_config(config: ExperimentConfig, run_dir: Path) -> None:
 
 
 def _read_config(run_dir: Path) -> ExperimentConfig | InputError | None:
-    """The stored config, what is wrong with it, or None if it is missing or empty, as after a crash of the machine."""
+    """Reads `config.json`: the config, or the error it gives; None if it is missing or empty (as a crash may leave it).
+
+    The error is returned, not raised, because other files may still show that the folder holds a run.
+    """
     path = run_dir / _CONFIG
     if not os.path.lexists(path) or (path.is_symlink() and not path.exists()):
         return None

@@ -1,4 +1,4 @@
-"""Joins the processes of a run, one a host, into one JAX program."""
+"""Connects the processes of a run, one per host, into one JAX program, and lets them exchange short texts."""
 
 import os
 import re
@@ -10,17 +10,18 @@ from jax.experimental import multihost_utils
 
 from mamba_jax.errors import InputError
 
-# How long a process that crashed stands by for the others before it leaves, upon which they end too. Those that finish
-# do so within seconds of each other.
+# How long a process that has crashed waits for the others to shut down too; when it gives up, JAX ends them. Processes
+# that finish normally do so within seconds of each other, so a minute never cuts off a healthy one.
 _SHUTDOWN_SECONDS = 60
 
-# Of a text that processes tell each other; a longer error message is cut.
+# Length of every text that processes exchange (collectives need equal shapes); a longer error message is cut.
 _TEXT_BYTES = 16384
 _TEXT, _PROBLEM = "=", "!"
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
-# Set by a launcher in each of several processes.
+# By launcher: a variable that it sets in each process it starts, the variable that holds their number or names, and the
+# values of that variable which mean more than one process.
 _SIGNS = {
     "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS", r"0*([2-9]|[1-9]\d+)"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", r"0*([2-9]|[1-9]\d+)"),
@@ -32,13 +33,13 @@ _SIGNS = {
 def initialize(*, detect: bool = False) -> None:
     """Connects this process with the others of the run, if there are any; call it before anything asks for devices.
 
-    Three environment variables say it all on plain machines: JAX_COORDINATOR_ADDRESS, host and port where process 0
-    listens; JAX_NUM_PROCESSES; JAX_PROCESS_ID, from 0. JAX reads only the first of them itself. With `detect`, what is
-    not set comes from the launcher: JAX knows TPU pods, SLURM and Open MPI. Without both nothing happens, and no
-    network is touched.
+    Without a launcher, three environment variables describe the group: JAX_COORDINATOR_ADDRESS, host and port where
+    process 0 listens; JAX_NUM_PROCESSES; JAX_PROCESS_ID, counted from 0. With `detect`, variables that are not set are
+    taken from the launcher; JAX knows TPU pods, SLURM and Open MPI. If no variable is set and `detect` is False, the
+    process runs alone and nothing touches the network.
 
     Args:
-        detect: the flag --distributed of the command-line programs.
+        detect: ask the launcher; the flag --distributed of the command-line programs.
 
     Raises:
         InputError: the variables are incomplete or wrong, no launcher is found, or the launcher started several
@@ -74,13 +75,17 @@ def initialize(*, detect: bool = False) -> None:
 
 
 def from_first(make: Callable[[], object]) -> str:
-    """What the first process finds out, as a text in all processes; each must call this at the same point.
+    """Calls a function in the first process and returns its result, as text, in all processes.
+
+    Files may look different to each process for a moment on shared storage, so decisions that depend on them are made
+    once. Every process must call this at the same point.
 
     Args:
-        make: called in the first process only; its result as a text must not be longer than 16 KiB, and None is empty.
+        make: called in the first process only. Its result is converted with `str`, None to an empty text; at most
+            16 KiB are kept.
 
     Raises:
-        InputError: `make` raised it; then it is raised in all processes.
+        InputError: `make` raised it; all processes raise the same.
     """
 
     def text() -> str:
@@ -102,13 +107,15 @@ def from_first(make: Callable[[], object]) -> str:
 
 
 def raise_in_all(problem: str) -> None:
-    """Raises what is wrong in any process in all of them; each must call this at the same point.
+    """Raises an error in all processes if any of them has a problem, so that none waits for one that has stopped.
+
+    Every process must call this at the same point.
 
     Args:
-        problem: one line; empty if nothing is wrong in this process.
+        problem: one line about what is wrong in this process; empty if nothing is.
 
     Raises:
-        InputError: the first problem there is.
+        InputError: the problem of the lowest-numbered process that has one.
     """
     if jax.process_count() > 1:
         everyone = [_decoded(row) for row in multihost_utils.process_allgather(_encoded(problem))]
@@ -150,5 +157,5 @@ def _check_alone() -> None:
         if marker in os.environ and re.fullmatch(several, value):
             raise InputError(
                 f"{launcher} started several processes ({name}={value}), but --distributed is missing: "
-                f"pass it, or unset {marker} if each is meant to run by itself"
+                f"pass it, or unset {marker} if each is meant to run on its own"
             )

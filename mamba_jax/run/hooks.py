@@ -1,4 +1,4 @@
-"""Where code of a caller can look into a run, or take part in it."""
+"""Callbacks with which the caller of `train` can observe a run or change its batches and state."""
 
 from collections.abc import Mapping
 
@@ -9,8 +9,8 @@ from mamba_jax.training.train_state import TrainState
 class Hooks:
     """What `train` calls while it runs; every method here does nothing, so a subclass defines only those it needs.
 
-    Each of several processes calls its own hooks, at the same steps. An exception out of a hook ends the run as one of
-    the loop itself would; of a failed sample, it costs that sample.
+    With several processes, each calls its own hooks, at the same steps. An exception raised by a hook ends the run as
+    an exception of the loop does; raised by `before_sample`, it only skips that sample.
 
     Example:
         class StopEarly(Hooks):
@@ -21,19 +21,19 @@ class Hooks:
     """
 
     def on_start(self, step: int, state: TrainState) -> None:
-        """The step is compiled and the loop begins.
+        """Called once, when the step has been compiled and the loop begins.
 
         Args:
             step: updates done so far; above 0 in a run that was resumed.
-            state: fresh or restored.
+            state: the training state, newly initialised or restored from a checkpoint.
         """
 
     def before_step(self, step: int, batch: LMBatch) -> LMBatch:
-        """A batch was drawn.
+        """Called when a batch has been drawn.
 
         Args:
-            step: number of the step that it is for, counted from 1.
-            batch: rows of this process, on the host.
+            step: number of the step that will train on it, counted from 1.
+            batch: the rows of this process, numpy arrays on the host.
 
         Returns:
             The batch to train on.
@@ -41,14 +41,14 @@ class Hooks:
         return batch
 
     def after_step(self, step: int, values: Mapping[str, float], state: TrainState) -> TrainState:
-        """The metrics of a step were read and written.
+        """Called when the metrics of a step have been read from the device and written.
 
         Args:
-            step: its number, counted from 1.
-            values: fields of `StepMetrics`.
-            state: the newest; where nothing is saved or evaluated after `step`, that is the state one step later,
-                because a step is dispatched before the metrics of the one before it are read. The next step consumes
-                it: copy what is to be kept.
+            step: number of the step, counted from 1.
+            values: the fields of `StepMetrics` by name.
+            state: the newest training state. The loop dispatches step k + 1 before it reads the metrics of step k, so
+                this is the state after k + 1, or after k where something is saved, evaluated or sampled after k. The
+                next step donates its buffers: copy what is to be kept.
 
         Returns:
             The state to go on with.
@@ -56,10 +56,13 @@ class Hooks:
         return state
 
     def before_evaluation(self, step: int) -> None:
-        """Held-out text is about to be evaluated, `step` updates being done."""
+        """Called before held-out text is evaluated, after `step` updates."""
 
     def before_sample(self, step: int) -> None:
-        """The model is about to write a sample, `step` updates being done."""
+        """Called before the model writes a sample of text, after `step` updates."""
 
     def after_save(self, step: int) -> None:
-        """A save has begun, or for the last step is complete; the event "checkpoint" says when one is complete."""
+        """Called when saving `step` has begun in the background; after the last step, when it is complete.
+
+        The event "checkpoint" in `events.jsonl` says when any save is complete.
+        """

@@ -72,18 +72,18 @@ def train(
 ) -> TrainResult:
     """Trains a model as `config` says, resuming the run in `config.train.run_dir` if there is one.
 
-    Everything that can be wrong with the config, the data and the run directory is checked before the first device
-    computation. With several processes, each calls this with the same arguments.
+    Everything is checked before the first device computation. Several processes call this with the same arguments.
 
     Args:
-        config: the run.
-        devices: to use; None is all there are.
-        wait: for another job that trains in the run directory, instead of being refused.
-        from_scratch: set aside what is in the run directory, and begin at step 0.
-        hooks: called while the run goes on; None calls nothing.
+        config: the whole experiment.
+        devices: the devices to train on; None takes all.
+        wait: if another job is training in the run directory, wait until it is done instead of raising.
+        from_scratch: move the run that is in the run directory aside, and begin at step 0.
+        hooks: callbacks of the caller; None calls nothing.
 
     Raises:
-        InputError: one line about what is wrong.
+        InputError: config, data or run directory are wrong, saving failed, memory ran out, or too many steps in a row
+            were skipped; one line says what is wrong, the value and what to do.
     """
     tokenizer = make_tokenizer(config.data.tokenizer)
     _check_model(config, tokenizer)
@@ -129,7 +129,7 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
 
 
 def _check_runs_here(program: TrainProgram) -> None:
-    """Traces the step if a mixer asks for an implementation by name, which says there that it does not run here."""
+    """Traces the step if the config names a kernel implementation, so that one that cannot run is refused early."""
     asked = {
         f"{name}={value!r}": None
         for stack in program.config.model.stacks
@@ -157,15 +157,15 @@ def _open_checkpoints(config: ExperimentConfig, record: RunRecord, log: RunLog) 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Given:
-    """What a run works with.
+    """What `train` has opened and decided before the loop starts.
 
     Attributes:
-        tokenizer: of all texts.
+        tokenizer: the tokenizer of training text, held-out text and samples.
         dataset: training text.
-        validation: held-out text.
-        record: which run this is.
-        initial: parameters to begin with; None draws them, or there is a checkpoint.
-        from_scratch: set aside what is in the run directory.
+        validation: held-out text; None without a validation source.
+        record: record of the run that begins or resumes.
+        initial: parameters to begin with; None if they are drawn at random or restored from a checkpoint.
+        from_scratch: move the run that is in the run directory aside.
     """
 
     tokenizer: Tokenizer
@@ -177,7 +177,7 @@ class _Given:
 
 
 class _Run:
-    """One execution of the loop; holds what its parts share."""
+    """One execution of the loop: constructing it restores the state and compiles the step, `execute` trains."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class _Run:
         with contextlib.closing(self.checkpointer), contextlib.closing(self.log), self.log.live():
             step = self._steps()
             self.watchdog.arm(deadline, f"saving step {step}")
-            # Whatever comes after it may fail, and would again after every restart.
+            # Before the final evaluation: if that fails, a restart need not train again. No step, nothing new to save.
             if step > self.first_step or not self.is_resumed:
                 self.saves.save_last(step, self.state)
                 self.hooks.after_save(step)
@@ -253,9 +253,9 @@ class _Run:
     def _steps(self) -> int:
         """Runs steps until the last or until asked to stop; returns the number of updates done.
 
-        The metrics of a step are read after the next one was dispatched, so the devices never wait for the host. They
-        are read first where something is saved or evaluated, so that a run which must end does not do so later. What is
-        due at the same step is saved first, so that what ends the run there ends it once.
+        The metrics of a step are read after the next step has been dispatched, so that the devices never wait for the
+        host. Before a save, an evaluation or a sample they are read at once: too many skipped steps end the run, and
+        then nothing is saved. Saving comes first, so that a restart does not repeat an evaluation that crashes.
         """
         config, last = self.config, self.config.train.num_steps
         batches = self.batches.iterate(self.first_step)
@@ -277,7 +277,7 @@ class _Run:
                     self._evaluate(step)
                 if sample_now:
                     self._sample(step)
-                # What was cut short is done again by a run that resumes here, and not by one that resumes later.
+                # If the evaluation was cut short: a run that resumes at this step, not a later one, does it again.
                 if self.stop.requested():
                     break
             metrics = self._step(step, batches)
@@ -368,7 +368,7 @@ class _Run:
         return result
 
     def _until_stopped(self, batches: Iterator[LMBatch], doing: str) -> Iterator[LMBatch]:
-        """At least one batch; no further ones once a stop is requested."""
+        """Passes batches on, moving the watchdog's deadline at each; ends after the current one if asked to stop."""
         for batch in batches:
             self.watchdog.arm(self.config.faults.deadline_seconds, doing)
             yield batch
@@ -392,7 +392,7 @@ class _Run:
                 )
             self.log.sample(step, text)
         except Exception as error:
-            # It is there to be looked at; whatever is wrong with it, the run is worth more.
+            # A sample is only there to be looked at: no failure of it is worth ending the run.
             self.log.note(f"no sample of step {step}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
 

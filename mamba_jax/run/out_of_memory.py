@@ -1,4 +1,4 @@
-"""Running out of memory is something a config can change, so it is said in one line."""
+"""Turns running out of memory into one line that says which settings need less of it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _MOST_CHARACTERS = 200
 
 
 def advice(model: ModelConfig) -> str:
-    """What would make a step smaller."""
+    """Which settings of the config make a training step take less memory, for an error message."""
     ways = ["a larger mesh.fsdp or mesh.sequence", "a smaller data.global_batch"]
     ways += ["a larger train.accumulation_steps or train.windows"]
     if model.remat != "block":
@@ -25,11 +25,11 @@ def advice(model: ModelConfig) -> str:
 
 @contextlib.contextmanager
 def out_of_memory_in_one_line(config: ExperimentConfig, watchdog: Watchdog) -> Iterator[None]:
-    """Turns the errors of XLA and of Python that mean it into one.
+    """Turns the out-of-memory errors of XLA and of Python into one `InputError`.
 
     Args:
-        config: the message suggests changes to it.
-        watchdog: says what was being done.
+        config: the message suggests which of its fields to change.
+        watchdog: its field `doing` says what the run was doing, for the message.
 
     Raises:
         InputError: a device or the host had no memory left.

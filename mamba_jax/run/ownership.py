@@ -1,9 +1,10 @@
 """The owner of a run: one job at a time trains in a folder.
 
-The owner holds a POSIX record lock on `owner.lock`, which NFS clients pass on to their server. The system takes it back
-when the process ends, in whatever way. A process loses such a lock when it closes any descriptor of the file, so
-nothing else opens it; who holds it stands beside it, in `owner.json`. Where the file system has no locks, the owner
-writes `owner.json` anew every few seconds instead, and one that has not for `_STALE_SECONDS` is taken for gone.
+The owner holds a POSIX record lock on `owner.lock`; NFS clients pass such locks on to their server. The system releases
+the lock when the process ends, in whatever way. A process also loses the lock when it closes any descriptor of the
+file, so nothing else may open `owner.lock`; who the owner is stands in a second file, `owner.json`. On a file system
+without locks the owner rewrites `owner.json` every `_BEAT_SECONDS` instead, and an owner that has not done so for
+`_STALE_SECONDS` counts as gone.
 """
 
 import contextlib
@@ -31,27 +32,29 @@ LOCK, OWNER = "owner.lock", "owner.json"
 
 _POLL_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
+# Twelve beats: shared storage that stalls for some seconds, or caches a file for as long, takes the folder from nobody.
 _STALE_SECONDS = 60.0
 _HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
-# A process does not meet its own record locks, and loses one when it closes another descriptor of the file.
+# Files (device, inode) that this process has locked. A second lock of the same process would succeed, and closing its
+# descriptor would release the first, so a second claim inside one process is refused by this set.
 _own_locks: set[tuple[int, int] | None] = set()
 _changing = threading.Lock()
 
 
 @contextlib.contextmanager
 def owned(run_dir: Path, *, wait: bool) -> Iterator[None]:
-    """Makes this job the owner of the run while the block runs; of several processes the first is, for all.
+    """Makes this job the owner of a run directory while the block runs; the first process holds it for all processes.
 
-    The folder is created if need be. One in which the block leaves nothing is removed again.
+    The folder is created if it is missing, and removed again if the block leaves it empty.
 
     Args:
-        run_dir: of the run.
-        wait: until its owner is done.
+        run_dir: the run directory.
+        wait: if another job is the owner, wait until it is done instead of raising.
 
     Raises:
-        InputError: another job is the owner, and `wait` is not set; or the folder cannot be created or written to.
+        InputError: another job is the owner and `wait` is False; or the folder cannot be created or written to.
     """
     claim = _Claim(run_dir)
     is_first = jax.process_index() == 0
@@ -75,7 +78,7 @@ def owned(run_dir: Path, *, wait: bool) -> Iterator[None]:
 
 
 class _Claim:
-    """What a process does to own a folder."""
+    """The attempt of one process to own a folder: created folders, the lock, or the heartbeat that replaces it."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -85,7 +88,7 @@ class _Claim:
         self._heartbeat: _Heartbeat | None = None
 
     def acquire(self) -> str:
-        """Tries to become the owner; returns who is instead, or an empty text.
+        """Tries to become the owner; returns a description of the present owner, or an empty text on success.
 
         Raises:
             InputError: the folder cannot be created or written to.
@@ -94,7 +97,8 @@ class _Claim:
             while True:
                 self._create_folder()
                 holder = self._take()
-                # A file that its last owner has removed keeps nobody else away.
+                # If the last owner removed the file between opening and locking, the lock is on a file without a name
+                # and keeps nobody away: try again.
                 if holder or self._heartbeat is not None or self._key == _key(self._run_dir / LOCK):
                     return holder
                 self._drop()
@@ -105,7 +109,7 @@ class _Claim:
             ) from None
 
     def release(self) -> None:
-        """Gives the folder back, without what was created there in vain."""
+        """Ends the ownership, and removes lock files and folders that were created and are still empty."""
         with contextlib.suppress(OSError):
             if self._heartbeat is not None:
                 self._heartbeat.stop()
@@ -156,7 +160,7 @@ class _Claim:
 
 
 class _Heartbeat:
-    """Stands in for a lock: a file that its owner writes anew every few seconds."""
+    """Ownership without locks: a file that the owner rewrites every few seconds from a thread."""
 
     def __init__(self, path: Path, why: str) -> None:
         self._path = path
@@ -195,7 +199,7 @@ class _Heartbeat:
 
     def _beat(self) -> None:
         for beats in itertools.count(1):
-            # One that was taken for gone leaves the folder to whoever took it over.
+            # If another job has taken this one for gone and replaced the file, the folder belongs to that job.
             if self._is_over.wait(_BEAT_SECONDS) or not self._is_mine(unreadable=True):
                 return
             with contextlib.suppress(OSError):
@@ -207,7 +211,7 @@ class _Heartbeat:
 
 
 def _key(path: Path) -> tuple[int, int] | None:
-    """What tells a file from all others; None if there is none."""
+    """Device and inode, which identify a file whatever its name; None if there is no such file."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -226,7 +230,7 @@ def _write(path: Path, owner: dict[str, object]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the owner says of itself; nothing if that is not there or cannot be read."""
+    """The content of `owner.json`; empty if the file is missing or cannot be read."""
     try:
         owner = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,7 @@
-"""What a run is: its id, what its data resolved to, and how far it was saved. `run.json`, and in every checkpoint."""
+"""The record of a run: its id, the identity of its data, and how far it was saved.
+
+It is stored in `run.json`, and its identity in every checkpoint, so that checkpoints of another run are recognised.
+"""
 
 import contextlib
 import dataclasses
@@ -15,7 +18,7 @@ from mamba_jax.telemetry.events import read_events
 from mamba_jax.telemetry.metrics import read_metrics
 
 RECORD = "run.json"
-# Events whose step, if it is not 0, was saved.
+# Events that carry the number of a step whose checkpoint was complete ("start" carries 0 in a new run).
 _AFTER_A_SAVE = ("start", "checkpoint", "preempted", "finished")
 
 
@@ -25,7 +28,7 @@ class RunRecord:
 
     Attributes:
         run: 32 hexadecimal digits, drawn when the run begins.
-        data: what `data.train` resolved to, as `TokenDataset.identity` says it.
+        data: identity of the training data, see `TokenDataset.identity`.
         saved: newest step whose checkpoint was complete; None before the first.
     """
 
@@ -35,12 +38,12 @@ class RunRecord:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint carries."""
+        """The part that is stored in every checkpoint: everything but `saved`."""
         return {"run": self.run, "data": dict(self.data)}
 
     @classmethod
     def new(cls, data: Mapping[str, Any]) -> "RunRecord":
-        """Of a run that begins."""
+        """The record of a run that begins: a new id, nothing saved."""
         return cls(run=uuid.uuid4().hex, data=dict(data))
 
 
@@ -50,10 +53,10 @@ def to_text(record: RunRecord) -> str:
 
 
 def from_text(text: str) -> RunRecord:
-    """Reads what `to_text` has written.
+    """Reads a text that `to_text` has written.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is not JSON, or not the JSON of a record.
     """
     value = json.loads(text)
     record = from_identity(value)
@@ -64,7 +67,7 @@ def from_text(text: str) -> RunRecord:
 
 
 def from_identity(identity: Any) -> RunRecord | None:
-    """The record of the run that a checkpoint says it belongs to; None if it does not say."""
+    """The record of the run that a checkpoint belongs to, from the identity stored in it; None without a valid one."""
     if not isinstance(identity, Mapping):
         return None
     run, data = identity.get("run"), identity.get("data")
@@ -72,7 +75,7 @@ def from_identity(identity: Any) -> RunRecord | None:
 
 
 def read_record(run_dir: Path) -> RunRecord | None:
-    """What `run.json` says; None if it is missing or damaged."""
+    """The record in `run.json`; None if the file is missing or damaged."""
     path = run_dir / RECORD
     with contextlib.suppress(ValueError, RecursionError):
         return from_text(path.read_text()) if path.is_file() else None
@@ -80,17 +83,26 @@ def read_record(run_dir: Path) -> RunRecord | None:
 
 
 def write_record(run_dir: Path, record: RunRecord) -> None:
-    """Stores `run.json`.
+    """Replaces `run.json`.
 
     Raises:
-        OSError: it cannot be written; the old content stays.
+        OSError: the file cannot be written; the old one stays.
     """
     with replacement(run_dir / RECORD) as temporary:
         temporary.write_text(to_text(record) + "\n")
 
 
 def data_problem(run_dir: Path, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What `data.train` resolves to, compared with what the run was trained on; empty if it is the same."""
+    """Compares the identity of the data that the run was trained on with that of `data.train` now.
+
+    Args:
+        run_dir: the run's folder, for the message.
+        recorded: identity in the record of the run.
+        found: identity of the data that `data.train` names now.
+
+    Returns:
+        An error message of one line; empty if no key that both have differs.
+    """
     changes = [
         f"{name} was {recorded[name]!r}, now {found[name]!r}"
         for name in sorted(recorded.keys() & found.keys())
@@ -105,18 +117,18 @@ def data_problem(run_dir: Path, recorded: Mapping[str, Any], found: Mapping[str,
 
 
 def has_recorded_steps(run_dir: Path) -> bool:
-    """Whether steps of the run were recorded."""
+    """Whether `metrics.jsonl` holds any training step, so that the folder holds a run even without a checkpoint."""
     return any(record["kind"] == "train" for record in read_metrics(run_dir))
 
 
 def check_may_begin(run_dir: Path, record: RunRecord | None) -> None:
-    """Makes sure that a run without checkpoints never had one; only then it may begin at step 0.
+    """Makes sure that a run without checkpoints never had one; only then may it begin at step 0 again.
 
-    A run that was ended before its first checkpoint was complete begins again and does the same. One that had a
-    checkpoint would silently lose what it did.
+    A run that was killed before its first checkpoint loses nothing by starting over: it repeats the same steps. If it
+    had checkpoints that are gone now, starting over would silently discard its work.
 
     Raises:
-        InputError: it had one.
+        InputError: the record, the events or the folder of damaged checkpoints show that there was a checkpoint.
     """
     told = [event.get("step") for event in read_events(run_dir) if event["event"] in _AFTER_A_SAVE]
     saved = [step for step in (record.saved if record else None, *told) if isinstance(step, int)]

@@ -1,4 +1,4 @@
-"""Decides when a run saves, and logs what comes of it."""
+"""Saves checkpoints from the training loop, logs failures, and leaves out states that should not be kept."""
 
 import contextlib
 import dataclasses
@@ -17,28 +17,37 @@ from mamba_jax.training.train_state import TrainState
 
 
 class Saves:
-    """The checkpoints that one execution of the loop makes.
+    """Saves the checkpoints of one execution of the loop.
 
-    While steps are skipped nothing is saved on the way: if what is in the state is the reason, checkpoints of it would
-    take the place of good ones. The weights of a skipped step are those of the last good one, so the last state is
-    saved none the less, as long as it is finite.
+    Nothing is saved while steps are being skipped, except at the end: the cause may be in the state itself, and then
+    new checkpoints of it would push out good old ones. A skipped step leaves the weights as they were after the last
+    good step, so the final state is saved even after skipped steps, if it is finite.
     """
 
     def __init__(self, config: ExperimentConfig, checkpointer: Checkpointer, record: RunRecord, log: RunLog) -> None:
-        """Takes what it works with.
+        """Stores the arguments.
 
         Args:
-            config: stored in every checkpoint.
-            checkpointer: writes to the run directory.
-            record: which run this is; stored again when a checkpoint is complete.
-            log: where every save and failure is written.
+            config: the experiment; stored in every checkpoint.
+            checkpointer: writes checkpoints to the run directory.
+            record: record of this run; `run.json` is updated from it when a checkpoint is complete.
+            log: receives an event for every save that is left out or fails.
         """
         self._config, self._checkpointer, self._record, self._log = config, checkpointer, record, log
         self._run_dir = Path(config.train.run_dir)
         self._pending: int | None = None
 
     def save(self, step: int, state: TrainState, *, skipped_in_a_row: int) -> bool:
-        """Whether a save has begun; one that fails is logged, and the run goes on from the state that it has."""
+        """Starts to save in the background; a save that cannot start is logged, and training continues.
+
+        Args:
+            step: updates done.
+            state: the training state after that many updates.
+            skipped_in_a_row: number of steps skipped directly before; unless it is 0, nothing is saved.
+
+        Returns:
+            Whether a save has begun.
+        """
         if skipped_in_a_row:
             reason = f"the last {skipped_in_a_row} steps were skipped"
             self._log.event("save_left_out", step=step, reason=reason)
@@ -54,10 +63,10 @@ class Saves:
         return has_begun
 
     def save_last(self, step: int, state: TrainState) -> None:
-        """Saves, and waits until everything is on disk.
+        """Saves the final state of this execution, and waits until everything is on disk.
 
         Raises:
-            InputError: that failed, or the state is not finite.
+            InputError: saving failed, or the state is not finite.
         """
         try:
             self._start(step, state)
@@ -66,20 +75,24 @@ class Saves:
         except SaveFailed as error:
             self._log.event("save_failed", step=step, reason=str(error))
             raise InputError(
-                f"step {step} could not be saved: {error}; see to that and run the same command, which goes on from "
-                f"the last checkpoint in {self._run_dir}"
+                f"step {step} could not be saved: {error}; remove the cause and run the same command, which resumes "
+                f"from the last checkpoint in {self._run_dir}"
             ) from None
         self._log.goodput(step)
         self.look()
 
     def look(self) -> None:
-        """Records a checkpoint that has become complete: from then on the run does not begin again by itself."""
+        """Updates `run.json` if the checkpoint being saved has become complete; called after every step.
+
+        If all checkpoints are lost later, `run.json` still says that there was one, and the run refuses to start over
+        silently (`check_may_begin`).
+        """
         if self._pending is None or not (self._run_dir / FOLDER / str(self._pending)).is_dir():
             return
         saved = max(self._pending, self._record.saved or 0)
         self._record, self._pending = dataclasses.replace(self._record, saved=saved), None
         if jax.process_index() == 0:
-            # The checkpoint itself says as much; this is for when it is gone.
+            # Not worth stopping for: while the checkpoint exists, it says the same.
             with contextlib.suppress(OSError):
                 write_record(self._run_dir, self._record)
 

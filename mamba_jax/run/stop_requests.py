@@ -14,16 +14,17 @@ EXIT_PREEMPTED = 128 + signal.SIGTERM
 
 
 class StopRequests:
-    """Notices SIGTERM, Ctrl-C and SIGHUP while the block runs, in all processes at the same point.
+    """Context manager that turns SIGTERM, Ctrl-C and SIGHUP into a request to save and stop.
 
-    One process: signal handlers. Several: JAX's preemption service takes SIGTERM, tells the other processes, and
-    agrees with them on the first call of `requested` that none has made yet; the others are handed to it as SIGTERM. A
-    second Ctrl-C interrupts at once; a second SIGTERM changes nothing, because schedulers send it more than once.
-    Outside the main thread of a single process no signal is noticed, and SIGHUP not under `nohup`.
+    A single process uses signal handlers. Several processes must all stop at the same step, so there JAX's preemption
+    service receives SIGTERM, tells the other processes, and agrees with them on the first call of `requested` that none
+    has made yet; Ctrl-C and SIGHUP are passed on to the service as SIGTERM. A second Ctrl-C interrupts at once. A
+    second SIGTERM changes nothing, because schedulers send it more than once. Under `nohup` SIGHUP stays ignored.
+    Outside the main thread Python cannot set handlers: a single process then notices no signal.
     """
 
     def __init__(self) -> None:
-        """Looks at the number of processes; `jax.distributed` must have been initialised."""
+        """Sets no handler yet; call it after `jax.distributed` has been initialised."""
         self._is_one_of_several = jax.process_count() > 1
         self._received: int | None = None
         self._is_agreed = False
@@ -47,14 +48,14 @@ class StopRequests:
 
     @property
     def signal(self) -> int | None:
-        """Number of the signal behind the request: SIGTERM if another process got it; None if there is none."""
+        """Number of the signal that caused the request, SIGTERM if another process got it; None without a request."""
         return self._received or (signal.SIGTERM if self._is_agreed else None)
 
     def requested(self) -> bool:
-        """Whether to save and stop; once True it stays so.
+        """Whether to save and stop; once True, it stays True.
 
-        Every process must call this equally often, between the same pieces of work: the n-th calls of all processes
-        return the same. The request may come out a few calls after the signal.
+        Every process must call this equally often and between the same pieces of work, because the n-th calls of all
+        processes return the same value. It may become True a few calls after the signal arrived.
         """
         if not self._is_one_of_several:
             return self._received is not None

@@ -1,6 +1,7 @@
 """Exits a process that makes no progress, so that a launcher can restart the job.
 
-A host that is alive but stuck stops all others in their next collective operation, for ever and without an error.
+With several hosts, one that is alive but stuck makes all others wait in their next collective operation, forever and
+without an error.
 """
 
 import faulthandler
@@ -11,26 +12,27 @@ import threading
 import time
 from types import TracebackType
 
-# That of a process which SIGALRM ends, as both ways out below are meant to look the same to a launcher; XPK restarts
-# on 127 to 255.
+# What a shell reports for a process that SIGALRM ended. The timer of the operating system ends it that way, and the
+# thread uses the same code, so that a launcher sees one kind of exit; XPK restarts on 127 to 255.
 EXIT_HUNG = 128 + signal.SIGALRM
 
-# Seconds between the deadline and the timer of the operating system.
+# Seconds by which the timer of the operating system is later than the deadline: enough for the thread to write stacks.
 _GRACE = 5.0
 _STDERR = 2
 
 
 class Watchdog:
-    """A deadline that has to be moved on again and again.
+    """Context manager that ends the process unless its deadline is moved again and again with `arm`.
 
-    When it passes, a thread writes the stacks of all threads to standard error and exits with `EXIT_HUNG`. It needs the
-    interpreter lock for that. If a call into C never gives the lock back, a timer of the operating system does the same
-    `_GRACE` seconds later, except that a process with id 1, as in a container without an init, is only told its stacks.
-    The timer is `signal.ITIMER_REAL`: whatever else uses SIGALRM rests while the block runs.
+    When the deadline passes, a thread writes the stacks of all threads to standard error and exits with `EXIT_HUNG`.
+    The thread needs Python's interpreter lock. If a call into C never gives the lock back, a timer of the operating
+    system does the same `_GRACE` seconds later. (A process with id 1, as in a container without an init, ignores the
+    signal of that timer: then only the stacks are written.) The timer is `signal.ITIMER_REAL`, so other uses of SIGALRM
+    are suspended while the block runs.
     """
 
     def __init__(self) -> None:
-        """Starts nothing yet."""
+        """Sets no deadline; entering the block starts the thread, and `arm` the clock."""
         self._changed = threading.Condition()
         self._deadline: float | None = None
         self._seconds = 0.0
@@ -57,15 +59,15 @@ class Watchdog:
 
     @property
     def doing(self) -> str:
-        """What was to be over by the last deadline."""
+        """What the process was doing when `arm` was last called."""
         return self._doing
 
     def arm(self, seconds: float, doing: str) -> None:
-        """Moves the deadline; costs some microseconds.
+        """Moves the deadline; cheap enough to call at every step.
 
         Args:
-            seconds: from now.
-            doing: what must be over by then, for the message.
+            seconds: time from now until the deadline.
+            doing: what must be finished by then, for the message.
         """
         with self._changed:
             self._deadline = time.monotonic() + seconds
@@ -83,18 +85,18 @@ class Watchdog:
 
 
 def end_within(seconds: float) -> None:
-    """Gives the rest of the process a deadline, which nothing takes away: call it when only its end is left.
+    """Sets a final deadline for shutting down, which is never lifted; call it when the work is done.
 
     Args:
-        seconds: from now; when they have passed, the operating system ends the process as a `Watchdog` would.
+        seconds: time from now after which the operating system ends the process, as the timer of a `Watchdog` does.
     """
     faulthandler.register(signal.SIGALRM, file=_STDERR, all_threads=True, chain=True)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _exit_with_stacks(message: str) -> None:
-    """Ends the process from any thread: sys.exit would only end this one, and cleaning up would wait for the others."""
-    # Past sys.stderr, whose lock the stuck thread may hold.
+    """Ends the process from any thread: sys.exit would end only the calling one, and cleanup waits for the rest."""
+    # Writes to the descriptor, not to sys.stderr, because the stuck thread may hold the lock of sys.stderr.
     os.write(_STDERR, f"{message}; stacks of all threads follow\n".encode())
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
     os.write(_STDERR, f"{message}; exit {EXIT_HUNG}\n".encode())

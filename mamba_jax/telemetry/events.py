@@ -1,4 +1,4 @@
-"""What happened to a run, apart from its numbers: `events.jsonl`, one JSON object a line, only ever appended to."""
+"""The event log of a run, `events.jsonl`: starts, saves, skipped steps and the like, one JSON object per line."""
 
 import time
 from collections.abc import Callable
@@ -32,32 +32,32 @@ class EventLog:
 
         Args:
             run_dir: an existing folder.
-            enabled: write anything at all; only the first process of several does.
+            enabled: False for all processes but the first, which write nothing.
         """
         self._file = AppendOnlyFile(run_dir / "events.jsonl") if enabled else None
 
     def write(self, event: EventName, **fields: object) -> None:
-        """Appends `{"time": seconds since 1970, "event": event, **fields}`; a full disk is one warning.
+        """Appends `{"time": seconds since 1970, "event": event, **fields}`; a full disk only causes one warning.
 
         Args:
-            event: what happened.
-            fields: what JSON can hold; anything else is written as its text. Of a number that is not finite the field
-                "not_finite" says which it was.
+            event: name of the event.
+            fields: values that JSON can hold; others are written as `str(value)`. NaN and infinity become null, and the
+                field "not_finite" says which of them it was.
         """
         if self._file is not None:
             self._file.append(to_line({"time": time.time(), "event": event, **fields}))
 
     def close(self) -> None:
-        """Tries once more to write what a full disk kept out, and tells what is lost."""
+        """Tries once more to write events that a full disk kept out, and warns if they are lost."""
         if self._file is not None:
             self._file.close()
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Events of a run, oldest first, whose fields are of the types that runs write.
+    """Reads the events of a run, oldest first; known fields have the types that runs write.
 
-    Damaged lines are passed over, fields of another type are left out, and a missing file holds no events. Every event
-    has "event" and "time"; "goodput" has "step" and "seconds" by bucket.
+    Damaged lines and fields of another type are left out; a missing file gives no events. Every event has the fields
+    "event" and "time"; the event "goodput" also has "step", and "seconds" as an object from bucket to seconds.
 
     Raises:
         OSError: the file cannot be read.
@@ -67,7 +67,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the known fields in their types, without those that are of another one."""
+    """The record without known fields of a wrong type; numbers that may be whole are converted to float."""
     types = _TYPES if record.get("event") != "goodput" else {**_TYPES, "seconds": _seconds_by_bucket}
     fields = {name: types[name](value) if name in types else value for name, value in record.items()}
     return {name: value for name, value in fields.items() if value is not None or name not in types}

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: accounting within a process, and over all processes that worked on the run."""
+"""Accounts for the time of a run: which share was spent in steps that count, within one start and over all starts."""
 
 import contextlib
 import dataclasses
@@ -11,13 +11,13 @@ OTHER = "other"
 
 
 class Goodput:
-    """Gives every second since its construction to exactly one bucket."""
+    """A stopwatch with named buckets: every second since its construction is counted in exactly one of them."""
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
         """Starts the accounting.
 
         Args:
-            clock: seconds, never going back.
+            clock: returns a time in seconds that never goes back.
         """
         self._clock = clock
         self._seconds: dict[str, float] = {}
@@ -26,7 +26,10 @@ class Goodput:
 
     @contextlib.contextmanager
     def measure(self, bucket: str) -> Iterator[None]:
-        """Counts the time of the block for `bucket`; a block inside it pauses it. Not for several threads."""
+        """Context manager that counts the time of its block in `bucket`; an inner block pauses the outer one.
+
+        Use it from one thread only.
+        """
         self._settle()
         self._open.append(bucket)
         try:
@@ -53,12 +56,12 @@ class GoodputSummary:
     """Where the time of a run went, over all its starts.
 
     Attributes:
-        seconds: by bucket; they add up to `wall_seconds`. "step" holds steps that count, "lost" those that a later
-            start did again, "down" the time from the last sign of a start to the next start, "other" what no block
-            of the program measured.
-        wall_seconds: from the first start to the last sign of the last one.
+        seconds: seconds by bucket; they add up to `wall_seconds`. "step" is time in steps that count, "lost" in steps
+            that a later start repeated, "down" the time between the last event of a start and the next start, "other"
+            time that no `measure` block covers.
+        wall_seconds: time from the first start to the last event of the last start.
         goodput: `seconds["step"] / wall_seconds`, 0 to 1; None if no time has passed.
-        starts: processes that worked on the run.
+        starts: number of times the run was started.
     """
 
     seconds: dict[str, float]
@@ -70,11 +73,11 @@ class GoodputSummary:
 def summarize(events: Sequence[Mapping[str, Any]]) -> GoodputSummary:
     """Adds up the "start" and "goodput" events of a run.
 
-    A start that was killed is known up to its last event only; what came after it counts as "down". The steps of a
-    start are taken as equally long between two of its "goodput" events.
+    Of a start that was killed, only the time up to its last event is known; the rest counts as "down". Steps between
+    two "goodput" events are assumed to be equally long.
 
     Args:
-        events: as `read_events` gives them; those before the first "start" are passed over.
+        events: the result of `read_events`; events before the first "start" are ignored.
     """
     starts = _starts(events)
     seconds: dict[str, float] = {}
@@ -104,7 +107,7 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> GoodputSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Start:
-    """One process: when it was there, by the clock of the log, and what it last said of its time."""
+    """One start of the run: its first and last time in the log, and the seconds by bucket that it reported last."""
 
     first_step: int
     begin: float
@@ -145,12 +148,12 @@ def _read_start(group: Sequence[Mapping[str, Any]]) -> _Start:
     seconds = reports[-1]["seconds"] if reports else {}
     begin = group[0]["time"]
     if reports:
-        # The accounting starts before the first event can be written; the report says by how much.
+        # The stopwatch starts before the first event is written; its total in the last report says how long before.
         begin = min(begin, reports[-1]["time"] - sum(seconds.values()))
     return _Start(
         first_step=group[0].get("step", 0),
         begin=begin,
-        # A damaged checkpoint is found while the next start restores, before that start announces itself.
+        # A "quarantined" event belongs to the next start: it comes from restoring, before that start's "start" event.
         end=max(event["time"] for event in group if event["event"] != "quarantined"),
         seconds=seconds,
         reports=tuple((event["step"], event["seconds"].get("step", 0.0)) for event in reports),

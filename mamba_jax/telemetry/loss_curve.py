@@ -6,25 +6,25 @@ from pathlib import Path
 from mamba_jax.files import replacement
 from mamba_jax.telemetry.metrics import read_metrics
 
-# Of float32; matplotlib cannot draw what lies far beyond.
+# The largest float32. matplotlib fails on values far beyond it, so they become gaps.
 _LARGEST = 3.4e38
 
 
 def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
-    """Draws training and validation loss over the steps into `loss_curve.png`, all or nothing.
+    """Draws training and validation loss over the steps into `loss_curve.png` of a run directory.
 
     Args:
-        run_dir: holds `metrics.jsonl`; values that are not finite are gaps.
-        title: of the picture.
+        run_dir: the run directory, with `metrics.jsonl`; losses that are not finite become gaps.
+        title: title of the picture.
 
     Returns:
-        Path of the picture; None if nothing was logged.
+        Path of the picture; None if no loss was logged.
 
     Raises:
-        OSError: it cannot be written.
-        Exception: matplotlib has its own, such as of a cache or a setting in the environment that is of no use.
+        OSError: the picture cannot be written; an older one stays.
+        Exception: errors of matplotlib itself, such as a broken cache or a wrong setting in the environment.
     """
-    # Importing it reads settings of the environment, which may be wrong and must not keep a run from starting.
+    # Imported here: importing matplotlib reads settings of the environment, and wrong ones must not stop a run.
     from matplotlib.figure import Figure
 
     records = read_metrics(run_dir)
@@ -41,7 +41,7 @@ def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
             axes.plot(steps, drawn, label=label, marker=marker, linewidth=1.0)
     if not axes.lines:
         return None
-    # A dollar sign in a name begins no formula.
+    # A dollar sign in the name would otherwise begin a formula.
     axes.set_title(title, parse_math=False)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Where numbers and texts of a run go: `metrics.jsonl`, TensorBoard, `samples.txt`, and the terminal."""
+"""Writes and reads the numbers and text samples of a run: `metrics.jsonl`, `samples.txt`, TensorBoard, the terminal."""
 
 import contextlib
 import io
@@ -24,15 +24,15 @@ from mamba_jax.telemetry.rewind import Fate, rewind
 
 Kind = Literal["train", "validation", "validation_ema"]
 
-# More digits than the number of any step has.
+# A step has at most 10 digits (`TrainConfig.num_steps` is below 2**31); a line with more than 15 is not a header.
 _SAMPLE_HEADER = re.compile(rb"^--- step (\d{1,15})\n", re.MULTILINE)
 _SAMPLE_END = "\n\n"
 
 
 class MetricWriter:
-    """Appends records to the files of a run directory, dropping those that a resumed run will write again.
+    """Appends metrics and samples to the files of a run directory, and removes those that a resumed run repeats.
 
-    What a full disk keeps out is told once per file and follows when there is room; it never ends the run.
+    A full disk never ends the run: there is one warning per file, and the records are written when there is room.
     """
 
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
@@ -40,9 +40,9 @@ class MetricWriter:
 
         Args:
             run_dir: an existing folder.
-            first_step: updates done so far; records of later steps stem from a run that was cut off, and are removed.
-                So are evaluations and samples of this step itself, which may be missing and are made again. All
-                others stay byte for byte; lines that are damaged go to the folder `damaged`.
+            first_step: updates done so far. Records of later steps, which an earlier start wrote before it was cut off,
+                are removed, and so are evaluations and samples of this step, because they are made again. All others
+                stay byte for byte; damaged lines are moved to the folder `damaged`.
         """
         self._metrics = AppendOnlyFile(run_dir / "metrics.jsonl")
         self._samples = AppendOnlyFile(run_dir / "samples.txt")
@@ -51,12 +51,12 @@ class MetricWriter:
         self._tensorboard = _TensorBoard(run_dir / "tensorboard", first_step)
 
     def write(self, kind: Kind, step: int, values: Mapping[str, float | None]) -> None:
-        """Writes one record; None values are left out, and numbers that are not finite are written as `to_line` says.
+        """Writes one record to `metrics.jsonl` and TensorBoard.
 
         Args:
-            kind: "train", "validation" or, of averaged weights, "validation_ema".
+            kind: "train"; "validation"; or "validation_ema", the validation loss of the averaged weights.
             step: updates done.
-            values: by name.
+            values: numbers by name. Those that are None are left out; for NaN and infinity see `to_line`.
         """
         known = {name: value for name, value in values.items() if value is not None}
         self._metrics.append(to_line({"kind": kind, "step": step, **known}))
@@ -67,17 +67,17 @@ class MetricWriter:
         self._samples.append(_format_sample(step, text))
 
     def close(self) -> None:
-        """Writes what is buffered or waits for room, and tells what is lost."""
+        """Writes everything that is buffered or waits for room on the disk, and warns of records that are lost."""
         self._metrics.close()
         self._samples.close()
         self._tensorboard.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of `metrics.jsonl`, oldest first: "kind", "step", and numbers by name.
+    """Reads the records of `metrics.jsonl`, oldest first: "kind", "step", and numbers by name.
 
-    A value that was written as null is the NaN or infinity that it was. Damaged lines, and fields that are not numbers,
-    are passed over.
+    NaN and infinity, which the file holds as null, are restored. Damaged lines and fields that are not numbers are left
+    out.
 
     Raises:
         OSError: the file cannot be read.
@@ -86,10 +86,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(run_dir: Path) -> list[tuple[int, str]]:
-    """Samples of `samples.txt` with their steps, oldest first; a missing file holds none.
+    """Reads (step, text) of each sample in `samples.txt`, oldest first; a missing file gives none.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path = run_dir / "samples.txt"
     content = path.read_bytes() if path.is_file() else b""
@@ -97,12 +97,12 @@ def read_samples(run_dir: Path) -> list[tuple[int, str]]:
 
 
 def _metrics(records: Iterable[dict[str, Any] | None]) -> Iterator[dict[str, Any] | None]:
-    """Each record with its numbers alone; None for one that is none of a step."""
+    """For each record, its "kind" and its numbers only; None if it is damaged or has no kind or step."""
     for record in records:
         if record is None or not isinstance(record.get("kind"), str) or not is_step(record.get("step")):
             yield None
             continue
-        # Not by `is_number`: a file can hold millions of them.
+        # Written out instead of calling `is_number`, because a file can hold millions of numbers.
         yield {
             name: math.nan if value is None else value
             for name, value in record.items()
@@ -114,7 +114,7 @@ def _metrics(records: Iterable[dict[str, Any] | None]) -> Iterator[dict[str, Any
 
 
 def _lines(content: bytes, first_step: int) -> Iterator[tuple[bytes, Fate]]:
-    """Each line of `metrics.jsonl` and what becomes of it."""
+    """Splits `metrics.jsonl` into lines and says what a run that resumes at `first_step` does with each."""
     lines = [*io.BytesIO(content)]
     for line, record in zip(lines, _metrics(parse_objects(lines)), strict=True):
         if record is None:
@@ -125,7 +125,7 @@ def _lines(content: bytes, first_step: int) -> Iterator[tuple[bytes, Fate]]:
 
 
 def _samples(content: bytes, first_step: int) -> Iterator[tuple[bytes, Fate]]:
-    """Each sample of `samples.txt` and what becomes of it."""
+    """Splits `samples.txt` into samples and says what a run that resumes at `first_step` does with each."""
     for step, part in _split_samples(content):
         if step is None:
             yield part, Fate.DAMAGED
@@ -134,26 +134,21 @@ def _samples(content: bytes, first_step: int) -> Iterator[tuple[bytes, Fate]]:
 
 
 def _format_sample(step: int, text: str) -> str:
-    """A sample as it is in the file: the line "--- step STEP", the text, an empty line.
+    """A sample in the format of the file: the line "--- step STEP", the text, an empty line.
 
-    A line of the text that begins like such a header, after any number of ">", gets one ">" more.
-
-    Args:
-        step: updates done.
-        text: anything.
+    Lines of the text that look like such a header are quoted with ">", and lines that look quoted get one ">" more, so
+    that `_sample_text` can restore any text.
     """
     quoted = re.sub(r"^(>*--- step )", r">\1", text, flags=re.MULTILINE)
     return f"--- step {step}\n{quoted}{_SAMPLE_END}"
 
 
 def _split_samples(content: bytes) -> Iterator[tuple[int | None, bytes]]:
-    """The samples of a file with their steps, oldest first, each with its header and its end.
-
-    Args:
-        content: of the file.
+    """Splits the content of `samples.txt` at the headers.
 
     Yields:
-        Pairs which together are the content; what comes before the first header belongs to no step.
+        (step, bytes of the sample with its header) in the order of the file. Bytes before the first header come first,
+        with None for the step.
     """
     starts = [*_SAMPLE_HEADER.finditer(content)]
     places = [*(match.start() for match in starts), len(content)]
@@ -173,11 +168,11 @@ def _sample_text(sample: bytes) -> str:
 
 
 class _TensorBoard:
-    """Scalars for TensorBoard, as long as tensorboardX is installed and able to write.
+    """Writes scalars for TensorBoard, if tensorboardX is installed; any failure of it ends these files, not the run.
 
-    A thread of tensorboardX does the writing. The first `OSError` ends that thread, and from then on a full queue
-    would block the caller for ever: hence the long queue, and a look at the thread before each scalar. Whatever else
-    goes wrong in that library ends its files and not the run.
+    A thread of tensorboardX does the writing. The first `OSError` ends that thread, and then a full queue would block
+    the caller forever. So the thread is checked before each scalar, and the queue is long enough (1000) that it cannot
+    fill up between the check and the call.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -218,9 +213,9 @@ def _reason(error: Exception) -> str:
 
 
 class StatusDisplay:
-    """A progress bar on a terminal; elsewhere a line per report.
+    """Shows progress: a bar on a terminal, elsewhere a line per report.
 
-    No output ends the run, wherever it goes: what cannot be printed is lost after one warning.
+    Failing output (a closed pipe, a full disk) never ends the run: there is one warning, and the text is lost.
     """
 
     def __init__(self, total: int, completed: int, *, enabled: bool = True) -> None:
@@ -228,8 +223,8 @@ class StatusDisplay:
 
         Args:
             total: steps of the run.
-            completed: steps done before.
-            enabled: print anything at all; only the first process of several does.
+            completed: steps that were done before this start.
+            enabled: False for all processes but the first, which print nothing.
         """
         self._stream = enduring(sys.stdout)
         self._console = Console(
@@ -249,7 +244,7 @@ class StatusDisplay:
             console=self._console,
             disable=not self._is_live,
             expand=True,
-            # Warnings that were sent to a file do not belong above the bar.
+            # If standard error goes to a file, warnings stay there and are not printed above the bar.
             redirect_stderr=enduring(sys.stderr).isatty(),
         )
         self._task = self._progress.add_task("train", total=total, completed=completed, status="compiling")
@@ -291,7 +286,7 @@ class StatusDisplay:
 
 
 def _size() -> dict[str, Any]:
-    """Columns and lines where the environment claims to know them, within reason; empty to ask the terminal."""
+    """Size of the terminal from COLUMNS and LINES, limited to sensible values; empty if they are not set."""
     if "COLUMNS" not in os.environ and "LINES" not in os.environ:
         return {}
     columns, lines = shutil.get_terminal_size()
@@ -299,7 +294,7 @@ def _size() -> dict[str, Any]:
 
 
 def format_seconds(seconds: float) -> str:
-    """Such as 3:07 or 2:15:40; "?" for what is not a time."""
+    """A duration as text, such as 3:07 or 2:15:40; "?" if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Files of records, one JSON object a line: written strictly and whole, read without trust."""
+"""Files of JSON objects, one per line: records are written whole or not at all, and read with damage in mind."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-# Bytes of records that a file keeps in memory for want of room on the disk: weeks of a run that reports now and then.
+# Bytes of records that are kept in memory while the disk is full. A record takes some 300 bytes: 50,000 records.
 MOST_PENDING = 16 * 2**20
-# More than any run has steps; a larger number is the work of a flipped bit.
+# Above the number of steps of any run (`TrainConfig.num_steps` is below 2**31); a larger one is a damaged record.
 MOST_STEPS = 2**40
-# Beyond it, a whole number is no field of ours, and in the end none that a float can hold.
+# Whole numbers from here on are not written by any run; very large ones could not be converted to float.
 MOST_WHOLE = 2**63
 # The last second of the year 9999, where calendars of computers end.
 LAST_SECOND = 253_402_300_799
@@ -26,26 +26,28 @@ _DEEPEST = 16
 
 
 class AppendOnlyFile:
-    """A file that grows by whole records and that a full disk cannot turn into the end of a run.
+    """A file to which whole records are appended; errors of the disk never reach the caller.
 
-    Records that cannot be written are kept in memory and follow, in their order, when there is room.
+    Records that cannot be written are kept in memory and written later, in their order, when there is room.
     """
 
     def __init__(self, path: Path) -> None:
-        """Takes the path; nothing is opened before the first `append`."""
+        """Stores the path; nothing is opened before the first `append`."""
         self._path = path
-        # Saves tell of their end from a thread of their own.
+        # The background thread that saves checkpoints appends events, too.
         self._lock = threading.Lock()
         self._pending: deque[bytes] = deque()
         self._lost = 0
         self._has_warned = False
 
     def append(self, text: str) -> None:
-        """Writes what is pending and then the text, each whole or not at all; an `OSError` is one warning per file.
+        """Writes pending records and then this one, each whole or not at all; the first `OSError` causes a warning.
+
+        If the file ends in a line that was cut off, the record starts on a new line. When `MOST_PENDING` bytes are
+        pending already, a record that cannot be written is lost.
 
         Args:
-            text: one record, which ends in a newline. If the file ends in a line that was cut off, the text starts on
-                a new one. Once `MOST_PENDING` bytes are pending, a record that cannot be written is lost.
+            text: one record, which ends in a newline.
         """
         with self._lock:
             self._pending.append(text.encode("utf-8", "surrogatepass"))
@@ -55,7 +57,7 @@ class AppendOnlyFile:
                 self._lost += 1
 
     def close(self) -> None:
-        """Tries once more to write what is pending, and tells how many records were lost."""
+        """Tries once more to write pending records, and warns with the number of records that are lost."""
         if self._pending:
             self._write()
         lost, self._lost = self._lost + len(self._pending), 0
@@ -75,7 +77,7 @@ class AppendOnlyFile:
                     count += 1
         except OSError as error:
             if count == len(self._pending):
-                # Closing it failed, where network file systems tell that an earlier write did.
+                # All writes returned but closing failed: network file systems report failed writes only then.
                 count = 0
             if not self._has_warned:
                 self._has_warned = True
@@ -92,7 +94,7 @@ def append_whole(path: Path, records: Iterable[bytes]) -> None:
     """Appends records to a file and waits until the disk has them.
 
     Raises:
-        OSError: not all could be written; none is half there.
+        OSError: not all records could be written; the file ends after a whole one.
     """
     with path.open("ab+", buffering=0) as file:
         for record in records:
@@ -117,13 +119,13 @@ def _append_whole(file: FileIO, record: bytes) -> None:
 
 
 def to_line(record: Mapping[str, object]) -> str:
-    """The record as a line of strict JSON (RFC 8259).
+    """The record as a line of strict JSON (RFC 8259), which has no NaN and no infinity.
 
-    A number that is not finite becomes null, and the field "not_finite" says which one it was: for the record
-    `{"loss": nan}` it is `{"loss": "nan"}`. Numbers inside other objects go by their dotted name.
+    Such a number becomes null, and the extra field "not_finite" says what it was: `{"loss": nan}` is written as
+    `{"loss": null, "not_finite": {"loss": "nan"}}`. Numbers inside nested objects are named with dots.
 
     Args:
-        record: what JSON can hold; anything else is written as its text.
+        record: values that JSON can hold; others are written as `str(value)`.
     """
     reasons: dict[str, str] = {}
     plain = {name: _finite(value, name, reasons) for name, value in record.items()}
@@ -144,7 +146,7 @@ def _finite(value: object, name: str, reasons: dict[str, str]) -> object:
 
 
 def parse_objects(texts: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
-    """The JSON object of each text; None for a text that is damaged, or nested deeper than any of ours."""
+    """Parses each text as a JSON object; None for a text that is damaged or nested deeper than any of our records."""
     for text in texts:
         try:
             found = json.loads(text.decode())
@@ -164,12 +166,12 @@ def _is_shallow(value: dict[str, Any] | list[Any], levels: int) -> bool:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a file, with NaN and infinities as they were before `to_line`.
+    """Reads the records of a file, and restores NaN and infinities that `to_line` has replaced.
 
-    Damaged lines are passed over, and a missing file holds no records.
+    Damaged lines are left out; a missing file gives no records.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     if not path.is_file():
         return []
@@ -189,15 +191,15 @@ def _restore(record: dict[str, Any]) -> None:
 
 
 def is_step(value: Any) -> bool:
-    """Whether this is a number of updates."""
+    """Whether the value can be a step: a whole number from 0 to `MOST_STEPS`."""
     return type(value) is int and 0 <= value <= MOST_STEPS
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a number, NaN and infinities included, that a float can hold."""
+    """Whether the value is a float (NaN and infinity included), or a whole number that a float can hold."""
     return type(value) is float or (type(value) is int and abs(value) < MOST_WHOLE)
 
 
 def is_seconds(value: Any) -> bool:
-    """Whether this can be the time of a run, or a time within it."""
+    """Whether the value can be a time in seconds, since 1970 or since the start of a run."""
     return is_number(value) and 0 <= value <= LAST_SECOND

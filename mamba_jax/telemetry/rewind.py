@@ -1,4 +1,4 @@
-"""What becomes of the files of a run when it resumes: they go back to the step of its checkpoint."""
+"""Takes the files of a run back to the step of its checkpoint when it resumes, so that no step is recorded twice."""
 
 import enum
 import warnings
@@ -12,25 +12,25 @@ _DAMAGED = "damaged"
 
 
 class Fate(enum.Enum):
-    """What becomes of a part of a file."""
+    """What `rewind` does with a part of a file."""
 
     KEPT = enum.auto()
     DONE_AGAIN = enum.auto()
     DAMAGED = enum.auto()
     CUT_OFF = enum.auto()
-    """Damaged as the last line of a process that was killed is, which is nothing to tell of."""
+    """The incomplete last line of a process that was killed: moved aside like damage, but without a warning."""
 
 
 def rewind(path: Path, split: Callable[[bytes], Iterator[tuple[bytes, Fate]]]) -> None:
-    """Removes from a file what a resumed run writes again; what stays is not changed by a byte.
+    """Removes the parts of a file that a resumed run writes again; the other parts stay byte for byte.
 
-    Damaged parts are moved to the file of the same name in the folder `damaged` beside it. So are parts of later steps
-    that come before one that is kept: files grow in the order of steps, so their step is not to be trusted. If
+    Damaged parts are moved to the file of the same name in the folder `damaged` beside it. So are parts to be removed
+    that stand before a part to be kept: files grow in the order of steps, so the step in such a part must be wrong. If
     something cannot be read or written, the file stays as it is, and a warning says so.
 
     Args:
-        path: of the file; it may be missing.
-        split: the parts of a content, in their order, and what becomes of each.
+        path: the file; it may be missing.
+        split: cuts the content of the file into parts, in order, and says what to do with each.
     """
     try:
         if not path.is_file():

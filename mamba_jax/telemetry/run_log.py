@@ -21,21 +21,22 @@ from mamba_jax.telemetry.goodput import Goodput
 from mamba_jax.telemetry.loss_curve import plot_loss_curve
 from mamba_jax.telemetry.metrics import Kind, MetricWriter, StatusDisplay
 
-# Time that training takes as long as nothing else is done.
+# Buckets of time that count as training when the speed is computed; evaluation, saving and the like do not.
 _TRAINING = ("step", "data", "other")
+# Seconds between "goodput" events. A run that is killed loses at most the account of its last minute.
 _GOODPUT_EVERY = 60.0
 
 
 class RunLog:
-    """Writes what happens in a run; only the first of several processes does."""
+    """Reports the progress of a run to its files and the terminal; only the first of several processes writes."""
 
     def __init__(self, config: ExperimentConfig, mesh: Mesh, run_dir: Path) -> None:
-        """Starts the clock.
+        """Starts the accounting of time.
 
         Args:
             config: the resolved experiment.
-            mesh: the devices that it runs on.
-            run_dir: an existing folder.
+            mesh: the mesh of devices that the run uses.
+            run_dir: the run directory; it must exist.
         """
         self.config, self.mesh, self.run_dir = config, mesh, run_dir
         self._is_main = jax.process_index() == 0
@@ -48,7 +49,11 @@ class RunLog:
         self._skipped = 0.0
 
     def start(self, first_step: int) -> None:
-        """Says what is about to run; metrics of later steps than `first_step` are dropped and written again."""
+        """Opens the files, removes records that are written again, and announces the run.
+
+        Args:
+            first_step: updates done so far; see `MetricWriter`.
+        """
         self._display = StatusDisplay(self.config.train.num_steps, first_step, enabled=self._is_main)
         self._writer = MetricWriter(self.run_dir, first_step=first_step) if self._is_main else None
         kind = self.mesh.devices.flat[0].device_kind
@@ -62,16 +67,16 @@ class RunLog:
         return self._display.live()
 
     def measure(self, bucket: str) -> AbstractContextManager[None]:
-        """Counts the time of the block for a bucket of `goodput`."""
+        """Context manager that counts the time of its block in a bucket, see `Goodput.measure`."""
         return self._goodput.measure(bucket)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of this process by bucket."""
+        """Seconds that this process has spent so far, by bucket."""
         return self._goodput.seconds
 
     def event(self, name: EventName, **fields: object) -> None:
-        """Writes to `events.jsonl`; what a user should know at once is printed too."""
+        """Writes an event to `events.jsonl`; problems with checkpoints are printed, too."""
         self._events.write(name, **fields)
         if name == "quarantined":
             self.note(f"checkpoint of step {fields['step']} is damaged and was moved away: {fields['reason']}")
@@ -89,7 +94,7 @@ class RunLog:
 
         Args:
             step: updates done.
-            values: fields of `StepMetrics`.
+            values: the fields of `StepMetrics` by name.
         """
         if values["skipped"] > self._skipped and values["skipped_in_a_row"]:
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -120,7 +125,7 @@ class RunLog:
         self._display.advance(step, status, left)
 
     def evaluation(self, kind: Kind, step: int, result: Perplexity) -> None:
-        """Reports held-out loss, of the weights or of their average."""
+        """Reports held-out loss; `kind` says whether of the weights or of their moving average."""
         if self._writer is not None:
             self._writer.write(kind, step, dataclasses.asdict(result))
         of_average = " of the averaged weights" if kind == "validation_ema" else ""
@@ -136,31 +141,36 @@ class RunLog:
         self.note(f"step {step} sample: {text!r}")
 
     def goodput(self, step: int) -> None:
-        """Writes where the time of this process went so far."""
+        """Writes a "goodput" event: the seconds that this process has spent so far, by bucket."""
         self._last_goodput = time.monotonic()
         seconds = {bucket: round(value, 3) for bucket, value in self.seconds.items()}
         self.event("goodput", step=step, seconds=seconds)
 
     def end(self, step: int, *, is_complete: bool) -> None:
-        """Says how this process ended, everything being saved."""
+        """Writes the last event and the loss curve; call it after the final save.
+
+        Args:
+            step: updates done.
+            is_complete: whether this was the last step of the run, and not a stop on request.
+        """
         self.goodput(step)
         self.event("finished" if is_complete else "preempted", step=step)
         if self._writer is not None:
             try:
                 plot_loss_curve(self.run_dir, title=self.config.name)
-            # A picture ends no run, whatever is wrong with fonts, caches, settings or numbers.
+            # No problem of drawing (fonts, caches, settings, numbers) is worth failing a run that is complete.
             except Exception as error:
                 reason = getattr(error, "strerror", None) or clean_line(f"{type(error).__name__}: {error}")
                 warnings.warn(f"no loss curve in {self.run_dir}: it cannot be written ({reason})", stacklevel=2)
 
     def close(self) -> None:
-        """Writes what is buffered or waits for room, and tells what is lost."""
+        """Writes everything that is buffered or waits for room on the disk, and warns of records that are lost."""
         self._events.close()
         if self._writer is not None:
             self._writer.close()
 
     def _seconds_per_step(self, step: int) -> float | None:
-        """Average since the last call, without what is not training; None at the first."""
+        """Average training time per step since the last call, without evaluation and saving; None at the first call."""
         seconds = self.seconds
         now = sum(seconds.get(bucket, 0.0) for bucket in _TRAINING)
         last, self._last = self._last, (step, now)

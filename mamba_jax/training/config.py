@@ -1,4 +1,4 @@
-"""How a model is trained."""
+"""Configs of training: optimizer, schedule, loop, checkpoints, faults, and what the compiled step depends on."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -64,7 +64,7 @@ class OptimizerConfig(Config):
         algorithm: "adamw", or "muon": hidden matrices get orthogonalised momentum, scaled to the root mean square
             of an AdamW update so that `peak_lr` and `weight_decay` serve both; all else gets AdamW.
         peak_lr: learning rate at the top of the schedule.
-        schedule: its shape over the run.
+        schedule: shape of the learning rate over the run.
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the square root of the second moment.
@@ -104,8 +104,8 @@ class TrainConfig(Config):
         num_steps: optimizer steps of the whole run.
         run_dir: where checkpoints, metrics, samples and plots go; a run found there is resumed.
         accumulation_steps: microbatches whose gradients are averaged into one step.
-        windows: parts that the sequence is cut into, one worked on after the other; the recurrent state passes between
-            them, and the memory of activations is that of one part.
+        windows: number of parts that the sequence is cut into. They are processed one after the other, passing on the
+            recurrent state, so that only the activations of one part are in memory.
         window_gradient: "full" propagates gradients through the states between windows, which gives the gradient of the
             uncut sequence; "truncated" stops them there.
         z_loss: weight of the squared log-partition penalty; 0 disables it.
@@ -192,13 +192,13 @@ class FaultsConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramConfig(Config):
-    """All that the compiled training step depends on, and nothing that it does not; see `ExperimentConfig.program`.
+    """Exactly what the compiled training step depends on, taken from the experiment by `ExperimentConfig.program`.
 
     Attributes:
         model: the network.
         optimizer: the update rule.
         faults: which steps are skipped.
-        seed: of the initial parameters.
+        seed: seed of the initial parameters.
         num_steps: see `TrainConfig`.
         global_batch: see `DataConfig`.
         seq_len: see `DataConfig`.
@@ -240,10 +240,10 @@ class ProgramConfig(Config):
         self._check_recipe()
 
     def _check_recipe(self) -> None:
-        """Weights and moments stay finite as long as gradients are.
+        """Makes sure that weights and moments stay finite as long as gradients do.
 
-        No element of a clipped gradient exceeds clip_norm, so neither does a mean of them, and Adam's direction is at
-        most clip_norm / eps; Muon's is far smaller. Decay alone brings a weight nearer to 0.
+        No element of a clipped gradient exceeds clip_norm, so no mean of them does, and Adam's direction is at most
+        clip_norm / eps in size; Muon's is far smaller. Weight decay only brings weights nearer to 0.
         """
         recipe = self.optimizer
         largest_lr = max(recipe.peak_lr, recipe.schedule.final_lr)

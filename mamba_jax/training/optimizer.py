@@ -21,8 +21,8 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     The warm-up starts above zero, so that the first update is not lost, and the last update has `final_lr`.
 
     Args:
-        config: peak and shape.
-        num_steps: updates of the whole run.
+        config: its fields `peak_lr` and `schedule` are used.
+        num_steps: number of updates in the whole run.
     """
     schedule = config.schedule
     warmup = round(schedule.warmup_fraction * num_steps)
@@ -58,9 +58,9 @@ def make_optimizer(
     square of AdamW's, so that both share `peak_lr` and `weight_decay`.
 
     Args:
-        config: the recipe.
-        num_steps: updates of the whole run.
-        definition: of the model; it says where weight decay applies, and what the dimensions of parameters mean.
+        config: the optimizer's settings.
+        num_steps: number of updates in the whole run.
+        definition: the model; it says where weight decay applies and what the dimensions of parameters mean.
 
     Source: arXiv 2312.00752, appendix E.2.1; AdamW is arXiv 1711.05101; Muon at this scale is arXiv 2502.16982.
     """
@@ -84,12 +84,12 @@ def make_optimizer(
 def matrix_dimensions(definition: ModelDefinition) -> Params:
     """Which parameters Muon updates: the matrices inside the blocks.
 
-    These are the parameters of layers with weight decay, except convolutions, which are a filter for each channel. Not
-    counting the layers, the first dimension is the input and the last the output. All other dimensions number matrices
-    that are orthogonalised apart: x and z of the input projection are two.
+    These are the layers' parameters with weight decay, except convolutions, which are one filter per channel. Behind
+    the dimension of the layers, the first dimension is the input and the last the output. Dimensions in between count
+    separate matrices, each of which is orthogonalised alone, such as those of x and z in the input projection.
 
     Args:
-        definition: says which parameters decay, and what their dimensions mean.
+        definition: the model; it says which parameters decay and what their dimensions mean.
 
     Returns:
         Tree like the parameters: the input and output dimension of every matrix, `optax.MaskedNode()` for all else.
@@ -124,7 +124,7 @@ def _orthogonal_momentum(config: OptimizerConfig, matrices: Params) -> optax.Gra
 
 
 def _one_layer_at_a_time(muon: optax.GradientTransformation, updates: Any, state: Any, params: Any = None) -> Any:
-    """Muon's update in a loop over the layers, whose matrices are gathered and orthogonalised one after the other."""
+    """Muon's update in a loop over the layers, so that only one layer's matrices are gathered on a device at a time."""
 
     def update_layer(layer: tuple[Any, Any]) -> tuple[Any, Any]:
         updates, momentum = layer
@@ -137,5 +137,5 @@ def _one_layer_at_a_time(muon: optax.GradientTransformation, updates: Any, state
 
 
 def _is_entry(node: Any) -> bool:
-    """Both kinds of entry of `matrix_dimensions` are tuples, which JAX would otherwise look into."""
+    """Whether a node is an entry of the tree of `matrix_dimensions`: both kinds are tuples, not leaves, to JAX."""
     return isinstance(node, (MuonDimensionNumbers, optax.MaskedNode))

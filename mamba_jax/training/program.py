@@ -1,4 +1,7 @@
-"""The training step with all that it works on: one object from which a run, a pod report or a benchmark starts."""
+"""Everything that is fixed before training: model, optimizer, layout of the state, and the compiled step.
+
+A run, an estimate for a pod and a benchmark all start from the object that is defined here.
+"""
 
 from collections.abc import Sequence
 
@@ -26,17 +29,22 @@ class TrainProgram:
             state, metrics = program.step(state, batch)
 
     Attributes:
-        config: what the step depends on.
-        mesh: of the devices.
-        definition: of the model.
+        config: everything that the compiled step depends on.
+        mesh: the device mesh.
+        definition: the model without its parameters.
         optimizer: the update rule.
         state: shapes, dtypes and shardings of the `TrainState`.
         batch: shapes, dtypes and shardings of an `LMBatch`.
-        step: (state, batch) to (state, metrics), jitted; call it under `jax.set_mesh`. It consumes the state.
+        step: the jitted function from (state, batch) to (state, metrics). Call it under `jax.set_mesh`; it donates the
+            state that it is given.
     """
 
     def __init__(self, config: ProgramConfig, mesh: Mesh) -> None:
-        """Sets everything up.
+        """Defines model, optimizer and step without allocating arrays or compiling.
+
+        Args:
+            config: everything that the compiled step depends on.
+            mesh: the device mesh.
 
         Raises:
             InputError: the batch, the sequence or a parameter cannot be split over the mesh.
@@ -62,10 +70,10 @@ class TrainProgram:
             )
 
     def initialize(self, params: Params | None = None) -> TrainState:
-        """A fresh state, created directly in its shards.
+        """The state before the first step; each device creates only its own part.
 
         Args:
-            params: values to start from instead of random ones; cast to the dtype of the parameters.
+            params: parameters to start from, cast to the config's dtype; None draws random ones from `config.seed`.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         if params is None:
@@ -81,10 +89,10 @@ class TrainProgram:
         return jax.jit(lambda params: create(self.config, params, self.optimizer), out_shardings=shardings)(params)
 
     def lower(self, platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
-        """The step from shapes and shardings alone.
+        """Lowers the step from shapes and shardings alone, without any arrays; `.compile()` gives the program.
 
         Args:
-            platforms: to lower for, such as ("tpu",); None is that of the mesh's devices.
+            platforms: platforms to lower for, such as ("tpu",); None takes that of the mesh's devices.
         """
         with jax.set_mesh(self.mesh):
             traced = self.step.trace(self.state, self.batch)
@@ -95,12 +103,12 @@ def check_rows(mesh: Mesh, name: str, rows: int) -> None:
     """Checks that a batch can be split over the mesh.
 
     Args:
-        mesh: of the devices.
-        name: of the number of rows, for the message.
-        rows: of the batch.
+        mesh: the device mesh.
+        name: how the config calls the number of rows, for the message.
+        rows: number of rows of the batch.
 
     Raises:
-        InputError: they are not a multiple of the parts.
+        InputError: the number of rows is not a multiple of the number of batch shards.
     """
     shards = batch_shards(mesh)
     if rows % shards:

@@ -1,4 +1,4 @@
-"""One optimizer step as one compiled, donated program."""
+"""The training step: loss, gradient and update as one jitted function that donates the old state."""
 
 import dataclasses
 import functools
@@ -32,16 +32,16 @@ from mamba_jax.training.train_state import SkipState, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """What a step reports, each a float32 scalar.
+    """The metrics of a step, each a float32 scalar.
 
     Attributes:
         loss: cross_entropy + z_loss.
         cross_entropy: nats per counted token.
         z_loss: weighted log-partition penalty.
-        grad_norm: global norm before clipping.
-        learning_rate: of this update; the schedule counts updates, so skipped steps do not advance it.
-        skipped: steps of the whole run whose update was left out, this one included.
-        skipped_in_a_row: of them, those since the last update; 0 if this step was not skipped.
+        grad_norm: global norm of the gradient before clipping.
+        learning_rate: learning rate of this update; the schedule counts updates, so skipped steps do not advance it.
+        skipped: number of skipped steps in the whole run so far, this one included.
+        skipped_in_a_row: number of steps skipped since the last update; 0 if this step was not skipped.
     """
 
     loss: Float[jax.Array | np.ndarray, ""]
@@ -75,27 +75,30 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
 ) -> jax.stages.Wrapped:
-    """The jitted step; call it under `jax.set_mesh`. It consumes the state it is given.
+    """The jitted training step; call it under `jax.set_mesh`. It donates the state that it is given.
 
-    With accumulation over k microbatches, the gradients of the parts of the loss are summed. All are divided by the
-    number of counted tokens of the whole batch, so the result is that of the undivided batch.
+    With accumulation over several microbatches, their gradients are summed. The loss of each is divided by the number
+    of counted tokens of the whole batch, so the sum is the gradient of the undivided batch.
 
     A step whose loss or gradient is not finite, or whose gradient is a spike, leaves parameters, moments and average
     as they were; see `FaultsConfig`. A finite gradient keeps them finite: `ProgramConfig` refuses recipes whose
     updates could add up to more than float32 holds.
 
-    With `data.order="streams"` every row starts from the state that the step before left it in. Gradients reach back
-    to the start of the step, not beyond it: truncated back-propagation through time.
+    With `data.order="streams"` every row starts from the recurrent state at the end of the same row in the previous
+    step. Gradients reach back to the start of the step only: truncated back-propagation through time.
 
     Args:
-        config: of the run.
-        definition: of the model.
-        optimizer: of the run.
-        abstract: from `abstract_state`; its shardings are those of the state that the step returns.
+        config: everything that the step depends on.
+        definition: the model without its parameters.
+        optimizer: the update rule, from `make_optimizer`.
+        abstract: from `abstract_state`; the step returns its state with the shardings given here.
+
+    Returns:
+        A function from (`TrainState`, `LMBatch`) to (`TrainState`, `StepMetrics`).
     """
     schedule = learning_rate(config.optimizer, config.num_steps)
-    # Left to the compiler, the new state could come back laid out otherwise than the old one: the memory of the old
-    # state could not be reused, and the next call would compile again.
+    # Without out_shardings the compiler could choose another layout for the new state than the old one has: then the
+    # memory of the old state could not be reused, and the next call would compile again.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     @functools.partial(
@@ -142,14 +145,14 @@ def make_train_step(
 def _judge(
     config: FaultsConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[Bool[jax.Array, ""], SkipState]:
-    """Whether the step may change the weights, and what is remembered of it."""
+    """Decides whether the step's update is applied (see `FaultsConfig`), and updates the counters and norms."""
     skips = state.skips
     accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     done = state.step - skips.total
     if config.spike_factor is not None:
         is_spike = grad_norm > config.spike_factor * jnp.mean(skips.norms)
         accepted &= ~(is_spike & (done >= config.spike_window))
-    # Only accepted norms are remembered: a value that is not finite would make every later comparison false.
+    # Only norms of accepted steps are kept: with a norm that is not finite in the mean, no later step would be a spike.
     norms = jnp.where(accepted, skips.norms.at[done % config.spike_window].set(grad_norm), skips.norms)
     return accepted, SkipState(
         total=skips.total + ~accepted, in_a_row=jnp.where(accepted, 0, skips.in_a_row + 1), norms=norms
@@ -159,7 +162,10 @@ def _judge(
 def _whole_batch(
     config: ProgramConfig, definition: ModelDefinition, state: TrainState, batch: LMBatch
 ) -> tuple[LossOutput, Params, LMState | None]:
-    """Loss, gradient, and the model's state after the batch, worked out one microbatch after the other."""
+    """Loss, gradient and the recurrent state after the batch, computed one microbatch after the other.
+
+    The recurrent state is None unless `data.order` is "streams".
+    """
     loss_and_gradient = functools.partial(_loss_and_gradient, config, definition, state.params)
     normalizer = jnp.sum(batch.loss_mask, dtype=jnp.float32)
     recurrent = state.recurrent
@@ -188,6 +194,17 @@ def _loss_and_gradient(
     recurrent: LMState | None,
     normalizer: jax.Array,
 ) -> tuple[LossOutput, Params, LMState | None]:
+    """Loss, its gradient by the parameters, and the recurrent state after one microbatch.
+
+    Args:
+        config: the config of the step.
+        definition: the model without its parameters.
+        params: its parameters.
+        batch: the microbatch.
+        recurrent: state that each row starts from; None is zero.
+        normalizer: number that the summed loss is divided by, the counted tokens of the whole batch.
+    """
+
     def loss_of(params: Params, batch: LMBatch, recurrent: LMState | None) -> tuple[LossOutput, LMState]:
         model = definition.merge(params)
         output = model.hidden(batch.tokens, recurrent, segment_ids=batch.segment_ids)
@@ -216,9 +233,10 @@ def _loss_and_gradient(
 def _over_windows(
     config: ProgramConfig, loss_of: Any, batch: LMBatch, recurrent: LMState | None
 ) -> tuple[LossOutput, LMState]:
-    """Sums the loss over windows of the sequence; the backward pass works them out again, last to first.
+    """Sums the loss over windows of the sequence, and returns it with the recurrent state after the last one.
 
-    What is kept of a window is the state that enters it, so memory does not grow with the sequence but for that.
+    The forward pass keeps only the state at the start of each window; the backward pass recomputes the windows from the
+    last to the first. So activations of only one window are in memory at a time.
     """
     windows = _windows(batch, config.windows)
     if recurrent is None:
@@ -241,7 +259,11 @@ def _over_windows(
 
 
 def _windows(batch: LMBatch, count: int) -> LMBatch:
-    """(B, L) to (count, B, L / count); `continues` tells where a window goes on with the document before it."""
+    """Cuts a batch of (B, L) arrays into windows, (count, B, L / count).
+
+    `continues` becomes (count, B): whether a window continues the document of the window before. It is True for the
+    first window, whose state has been reset already.
+    """
 
     def split(rows_BL: jax.Array) -> jax.Array:
         batch_size, length = rows_BL.shape
@@ -257,7 +279,10 @@ def _windows(batch: LMBatch, count: int) -> LMBatch:
 
 
 def _microbatches(batch: LMBatch, parts: int) -> LMBatch:
-    """(B, L) to (parts, B / parts, L), every `parts`-th row in one, so that no row moves to another device."""
+    """Cuts a batch of (B, L) arrays into microbatches, (parts, B / parts, L).
+
+    A microbatch takes every `parts`-th row, so that each device finds its share of every microbatch among its own rows.
+    """
 
     def split(rows: jax.Array) -> jax.Array:
         split_MB = jnp.moveaxis(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 1, 0)

@@ -1,4 +1,4 @@
-"""Everything an optimizer step changes, and how it is laid out over the mesh."""
+"""The training state (everything that an optimizer step changes), and how it is laid out over the mesh."""
 
 import dataclasses
 import typing
@@ -20,11 +20,11 @@ from mamba_jax.training.config import ProgramConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkipState:
-    """What is remembered to tell a step that must be skipped.
+    """Counters and past gradient norms by which the next step is accepted or skipped, see `FaultsConfig`.
 
     Attributes:
-        total: steps skipped so far, an int32 scalar.
-        in_a_row: skipped since the last accepted step, an int32 scalar.
+        total: number of steps skipped so far, an int32 scalar.
+        in_a_row: number of steps skipped since the last accepted one, an int32 scalar.
         norms: gradient norms of the last accepted steps, (faults.spike_window,) in float32, finite.
     """
 
@@ -42,9 +42,9 @@ class TrainState:
 
     Attributes:
         step: updates done so far, an int32 scalar; also the number of batches consumed.
-        params: parameters.
-        opt_state: of the optimizer; its moments are laid out as their parameters.
-        skips: of the steps that were skipped.
+        params: the parameters of the model.
+        opt_state: state of the optimizer; its moments are laid out like their parameters.
+        skips: counters and gradient norms for skipping steps.
         ema: exponential moving average of the parameters; None without `optimizer.ema_decay`.
         recurrent: state of the model after the last token of every row, for `data.order="streams"`; else None.
     """
@@ -57,7 +57,7 @@ class TrainState:
     recurrent: Any
 
     def items(self) -> dict[str, Any]:
-        """The parts of the state that a checkpoint keeps apart, by name; `from_items` reverses it."""
+        """The state as the items of a checkpoint, by name, each of which can be read alone; see `from_items`."""
         rest = {"step": self.step, "opt_state": self.opt_state, "skips": self.skips}
         if self.recurrent is not None:
             rest["recurrent"] = self.recurrent
@@ -66,7 +66,7 @@ class TrainState:
 
     @classmethod
     def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
-        """The state whose `items` are given."""
+        """The state with the given `items`."""
         fields = {"ema": None, "recurrent": None, **items, **items["rest"]}
         del fields["rest"]
         return cls(**fields)
@@ -104,7 +104,7 @@ def abstract_state(
         params=shardings,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer.init,
-            # Muon and AdamW each keep moments of their own parameters; the others' places hold masked nodes.
+            # Muon and AdamW each keep moments of their own parameters only, and masked nodes in place of the others.
             lambda moment, sharding: moment if isinstance(moment, optax.MaskedNode) else sharding,
             state.opt_state,
             shardings,

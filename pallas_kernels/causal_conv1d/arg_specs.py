@@ -1,11 +1,14 @@
-"""Calls of the causal convolution that every implementation is tested with: all widths in use, every option."""
+"""Calls of the causal convolution: what it is tested with, timed with, and judged by.
+
+The tests have all widths in use, and every option.
+"""
 
 import dataclasses
 
 import numpy as np
 
 from pallas_kernels.causal_conv1d.arguments import Activation
-from pallas_kernels.common.arg_spec import Arguments, DType, segment_ids
+from pallas_kernels.common.arg_spec import Arguments, DType, Manifest, Tolerance, Work, segment_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,4 +51,26 @@ SPECS = (
     ConvSpec(name="width_7", length=31, width=7, has_segments=True),
     ConvSpec(name="one_token", length=1, has_segments=True),
     ConvSpec(name="shorter_than_window", length=2, width=4),
+)
+
+# What a Mamba block passes: bias and SiLU.
+_BLOCK = ConvSpec(name="small", batch=2, length=1024, channels=512, has_initial_window=False)
+MANIFEST = Manifest(
+    sizes=("batch", "length", "channels", "width"),
+    tested=SPECS,
+    timed={
+        "cpu": (_BLOCK, dataclasses.replace(_BLOCK, name="small_long", batch=1, length=8192, channels=256)),
+        "accelerator": (
+            dataclasses.replace(_BLOCK, name="mamba_130m", batch=8, length=2048, channels=1536),
+            dataclasses.replace(_BLOCK, name="mamba_2_8b", batch=8, length=2048, channels=5120),
+        ),
+    },
+    tolerance=Tolerance(
+        longest_sum={"BL": 1, "K": 1},
+        because="the gradients of weight and bias add over all tokens, outputs over taps",
+    ),
+    # Taps; then the bias, and v / (1 + exp(-v)).
+    forward=Work(vector={"BLEK": 2, "BLE": 3}, special={"BLE": 2}),
+    # Gradients of x and of the taps; then the SiLU's s (1 + v (1 - s)) times dy, and the bias's sum.
+    backward=Work(vector={"BLEK": 4, "BLE": 6}),
 )

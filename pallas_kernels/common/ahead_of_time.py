@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
         num_slices: slices that a data-centre network joins; with more than one, devices have a `slice_index`.
     """
     # Only the compiler is wanted, so it does not matter whether another process has the library loaded as well,
-    # nor what a metadata server says about this machine.
+    # nor what a metadata server says about this machine; without the last two libtpu complains that it has no answer.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     # The two cores of a v4 chip are one device, as they are by default on Cloud TPU.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if set(re.findall(r"\d+", topology.partition(":")[2])) == {"1"}:
+        # A host has four chips unless it is told otherwise; newer libtpu (0.0.52) tells it by itself.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if num_slices > 1:
         options["num_slices"] = num_slices
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)

@@ -251,3 +251,16 @@ class OpTable:
     def letters(self, name: str, value: Any) -> str:
         """Letters of the dimensions of one of its arguments."""
         return letters_of(self.takes, name, value)
+
+    def sizes(self, arrays: Mapping[str, Any]) -> dict[str, int]:
+        """The size of every letter among the dimensions of some of its arguments.
+
+        A "1" is not a letter: `letters` writes it for G where one group serves all channels or heads, which does not
+        tell how many groups there are. So G is missing if none of the arguments has several.
+        """
+        return {
+            letter: size
+            for name, array in arrays.items()
+            for letter, size in zip(self.letters(name, array), array.shape, strict=True)
+            if letter != "1"
+        }

@@ -42,6 +42,11 @@ def gradient_of_matrix(gradient: jax.Array, matrix: jax.Array) -> jax.Array:
     return gradient.reshape(matrix.shape)
 
 
+def ceil_div(size: Size, divisor: int) -> Size:
+    """`size / divisor`, rounded up to a whole number."""
+    return -(-size // divisor)
+
+
 def round_up(size: Size, multiple: int) -> Size:
-    """The least multiple that is not less."""
-    return -(-size // multiple) * multiple
+    """The smallest multiple of `multiple` that is at least `size`."""
+    return ceil_div(size, multiple) * multiple

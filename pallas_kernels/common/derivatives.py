@@ -29,7 +29,7 @@ def differentiable(
     backward: Callable[..., Any],
     tangent: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """A function (static, operands, fixed) with its derivatives by the operands.
+    """Gives a function of (static, operands, fixed) the derivatives by its operands that are written by hand.
 
     `static` is hashable, `operands` a tree of floating arrays, and `fixed` a tree of arrays without a derivative.
 
@@ -37,8 +37,8 @@ def differentiable(
         function: (static, operands, fixed) to a tree of outputs.
         forward: (static, operands, fixed) to the same outputs, and the residuals that the derivatives start from.
         backward: (static, residuals, cotangents of the outputs) to cotangents of the operands.
-        tangent: (static, residuals, tangents of the operands) to tangents of the outputs; the tangent of an operand
-            that does not move is None.
+        tangent: (static, residuals, tangents of the operands) to tangents of the outputs; the tangent is None for an
+            operand that nobody differentiates by.
     """
     derived = jax.custom_jvp(function, nondiff_argnums=(0,))
 
@@ -86,7 +86,8 @@ def differentiable_op[Output](
         forward: (static, arguments) to the same result, and what the backward pass starts from besides the arguments.
         backward: (static, arguments, what `forward` kept, cotangents of the result) to the gradients by name; they are
             rounded to the dtypes of the arguments here.
-        tangent: `no_forward_mode`, where JAX cannot differentiate `outputs` itself.
+        tangent: forward derivative, see `differentiable`; by default JAX differentiates `outputs`. `no_forward_mode`
+            where it cannot.
     """
 
     def joined(operands: Arguments, fixed: dict[str, jax.Array]) -> Arguments:
@@ -105,13 +106,22 @@ def differentiable_op[Output](
         given = operands.arrays()
         return dataclasses.replace(operands, **{name: found[name].astype(given[name].dtype) for name in given})
 
-    def moved(static: Any, residuals: Any, tangents: Arguments) -> Any:
+    def output_tangents(static: Any, residuals: Any, tangents: Arguments) -> Any:
+        """The default forward derivative: `outputs` is run again and differentiated by JAX.
+
+        An operand without a tangent is None among `tangents`, and held fixed.
+        """
         operands, fixed, _ = residuals
         moving = tangents.arrays()
-        primals = {name: getattr(operands, name) for name in moving}
-        return jax.jvp(lambda m: plain(static, dataclasses.replace(operands, **m), fixed), (primals,), (moving,))[1]
 
-    derived = differentiable(plain, forward=with_residuals, backward=gradients, tangent=tangent or moved)
+        def run(moving: dict[str, jax.Array]) -> Any:
+            return plain(static, dataclasses.replace(operands, **moving), fixed)
+
+        primals = {name: getattr(operands, name) for name in moving}
+        _, result = jax.jvp(run, (primals,), (moving,))
+        return result
+
+    derived = differentiable(plain, forward=with_residuals, backward=gradients, tangent=tangent or output_tangents)
     return lambda static, arguments: derived(static, *arguments.operands())
 
 

@@ -42,7 +42,7 @@ _COMPUTE_CAPABILITIES = {
 
 
 def cuda_compute_capability() -> int | None:
-    """Ten times the compute capability of the target GPU, such as 90; None if it is no CUDA GPU or not known."""
+    """Ten times the compute capability of the target GPU, such as 90; None if it is not a CUDA GPU or not known."""
     if target_platform() != "gpu":
         return None
     abstract_device = jax.sharding.get_abstract_mesh().abstract_device

@@ -17,15 +17,15 @@ from pallas_kernels.common.arguments import Arguments, fields_of, members_of_gro
 
 
 def on_own_part[Output](function: Callable[[Any], Output], arguments: Arguments, returns: type[Output]) -> Output:
-    """Calls `function` on what a device holds of the batch and of the channels or heads.
+    """Calls an op on each device with the batch rows, and the channels or heads, that the device holds.
 
-    Under explicit mesh axes rows and channels or heads stay split as those of the first array are, and the others are
-    brought to them.
+    Under explicit mesh axes, rows and channels or heads stay split as those of the first array are, and the other
+    arrays are laid out to match. Without such axes, `function` is called as it is.
 
     Args:
-        function: of arguments, to the op's result.
-        arguments: of the op.
-        returns: class of the result.
+        function: computes the op's result from its arguments.
+        arguments: the op's arguments, for all rows and channels or heads.
+        returns: class of the op's result.
     """
     arrays, letters = arguments.arrays(), arguments.letters()
     mesh = next((m for m in (jax.typeof(array).sharding.mesh for array in arrays.values()) if m.explicit_axes), None)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.register_math import LOG2_E
 
 # A register of the vector unit.
@@ -29,9 +30,9 @@ Refs = dict[str, Any]
 
 
 def choose_tiles(count: int, *, most: int) -> int:
-    """Tiles of a block, for `count` tiles in all: few blocks, and little padding."""
+    """Chooses how many tiles a block has, at most `most`, so that `count` tiles need few blocks and little padding."""
     candidates = range(1, min(most, count) + 1)
-    return min(candidates, key=lambda tiles: (-(-count // tiles) * (tiles + _OVERHEAD), -tiles))
+    return min(candidates, key=lambda tiles: (ceil_div(count, tiles) * (tiles + _OVERHEAD), -tiles))
 
 
 def span_tokens(span) -> pl.Slice:

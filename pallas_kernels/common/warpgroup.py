@@ -312,7 +312,7 @@ class Interpreted(Warpgroup):
 
     def store(self, ref, index, values, *, offset=0, row=None, pitch=0, mask=None):
         positions = self._positions(index, len(values), offset, row, pitch)
-        # A position past the end is dropped: the store of a masked thread.
+        # Threads that the mask excludes get a position past the end, where `mode="drop"` discards their values.
         if mask is not None:
             positions = jnp.where(mask[:, None], positions, ref.size)
         columns = [jnp.broadcast_to(value, (THREADS,)) for value in values]
@@ -346,11 +346,11 @@ def launch(
 
     Args:
         kernel: called with the warpgroup and, by name, the references to inputs, outputs and scratch memory.
-        inputs: arrays.
-        outputs: their shapes and dtypes.
-        scratch: their types.
-        grid: blocks along every axis; neighbours along the last run at the same time.
-        name: of the kernel in profiles.
+        inputs: input arrays by name.
+        outputs: shape and dtype of each output, by name.
+        scratch: type of each piece of scratch memory, by name.
+        grid: number of blocks along each axis; neighbours along the last axis run at the same time.
+        name: name of the kernel in profiles.
         interpreted: run in Pallas' interpreter instead of on a GPU.
 
     Returns:

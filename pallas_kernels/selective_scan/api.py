@@ -58,12 +58,12 @@ def selective_scan(
         A: (E, N) decay rates, real part negative; a zero is not allowed with "zoh". Real or complex.
         B: input matrix: (B, L, N); (B, L, G, N), where channel e belongs to group e // (E / G); or (E, N), constant
             over time. Real, or complex if A is.
-        C: output matrix, shaped like B or by itself any of the three.
+        C: output matrix, in any of the three shapes of B; it need not have the same one.
         D: (E,) skip connection; None is none.
         z: (B, L, E) gate; None is none.
         dt_bias: (E,) added to dt; None is none.
         dt_softplus: apply softplus to dt + dt_bias.
-        discretization: of B.
+        discretization: how B is discretised: "euler" is dt B, "zoh" the exact zero-order hold, (exp(dt A) - 1) / A B.
         initial_state: (B, E, N) state before the first token; None is zero.
         segment_ids: (B, L) document of each token. Where the id differs from that of the token before, the state is
             zero before the token. The first token continues `initial_state` whatever its id.

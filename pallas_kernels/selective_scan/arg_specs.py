@@ -1,6 +1,6 @@
-"""Calls of the selective scan that every implementation is tested with.
+"""Calls of the selective scan: what it is tested with, timed with, and judged by.
 
-Lengths are 1, primes, and one less and one more than a chunk (16 and 64 tokens); between them the specifications cover
+Lengths of the tests are 1, primes, and one less and one more than a chunk (16 and 64 tokens); between them they cover
 every argument present and absent, in every layout. The last one is the official test suite's case.
 """
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from pallas_kernels.common.arg_spec import Arguments, DType, segment_ids
+from pallas_kernels.common.arg_spec import Arguments, DType, Manifest, Tolerance, Work, segment_ids
 from pallas_kernels.selective_scan.arguments import Discretization
 
 Layout = Literal["shared", "grouped", "constant"]
@@ -39,7 +39,10 @@ class ScanSpec:
     discretization: Discretization = "euler"
 
     def arguments(self, seed: int = 0) -> Arguments:
-        """Draws the arguments; step sizes around 0.3 and decay rates around 1 give decays all over (0, 1)."""
+        """Draws the arguments in double precision: `narrow` ones are rounded to the dtype under test, `wide` not.
+
+        Step sizes around 0.3 and decay rates around 1 give decays all over (0, 1).
+        """
         rng = np.random.default_rng(seed)
         sequence = (self.batch, self.length, self.channels)
         per_state = (self.channels, self.states)
@@ -63,6 +66,7 @@ class ScanSpec:
                 "grouped": (self.batch, self.length, self.groups, self.states),
                 "constant": per_state,
             }[layout]
+            # Constant matrices are parameters, as A is, and complex ones have no dtype of 16 bits.
             is_narrow = layout != "constant" and not self.has_complex_matrices
             (narrow if is_narrow else wide)[name] = self._matrix(rng, shape)
         integers = {}
@@ -105,4 +109,37 @@ SPECS = (
     ),
     ScanSpec(name="complex_constant", length=16, C="constant", is_complex=True, has_skip=False),
     ScanSpec(name="official", length=128, channels=4, states=8, B="grouped", C="grouped", has_initial_state=False),
+)
+
+# What a Mamba block passes in training: D, gate, bias and softplus.
+_BLOCK = ScanSpec(name="small", batch=2, length=1024, channels=512, states=16, has_initial_state=False)
+_LARGE = dataclasses.replace(_BLOCK, name="mamba_130m", batch=8, length=2048, channels=1536)
+MANIFEST = Manifest(
+    sizes=("batch", "length", "channels", "states"),
+    tested=SPECS,
+    timed={
+        "cpu": (
+            _BLOCK,
+            dataclasses.replace(_BLOCK, name="small_long", batch=1, length=8192, channels=256),
+            dataclasses.replace(_BLOCK, name="small_many_states", batch=8, length=256, states=64),
+        ),
+        "accelerator": (
+            _LARGE,
+            dataclasses.replace(_LARGE, name="mamba_2_8b", channels=5120),
+            dataclasses.replace(_LARGE, name="one_row", batch=1, channels=2048),
+            dataclasses.replace(_LARGE, name="long", batch=1, length=131072, channels=2048),
+            dataclasses.replace(_LARGE, name="many_short", batch=64, length=512),
+        ),
+    },
+    tolerance=Tolerance(
+        longest_sum={"BL": 1, "E": 1, "N": 1},
+        because="the gradients of A, D and dt_bias add over all tokens, those of B and C over channels, outputs over "
+        "states",
+    ),
+    # Of README.md's equations, for a state: (2) 1 and the exponential, (3) 1, (4) 2, (5) 2. For a channel: (1) 4 and an
+    # exponential and a logarithm, (3) 1, (5) 2, (6) 3 and an exponential and a reciprocal.
+    forward=Work(vector={"BLEN": 6, "BLE": 10}, special={"BLEN": 1, "BLE": 4}),
+    # For a state: (10) 2, (11) 1, (12) 1, (13) 2, (14) 4, (15) 2, (17) 2. For a channel: (8) 1, (9) 6, (16) 3, (17) 2,
+    # (18) 2, (19) 2.
+    backward=Work(vector={"BLEN": 14, "BLE": 16}),
 )

@@ -69,10 +69,10 @@ def selective_scan_final_state(
         B: (B, L, N), (B, L, G, N) or (E, N) input matrix.
         dt_bias: (E,) added to dt; None is none.
         dt_softplus: apply softplus to dt + dt_bias.
-        discretization: of B.
+        discretization: how B is discretised, see `selective_scan`.
         segment_ids: (B, L) document of each token, or None.
-        implementation: of `selective_scan`; those without a kernel for this take the one of XLA. None takes the
-            platform's best that accepts the arguments.
+        implementation: a name as for `selective_scan`; "xla" runs in place of those that have no kernel for this. None
+            takes the platform's best that accepts the arguments.
 
     Returns:
         (B, E, N), float32 (complex64 for a complex A).
@@ -109,7 +109,10 @@ def selective_scan_initial_cotangent(
     segment_ids: SegmentsBL | None = None,
     implementation: str | None = None,
 ) -> Inexact[jax.Array, "B E N"]:
-    """The cotangent of the `initial_state` of `selective_scan`, where that of `final_state` is zero.
+    """The gradient of a loss by the `initial_state` of `selective_scan`, if the loss depends on y only.
+
+    Devices that hold parts of one sequence need it before the backward pass: each tells the part before it how the loss
+    depends on the state that passes between them.
 
     Args:
         dy: (B, L, E) cotangent of y.
@@ -120,8 +123,8 @@ def selective_scan_initial_cotangent(
         dt_bias: (E,) added to dt; None is none.
         dt_softplus: apply softplus to dt + dt_bias.
         segment_ids: (B, L) document of each token, or None.
-        implementation: of `selective_scan`; those without a kernel for this take the one of XLA. None takes the
-            platform's best that accepts the arguments.
+        implementation: a name as for `selective_scan`; "xla" runs in place of those that have no kernel for this. None
+            takes the platform's best that accepts the arguments.
 
     Returns:
         (B, E, N), float32 (complex64 for a complex A).

@@ -43,12 +43,12 @@ def selective_state_update(
         dt: (B, E) step size, before bias and softplus; after them it must not be negative.
         A: (E, N) decay rates, real part negative; a zero is not allowed with "zoh". Real or complex.
         B: input matrix: (B, G, N), where channel e belongs to group e // (E / G); or (E, N), constant over time.
-        C: output matrix, shaped like B or by itself either of the two.
+        C: output matrix, (B, G, N) or (E, N); it need not have the same of the two shapes as B.
         D: (E,) skip connection; None is none.
         z: (B, E) gate; None is none.
         dt_bias: (E,) added to dt; None is none.
         dt_softplus: apply softplus to dt + dt_bias.
-        discretization: "euler" or "zoh", of B.
+        discretization: how B is discretised: "euler" is dt B, "zoh" the exact zero-order hold, (exp(dt A) - 1) / A B.
         implementation: a name runs or raises; None takes the platform's best that accepts the arguments.
 
     Returns:

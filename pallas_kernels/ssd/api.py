@@ -55,8 +55,8 @@ def ssd(
         dt_softplus: apply softplus to dt + dt_bias.
         dt_limit: least and greatest step size; a step beyond one of them is set to it and has no gradient.
         initial_state: (B, H, P, N) state before the first token; None is zero.
-        segment_ids: (B, L) document of each token. Where the id differs from that of the token before, the state is
-            zero before the token. The first token continues `initial_state` whatever its id.
+        segment_ids: (B, L) document of each token. A token whose id is not that of the token before starts from a zero
+            state; the first one continues `initial_state` whatever its id.
         implementation: a name runs or raises; None takes the platform's best that accepts the arguments.
 
     Returns:
@@ -64,8 +64,8 @@ def ssd(
 
     Raises:
         ValueError: a shape or dtype outside the above, limits that are not in order, or an unknown name.
-        NotImplementedError: the named implementation does not take the arguments.
-        ExceptionGroup: no implementation for the platform takes them.
+        NotImplementedError: the named implementation declines the arguments.
+        ExceptionGroup: all implementations for the platform decline them.
 
     Source: arXiv 2405.21060, section 6 and listing 1; the step size as in the authors' Mamba-2 layer.
     """

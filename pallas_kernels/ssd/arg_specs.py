@@ -1,4 +1,4 @@
-"""Calls of the state-space duality op that every implementation is tested with.
+"""Calls of the state-space duality op that every implementation is tested and timed with, and how it is judged.
 
 Lengths are 1, primes, and one less and one more than a chunk (64 and 128 tokens); between them the specifications cover
 every argument present and absent, and heads that share B and C in every way.
@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from pallas_kernels.common.arg_spec import Arguments, DType, segment_ids
+from pallas_kernels.common.arg_spec import Arguments, DType, Manifest, Tolerance, Work, segment_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,10 @@ class SSDSpec:
     dt_limit: tuple[float, float] = (0.0, float("inf"))
 
     def arguments(self, seed: int = 0) -> Arguments:
-        """Draws the arguments; step sizes around 0.3 and decay rates around 1 give decays all over (0, 1)."""
+        """Draws the arguments in double precision: `narrow` ones are rounded to the dtype under test, `wide` not.
+
+        Step sizes around 0.3 and decay rates around 1 give decays all over (0, 1).
+        """
         rng = np.random.default_rng(seed)
         tokens = (self.batch, self.length)
         matrix = (*tokens, self.groups, self.states)
@@ -79,4 +82,29 @@ SPECS = (
     SSDSpec(name="one_head", length=37, batch=1, heads=1, groups=1, width=3, states=1, has_segments=True),
     SSDSpec(name="official", length=128, heads=2, width=64, states=128, groups=1, has_initial_state=False),
     SSDSpec(name="official_bfloat16", length=128, heads=2, width=64, states=128, groups=1, dtype="bfloat16"),
+)
+_BLOCK = SSDSpec(name="small", length=1024, heads=8, width=64, states=64, groups=1, has_initial_state=False)
+_LARGE = dataclasses.replace(_BLOCK, name="mamba2_130m", batch=8, length=2048, heads=24, states=128)
+MANIFEST = Manifest(
+    sizes=("batch", "length", "heads", "width", "states"),
+    tested=SPECS,
+    timed={
+        "cpu": (_BLOCK,),
+        "accelerator": (
+            _LARGE,
+            dataclasses.replace(_LARGE, name="mamba2_2_7b", heads=80),
+            dataclasses.replace(_LARGE, name="one_row", batch=1, length=16384, heads=80),
+            dataclasses.replace(_LARGE, name="long", batch=1, length=131072),
+        ),
+    },
+    tolerance=Tolerance(
+        longest_sum={"BL": 1, "H": 1, "P": 1, "N": 1},
+        because="the gradients of A, D and dt_bias add over all tokens, after channels and states; those of B and C "
+        "over heads and channels, outputs over states",
+    ),
+    # Of README.md's equations, (3) and (4) as products; besides, for a head: (1) 4, an exponential and a logarithm, (2)
+    # 1, and the exponential of the decay; for a channel: (3) 1, (4) 2.
+    forward=Work(matrix={"BLHPN": 4}, vector={"BLHP": 3, "BLH": 5}, special={"BLH": 3}),
+    # (5), both of (8), and r of (9) as products; besides, for a channel: (9) 5, (10) 2; for a head: (1) 2, (2) 4.
+    backward=Work(matrix={"BLHPN": 8}, vector={"BLHP": 7, "BLH": 6}),
 )

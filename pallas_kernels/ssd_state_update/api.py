@@ -54,8 +54,8 @@ def ssd_state_update(
 
     Raises:
         ValueError: a shape or dtype outside the above, limits that are not in order, or an unknown name.
-        NotImplementedError: the named implementation does not take the arguments.
-        ExceptionGroup: no implementation for the platform takes them.
+        NotImplementedError: the named implementation cannot take the arguments.
+        ExceptionGroup: none for the platform can.
 
     Source: arXiv 2405.21060, equation 1 with a scalar times the identity for A.
     """

@@ -33,6 +33,7 @@ class SSDUpdateArguments(Arguments):
                 D=self.D,
                 dt_bias=self.dt_bias,
                 initial_state=self.state,
+                segment_ids=None,
                 dt_softplus=self.dt_softplus,
                 dt_limit=self.dt_limit,
             )

@@ -87,7 +87,7 @@ def swap(path: Path, draw: random.Random) -> None:
 
 
 def replace(path: Path, draw: random.Random) -> None:
-    """Something that is no file, and that reading must not wait for."""
+    """Something that is not a file, and that reading must not wait for."""
     path.unlink()
     kind = draw.choice(["nothing", "pipe", "folder", "link to nothing", "link to itself", "link to a folder", "device"])
     if kind == "pipe":

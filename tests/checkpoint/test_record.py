@@ -130,7 +130,7 @@ def test_checkpoint_without_a_record_is_refused(run_dir: Path) -> None:
     path = run_dir / "checkpoints" / "7" / "fingerprints" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text())["fingerprints"]))
     with pytest.raises(
-        InputError, match=r"checkpoints/7 records neither its step nor its run.*: move that folder away"
+        InputError, match=r"checkpoints/7 is of an earlier version, which recorded .*: move that folder away"
     ):
         restore(run_dir)
     assert quarantined(run_dir) == []

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mamba_jax.config import DataConfig, ShardSource
+from mamba_jax.config import DataConfig, ShardSource, Source
+from mamba_jax.data.pipeline import open_source
 from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.shards import TokenDataset
-from mamba_jax.data.tokenizer import ByteTokenizer
+from mamba_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
 MakeStream = Callable[..., TokenDataset]
 
@@ -32,8 +34,8 @@ def make_stream(tmp_path: Path) -> MakeStream:
 def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
     """A small config; its source is not read by the functions that take an open stream."""
 
-    def make(**fields: object) -> DataConfig:
-        defaults = {
+    def make(**fields: Any) -> DataConfig:
+        defaults: dict[str, Any] = {
             "train": ShardSource(path=str(tmp_path / "shards")),
             "seq_len": 8,
             "global_batch": 8,
@@ -50,3 +52,23 @@ def numbered_stream(make_stream: MakeStream) -> TokenDataset:
     positions = np.arange(20_000)
     ids = np.where(positions % 2, positions // 2 % 251, positions // 502 % 251)
     return make_stream([ids.tolist()], shard_tokens=8192)
+
+
+@pytest.fixture
+def documents() -> list[np.ndarray]:
+    """Ids of documents, from one byte to more than a block."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, size=size, dtype=np.int32) for size in (1, 5000, 3, 12_000, 70_001)]
+
+
+@pytest.fixture
+def stream(documents: list[np.ndarray]) -> np.ndarray:
+    """The documents in a row, each with the byte tokenizer's end of text."""
+    return np.concatenate([np.append(ids, 256) for ids in documents])
+
+
+def open_tokens(source: Source, cache_dir: str, tokenizer: Tokenizer) -> TokenDataset:
+    """Opens a source whose text or ids are a token stream."""
+    opened = open_source(source, cache_dir, tokenizer)
+    assert isinstance(opened, TokenDataset)
+    return opened

@@ -17,6 +17,7 @@ def test_packed(make_config: Callable[..., DataConfig]) -> None:
     np.testing.assert_array_equal(batch.targets, [[2, END, 3, END, 4], [END, 5, 6, 7, END]])
     np.testing.assert_array_equal(batch.segment_ids, [[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]])
     np.testing.assert_array_equal(batch.loss_mask, [[1, 1, 0, 1, 0], [0, 0, 1, 1, 1]])
+    assert batch.segment_ids is not None
     assert (batch.loss_mask.dtype, batch.segment_ids.dtype) == (bool, np.int32)
 
 
@@ -35,6 +36,7 @@ def test_a_counted_target_belongs_to_the_document_of_its_input(make_config: Call
     windows = stream[: len(stream) // 17 * 17].reshape(-1, 17).astype(np.int32)
     batch = pack(windows, "packed", end_of_document=END)
     counted = batch.loss_mask
+    assert batch.segment_ids is not None
     assert np.all((batch.targets == batch.tokens)[counted] | (batch.targets == END)[counted])
     for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
         for segment in np.unique(segments):

@@ -19,7 +19,7 @@ from mamba_jax.data.pipeline import TrainBatches, evaluation_batches, open_sourc
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import ByteTokenizer, make_tokenizer
 from mamba_jax.errors import InputError
-from tests.data.conftest import MakeStream
+from tests.data.conftest import MakeStream, open_tokens
 from tests.data.test_tokenizer import train_bpe
 
 MakeConfig = Callable[..., DataConfig]
@@ -106,6 +106,7 @@ def test_order_is_pinned(numbered_stream: TokenDataset, make_config: MakeConfig)
 def test_windows_are_consecutive_text(numbered_stream: TokenDataset, make_config: MakeConfig) -> None:
     batch = TrainBatches(numbered_stream, make_config(), seed=1).at(4)
     np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+    assert batch.segment_ids is not None
     assert batch.tokens.shape == batch.targets.shape == batch.loss_mask.shape == batch.segment_ids.shape == (8, 8)
 
 
@@ -146,7 +147,7 @@ def test_a_row_continues_unless_a_document_ended_or_the_stream_starts_again(
     }[documents]
     for step, batch in enumerate(batches):
         np.testing.assert_array_equal(batch.continues, expected[step % 3], err_msg=f"step {step}")
-        assert batch.continues.dtype == bool
+        assert np.asarray(batch.continues).dtype == bool
 
 
 def split_documents(ids: list[int]) -> list[list[int]]:
@@ -167,7 +168,10 @@ def test_streams_carry_the_segments_of_an_uncut_row(make_stream: MakeStream, mak
     config = make_config(seq_len=4, global_batch=3, order="streams")
     length = (stream.num_tokens - 1) // 4 // 3
     batches = [TrainBatches(stream, config, seed=0).at(step) for step in range(length)]
-    changes = [np.concatenate([~b.continues[:, None], np.diff(b.segment_ids, axis=1) != 0], axis=1) for b in batches]
+    changes = [
+        np.concatenate([~np.asarray(b.continues)[:, None], np.diff(np.asarray(b.segment_ids), axis=1) != 0], axis=1)
+        for b in batches
+    ]
     tokens = join_steps(batches).tokens
     expected = np.concatenate([np.ones((3, 1), bool), tokens[:, :-1] == 256], axis=1)
     np.testing.assert_array_equal(np.concatenate(changes, axis=1), expected)
@@ -268,7 +272,7 @@ def test_text_is_tokenised_once_for_each_text_and_tokenizer(
     text: TextFolderSource, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config, tokenizer = make_config(), ByteTokenizer()
-    dataset = open_source(text, config.cache_dir, tokenizer)
+    dataset = open_tokens(text, config.cache_dir, tokenizer)
     assert dataset.num_documents == 3
     assert dataset.num_bytes == sum(path.stat().st_size for path in Path(text.path).iterdir())
     first = cached(config)
@@ -277,11 +281,11 @@ def test_text_is_tokenised_once_for_each_text_and_tokenizer(
     path = Path(text.path) / "b.txt"
     path.write_text(path.read_text().replace("thing", "think"))
     os.utime(path, (1, 1))
-    changed = open_source(text, config.cache_dir, tokenizer)
+    changed = open_tokens(text, config.cache_dir, tokenizer)
     assert len(cached(config)) == 2
     assert b"think" in changed.read(np.array([0]), length=changed.num_tokens)[0].astype(np.uint8).tobytes()
     bpe = make_tokenizer(train_bpe(tmp_path / "bpe.json"))
-    assert open_source(text, config.cache_dir, bpe).num_tokens < changed.num_tokens
+    assert open_tokens(text, config.cache_dir, bpe).num_tokens < changed.num_tokens
     assert len(cached(config)) == 3
 
 
@@ -291,7 +295,7 @@ def test_shards_of_another_tokenizer_are_refused(
     config = make_config()
     open_source(text, config.cache_dir, ByteTokenizer())
     shards = ShardSource(path=str(Path(config.cache_dir) / cached(config)[0]))
-    assert open_source(shards, config.cache_dir, ByteTokenizer()).num_documents == 3
+    assert open_tokens(shards, config.cache_dir, ByteTokenizer()).num_documents == 3
     bpe = make_tokenizer(train_bpe(tmp_path / "bpe.json"))
     with pytest.raises(InputError, match="was made by another tokenizer"):
         open_source(shards, config.cache_dir, bpe)
@@ -340,13 +344,13 @@ def test_a_damaged_cache_is_made_again(
     damage: Callable[[Path], object],
 ) -> None:
     config = make_config()
-    dataset = open_source(text, config.cache_dir, ByteTokenizer())
+    dataset = open_tokens(text, config.cache_dir, ByteTokenizer())
     stream = dataset.read(np.array([0]), length=dataset.num_tokens)
     (name,) = cached(config)
     damage(Path(config.cache_dir) / name)
     capsys.readouterr()
     for message in (1, 0):
-        again = open_source(text, config.cache_dir, ByteTokenizer())
+        again = open_tokens(text, config.cache_dir, ByteTokenizer())
         np.testing.assert_array_equal(again.read(np.array([0]), length=dataset.num_tokens), stream)
         assert again.identity == dataset.identity
         assert cached(config) == [name, f"{name}.1"]
@@ -392,4 +396,4 @@ def test_the_same_text_has_the_same_identity(text: TextFolderSource, make_config
 
 
 def _num_tokens(text: TextFolderSource, config: DataConfig) -> int:
-    return open_source(text, config.cache_dir, ByteTokenizer()).num_tokens
+    return open_tokens(text, config.cache_dir, ByteTokenizer()).num_tokens

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_jax.config import DataConfig, ShardSource
-from mamba_jax.data.pipeline import TrainBatches, open_source
+from mamba_jax.data.pipeline import TrainBatches
 from mamba_jax.data.shard_index import BLOCK_TOKENS
 from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
-from tests.data.test_shards import make_version_1
+from tests.data.conftest import open_tokens
+from tests.data.test_shard_damage import make_version_1
 
 FILES = ["index.json", *(f"tokens-{shard:05}.array_record" for shard in range(3))]
 # Far above what an example takes, far below what an endless one would.
@@ -28,7 +29,7 @@ LONGEST_SECONDS = 20.0
 
 def batches(folder: Path) -> bytes:
     config = DataConfig(train=ShardSource(path=str(folder)), seq_len=2048, global_batch=8)
-    found = TrainBatches(open_source(config.train, config.cache_dir, ByteTokenizer()), config, seed=0).at(0)
+    found = TrainBatches(open_tokens(config.train, config.cache_dir, ByteTokenizer()), config, seed=0).at(0)
     return b"".join(np.asarray(part).tobytes() for part in (found.tokens, found.targets, found.loss_mask))
 
 

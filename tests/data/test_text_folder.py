@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -118,7 +118,7 @@ def test_names_that_are_no_utf8_or_hold_line_breaks(folder: Path) -> None:
 def test_what_is_no_prose_is_refused(folder: Path, suffix: str) -> None:
     (folder / "sub" / f"x.txt{suffix}").write_text('{"text": "prose"}')
     with pytest.raises(
-        InputError, match=rf"x\.txt\{suffix} is no plain text by its suffix .*: unpack it, or write its"
+        InputError, match=rf"x\.txt\{suffix} is not plain text by its suffix .*: unpack it, or write its"
     ):
         open_documents(TextFolderSource(path=str(folder), pattern="**/*"))
     assert len(texts(TextFolderSource(path=str(folder)))) == 3
@@ -137,7 +137,7 @@ def test_few_files_are_cut_in_two(tmp_path: Path, files: int, fraction: float, l
     for name in names[:files]:
         (tmp_path / name).write_text(line * 3000)
 
-    def part(name: str) -> list[str]:
+    def part(name: Literal["train", "validation"]) -> list[str]:
         return texts(TextFolderSource(path=str(tmp_path), part=name, validation_fraction=fraction))
 
     train, validation = part("train"), part("validation")
@@ -169,7 +169,7 @@ def test_a_file_too_short_to_be_cut_is_not(tmp_path: Path) -> None:
 
 
 def test_parts_split_all_files_and_stay_when_files_are_added(tmp_path: Path) -> None:
-    def part(name: str) -> set[str]:
+    def part(name: Literal["train", "validation"]) -> set[str]:
         return set(texts(TextFolderSource(path=str(tmp_path), part=name, validation_fraction=0.25)))
 
     for i in range(200):
@@ -271,10 +271,10 @@ def write_latin1(folder: Path) -> None:
         (lambda folder: None, {"package": "no_such_package"}, "no package 'no_such_package' is installed"),
         (lambda folder: None, {"package": "no_such.package"}, "no package 'no_such.package' is installed"),
         (lambda folder: None, {"pattern": "*.doc"}, r"no file in .* matches '\*\.doc'"),
-        (lambda folder: None, {"pattern": "/etc/*"}, "is no relative glob"),
-        (lambda folder: None, {"pattern": ""}, "is no relative glob"),
-        (lambda folder: None, {"pattern": "../*.txt"}, "is no relative glob"),
-        (lambda folder: None, {"pattern": "**.txt"}, "is no relative glob"),
+        (lambda folder: None, {"pattern": "/etc/*"}, "is not a relative glob"),
+        (lambda folder: None, {"pattern": ""}, "is not a relative glob"),
+        (lambda folder: None, {"pattern": "../*.txt"}, "is not a relative glob"),
+        (lambda folder: None, {"pattern": "**.txt"}, "is not a relative glob"),
         (
             lambda folder: (folder / "d.txt").symlink_to("gone"),
             {},
@@ -299,13 +299,14 @@ def write_latin1(folder: Path) -> None:
 def test_bad_folders_get_one_line(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    damage: Callable[[Path], None],
-    fields: dict[str, object],
+    damage: Callable[[Path], object],
+    fields: dict[str, Any],
     expected: str,
     piece_bytes: int,
 ) -> None:
     monkeypatch.setattr(text_folder, "_PIECE_BYTES", piece_bytes)
     damage(folder)
+    given: dict[str, Any] = {"path": str(folder)} | fields
     with pytest.raises(InputError, match=expected) as raised:
-        texts(TextFolderSource(**{"path": str(folder), **fields}))
+        texts(TextFolderSource(**given))
     assert "\n" not in str(raised.value)

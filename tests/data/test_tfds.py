@@ -16,6 +16,7 @@ from mamba_jax.config import DataConfig, TfdsSource
 from mamba_jax.data.pipeline import open_source
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
+from tests.data.conftest import open_tokens
 
 TEXTS = [f"document {i}, é" * (i + 1) for i in range(9)] + [""]
 
@@ -55,7 +56,7 @@ def texts(source: TfdsSource) -> list[str]:
 @pytest.mark.parametrize("by_name", [True, False])
 def test_local_set(prepared: Path, by_name: bool) -> None:
     folder = str(prepared / "mamba_jax_test_text" / "1.0.0")
-    fields = {"name": "mamba_jax_test_text", "data_dir": str(prepared)} if by_name else {"name": folder}
+    fields: dict[str, Any] = {"name": "mamba_jax_test_text", "data_dir": str(prepared)} if by_name else {"name": folder}
     assert sorted(texts(TfdsSource(split="train", **fields))) == sorted(filter(None, TEXTS))
     assert texts(TfdsSource(split="train[50%:]", **fields)) == texts(TfdsSource(split="train[5:]", **fields))
 
@@ -66,7 +67,7 @@ def test_open_source_tokenises_once_and_again_after_a_change(
     folder = tmp_path / "copy" / "1.0.0"
     shutil.copytree(prepared / "mamba_jax_test_text" / "1.0.0", folder)
     source, config, tokenizer = TfdsSource(name=str(folder), split="train"), make_config(), ByteTokenizer()
-    dataset = open_source(source, config.cache_dir, tokenizer)
+    dataset = open_tokens(source, config.cache_dir, tokenizer)
     assert dataset.num_documents == len(TEXTS) - 1
     assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS)
     assert dataset.num_tokens == dataset.num_bytes + dataset.num_documents
@@ -101,11 +102,11 @@ def test_published_names(name: str) -> None:
         ({"split": "train[:5"}, r"cannot give split 'train\[:5'"),
         ({"split": "train[:0]"}, r"cannot give split 'train\[:0\]'"),
         ({"text_field": "txt"}, "has no feature 'txt': set text_field to one of number, text"),
-        ({"text_field": "number"}, "feature 'number' of TFDS set .* is no text but"),
+        ({"text_field": "number"}, "feature 'number' of TFDS set .* is not text but"),
     ],
 )
-def test_mistakes_get_one_line(prepared: Path, fields: dict[str, str], expected: str) -> None:
-    defaults = {"name": "mamba_jax_test_text", "split": "train", "data_dir": str(prepared)}
+def test_mistakes_get_one_line(prepared: Path, fields: dict[str, Any], expected: str) -> None:
+    defaults: dict[str, Any] = {"name": "mamba_jax_test_text", "split": "train", "data_dir": str(prepared)}
     with pytest.raises(InputError, match=expected) as raised:
         texts(TfdsSource(**{**defaults, **fields}))
     assert "\n" not in str(raised.value)
@@ -129,7 +130,7 @@ def test_bad_records_get_one_line(records: list[dict[str, Any]], expected: str) 
 
 
 def test_folder_without_a_set(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no prepared TFDS set; name the version folder"):
+    with pytest.raises(InputError, match="is not a prepared TFDS set; name the version folder"):
         texts(TfdsSource(name=str(tmp_path), split="train"))
 
 
@@ -161,7 +162,9 @@ def test_a_set_runs_no_code(
     source = edited(prepared, tmp_path / "my_copied_set" / "1.0.0", "features.json", edit)
     if by_name:
         source = TfdsSource(name="my_copied_set", split="train", data_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"names 'code_of_a_set\.Text', which is no class of TFDS and is not imported"):
+    with pytest.raises(
+        InputError, match=r"names 'code_of_a_set\.Text', which is not a class of TFDS and is not imported"
+    ):
         source.open()
 
 
@@ -225,7 +228,7 @@ def test_a_pipe_in_place_of_a_set_is_not_waited_for(prepared: Path, tmp_path: Pa
     for name in ("features.json", "dataset_info.json"):
         (tmp_path / "1.0.0" / name).unlink()
         os.mkfifo(tmp_path / "1.0.0" / name)
-        with pytest.raises(InputError, match=f"{name} is no file"):
+        with pytest.raises(InputError, match=f"{name} is not a file"):
             source.open()
 
 

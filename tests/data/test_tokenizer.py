@@ -64,7 +64,7 @@ def test_json_has_the_same_ids_and_texts(tokenizer: Tokenizer) -> None:
 
 
 def test_json_adds_no_markers(tmp_path: Path) -> None:
-    marked = tokenizers.Tokenizer.from_file(train_bpe(tmp_path / "marked.json").path)
+    marked = tokenizers.Tokenizer.from_file(str(train_bpe(tmp_path / "marked.json").path))
     marked.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     marked.save(str(tmp_path / "marked.json"))
     ours = make_tokenizer(TokenizerConfig(kind="hf_json", path=str(tmp_path / "marked.json")))
@@ -197,9 +197,9 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(2001)
     for path, message in [
-        (tmp_path, "is no regular file"),
-        (tmp_path / "pipe", "is no regular file"),
-        (Path("/dev/zero"), "is no regular file"),
+        (tmp_path, "is not a regular file"),
+        (tmp_path / "pipe", "is not a regular file"),
+        (Path("/dev/zero"), "is not a regular file"),
         (tmp_path / "dangling", os.strerror(errno.ENOENT)),
         (tmp_path / "tokenizer\udcff.json", r"tokenizer\\udcff.json'.*No such file"),
         (tmp_path / "nul\0", "embedded null byte"),

@@ -50,7 +50,8 @@ LINES = st.lists(st.text("ab the.é漢", min_size=1).map(lambda line: f"x{line}x
 @pytest.fixture(scope="module")
 def small_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {kind: saved(kind, folder) for kind in (*LOSSLESS, *LOSSY)} | {"byte": ByteTokenizer()}
+    kinds: dict[str, Tokenizer] = {kind: saved(kind, folder) for kind in (*LOSSLESS, *LOSSY)}
+    return kinds | {"byte": ByteTokenizer()}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

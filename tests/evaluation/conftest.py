@@ -28,6 +28,13 @@ class SavedRun:
     config: ExperimentConfig
     params: Params
 
+    @property
+    def validation(self) -> TextFolderSource:
+        """The text that the run is measured on."""
+        source = self.config.data.validation
+        assert isinstance(source, TextFolderSource)
+        return source
+
 
 @pytest.fixture(scope="session")
 def saved_run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:

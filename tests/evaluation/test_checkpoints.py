@@ -45,7 +45,7 @@ def test_run_directory(saved_run: SavedRun) -> None:
 
 def test_safetensors_folder(saved_run: SavedRun, exported: Path) -> None:
     expected = evaluate_checkpoint(str(saved_run.folder), EvaluationRequest(batch_size=8)).perplexity
-    text = saved_run.config.data.validation.path
+    text = saved_run.validation.path
     request = EvaluationRequest(text=text, seq_len=12, batch_size=8)
     result = evaluate_checkpoint(str(exported), request).perplexity
     assert expected is not None
@@ -137,7 +137,7 @@ def test_tokenizer_and_dtype_are_those_of_the_folder(
     saved_run: SavedRun, exported: Path, with_tokenizer: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """Unless a flag says otherwise; which they are is printed."""
-    text = saved_run.config.data.validation.path
+    text = saved_run.validation.path
     request = EvaluationRequest(text=text, seq_len=12, batch_size=8)
     expected = evaluate_checkpoint(str(exported), request)
     assert expected.tokenizer == "bytes"

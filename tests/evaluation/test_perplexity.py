@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 from mamba_jax.config import MeshConfig
 from mamba_jax.data.batch import LMBatch
-from mamba_jax.data.pipeline import evaluation_batches, open_source
+from mamba_jax.data.pipeline import evaluation_batches
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
@@ -19,6 +20,7 @@ from mamba_jax.evaluation import perplexity
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
 from mamba_jax.models.parameters import define
 from mamba_jax.sharding import make_mesh
+from tests.data.conftest import open_tokens
 from tests.evaluation.conftest import SavedRun
 
 
@@ -26,7 +28,7 @@ from tests.evaluation.conftest import SavedRun
 def dataset(saved_run: SavedRun) -> TokenDataset:
     data = saved_run.config.data
     assert data.validation is not None
-    return open_source(data.validation, data.cache_dir, ByteTokenizer())
+    return open_tokens(data.validation, data.cache_dir, ByteTokenizer())
 
 
 def cut(saved_run: SavedRun, dataset: TokenDataset, **options: int) -> Iterator[LMBatch]:
@@ -86,7 +88,7 @@ def test_some_batches_only(saved_run: SavedRun, dataset: TokenDataset) -> None:
 
 def test_compiles_once(saved_run: SavedRun, dataset: TokenDataset) -> None:
     measure(saved_run, dataset, batch_size=2)
-    program = perplexity._program(make_mesh(MeshConfig(), jax.devices()[:1]))
+    program: Any = perplexity._program(make_mesh(MeshConfig(), jax.devices()[:1]))
     before = program._cache_size()
     measure(saved_run, dataset, batch_size=2)
     assert program._cache_size() == before > 0

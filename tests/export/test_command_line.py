@@ -30,9 +30,7 @@ from tests.export.conftest import random_model
 GOLDEN = Path("tests/golden/mamba1_tiny")
 
 
-def save_run(
-    folder: Path, tokenizer: TokenizerConfig | None = None, **optimizer: float
-) -> tuple[ExperimentConfig, Any]:
+def save_run(folder: Path, tokenizer: TokenizerConfig | None = None, **optimizer: Any) -> tuple[ExperimentConfig, Any]:
     """A checkpoint of step 5, with averaged weights twice the weights."""
     model, params = random_model(vocab_size=257)
     experiment = ExperimentConfig(
@@ -75,7 +73,7 @@ def test_averaged_weights_and_bytes_are_exported(tmp_path, monkeypatch: pytest.M
     assert load_model(tmp_path / "again").extra["eos_token_id"] == 256
     with pytest.raises(SystemExit):
         export(monkeypatch, str(tmp_path / "out"), str(tmp_path / "average"), "--weights", "average")
-    assert "is no training run, so it keeps no average" in capsys.readouterr().err
+    assert "is not a training run, so it keeps no average" in capsys.readouterr().err
     assert not (tmp_path / "average").exists()
 
 
@@ -104,7 +102,7 @@ def test_a_training_run_is_exported_with_its_tokenizer(tmp_path, monkeypatch: py
     run = load_model(tmp_path / "run", step=5)
     assert run.step == 5
     assert run.experiment == experiment
-    with pytest.raises(InputError, match="is no training run, so it has no step 5"):
+    with pytest.raises(InputError, match="is not a training run, so it has no step 5"):
         load_model(tmp_path / "out", step=5)
     with pytest.raises(InputError, match="neither a training run"):
         load_model(tmp_path)

@@ -114,7 +114,7 @@ def test_damaged_tokenizer_files_get_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer of the `tokenizers` library"):
         companions.tokenizer_beside(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 3}')
-    with pytest.raises(InputError, match="eos_token=3 is no text"):
+    with pytest.raises(InputError, match="eos_token=3 is not text"):
         companions.tokenizer_beside(tmp_path)
     for kind in ("missing", "folder"):
         if kind == "folder":

@@ -40,7 +40,7 @@ def set_index(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def change_index(**changes: object) -> Callable[[Path], None]:
+def change_index(**changes: object) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
         set_index(folder, index | changes)
@@ -48,7 +48,7 @@ def change_index(**changes: object) -> Callable[[Path], None]:
     return change
 
 
-def change_config(**changes: object) -> Callable[[Path], None]:
+def change_config(**changes: object) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(content | changes))
@@ -56,7 +56,7 @@ def change_config(**changes: object) -> Callable[[Path], None]:
     return change
 
 
-def change_tensor(value: Callable[[np.ndarray], np.ndarray], name: str = D) -> Callable[[Path], None]:
+def change_tensor(value: Callable[[np.ndarray], np.ndarray], name: str = D) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         for path in folder.glob("?.safetensors"):
             tensors = load_file(path)
@@ -66,7 +66,7 @@ def change_tensor(value: Callable[[np.ndarray], np.ndarray], name: str = D) -> C
     return change
 
 
-def change_header(**entry: object) -> Callable[[Path], None]:
+def change_header(**entry: object) -> Callable[[Path], object]:
     """Changes what a file says about its first tensor, and leaves the rest of it alone."""
 
     def change(folder: Path) -> None:
@@ -80,11 +80,11 @@ def change_header(**entry: object) -> Callable[[Path], None]:
     return change
 
 
-def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
-def replace(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+def replace(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         (folder / name).unlink()
         make(folder / name)
@@ -97,7 +97,7 @@ def spoiled(count: int, value: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 A, B, INDEX = "a.safetensors", "b.safetensors", "model.safetensors.index.json"
-HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "layers 1e9": (change_config(num_hidden_layers=10**9), "1000000000 layers, but only 22 tensors"),
     "layers 1e400": (
         change_config(num_hidden_layers=10**400),
@@ -160,7 +160,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "index with a long name": (change_index(x="x" * 300), "has no 'weight_map'"),
     "index with a line break": (change_index(x="a\nb"), "a b is missing although the index names it"),
     "index of the wrong file": (change_index(**{D: B}), f"looks for '{D}' in b.safetensors, but a.safetensors holds"),
-    "two files with a tensor": (lambda folder: shutil.copy(folder / A, folder / B) and None, "two files of the index"),
+    "two files with a tensor": (lambda folder: shutil.copy(folder / A, folder / B), "two files of the index"),
     "index is a pipe": (replace(INDEX, os.mkfifo), "is a pipe, expected a file"),
     "index is deep": (write(INDEX, b'{"weight_map":' * 5000), "nested too deeply"),
 }

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,19 @@ from tests.export.conftest import random_model
 GOLDEN = Path("tests/golden/mamba1_tiny")
 
 
+@pytest.fixture(scope="module", params=["mamba1_tiny", "mamba2_tiny"])
+def golden_folder(request: pytest.FixtureRequest) -> Path:
+    """A small checkpoint with what an independent implementation makes of it."""
+    return GOLDEN.parent / request.param
+
+
 @pytest.fixture(scope="module")
-def golden():
+def golden(golden_folder: Path):
     """Loss, logits and gradients of the golden checkpoint as this library computes them, and as expected."""
-    loaded = huggingface.load(GOLDEN)
+    loaded = huggingface.load(golden_folder)
     config = dataclasses.replace(loaded.config, compute_dtype="float32")
     definition = parameters.define(config)
-    expected = load_file(GOLDEN / "expected.safetensors")
+    expected = load_file(golden_folder / "expected.safetensors")
     ids = jnp.asarray(expected["input_ids"], jnp.int32)
 
     def loss(params):
@@ -64,9 +70,9 @@ def test_golden_gradients(golden, tmp_path) -> None:
         assert np.abs(tensor - reference).max() < 5e-6 * np.abs(reference).max(), name
 
 
-def test_golden_greedy_continuation(golden) -> None:
+def test_golden_greedy_continuation(golden, golden_folder: Path) -> None:
     config, _, _, _, expected = golden
-    loaded = huggingface.load(GOLDEN)
+    loaded = huggingface.load(golden_folder)
     sequence = expected["greedy_from_13"]
     tokens = generate(
         parameters.define(config),
@@ -79,11 +85,12 @@ def test_golden_greedy_continuation(golden) -> None:
     np.testing.assert_array_equal(tokens, sequence[:, 13:])
 
 
-def test_golden_is_written_back_byte_for_byte(tmp_path) -> None:
-    loaded = huggingface.load(GOLDEN)
+def test_golden_is_written_back_byte_for_byte(golden_folder: Path, tmp_path: Path) -> None:
+    loaded = huggingface.load(golden_folder)
     huggingface.save(tmp_path / "again", loaded.config, loaded.params, layout="hf", extra=loaded.extra)
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (GOLDEN / "model.safetensors").read_bytes()
-    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", GOLDEN))
+    again, there = tmp_path / "again", golden_folder
+    assert (again / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (again, there))
     assert ours == theirs
 
 
@@ -96,13 +103,29 @@ def test_round_trip_is_exact(tmp_path, layout: str, changes) -> None:
     huggingface.save(tmp_path / "model", config, params, layout=layout)
     loaded = huggingface.load(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
-    assert loaded.config.mixer == dataclasses.replace(config.mixer, dt_rank=loaded.config.mixer.dt_rank)
-    assert loaded.config.mixer.rank(config.d_model) == config.mixer.rank(config.d_model)
+    read, written = loaded.config.mixer, config.mixer
+    assert isinstance(read, Mamba1Config)
+    assert isinstance(written, Mamba1Config)
+    assert read == dataclasses.replace(written, dt_rank=read.dt_rank)
+    assert read.rank(config.d_model) == written.rank(config.d_model)
     assert loaded.config.padded_vocab_size == config.padded_vocab_size
     if layout == "original":
         assert loaded.config.vocab_size == config.vocab_size
         names = load_file(tmp_path / "model" / "model.safetensors").keys()
         assert {"backbone.embedding.weight", "lm_head.weight"} <= names
+
+
+def test_falcon_mamba_round_trip(tmp_path) -> None:
+    config, params = random_model(mixer=Mamba1Config(selection_norm_eps=1e-3))
+    huggingface.save(tmp_path / "model", config, params, layout="hf")
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert content["model_type"] == "falcon_mamba"
+    loaded = huggingface.load(tmp_path / "model")
+    assert isinstance(config.mixer, Mamba1Config)
+    assert loaded.config.mixer == dataclasses.replace(config.mixer, dt_rank=1)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    with pytest.raises(InputError, match=r"model\.mixer\.selection_norm_eps=0\.001"):
+        huggingface.save(tmp_path / "original", config, params, layout="original")
 
 
 def test_sharded_and_bfloat16_files_are_read(tmp_path) -> None:
@@ -270,7 +293,7 @@ def test_pytorch_files_are_read_through_torch_alone(tmp_path, monkeypatch) -> No
     config, params = random_model()
     folder = tmp_path / "model"
     huggingface.save(folder, config, params, layout="original")
-    state = {name: FakeTensor(value) for name, value in load_file(folder / "model.safetensors").items()}
+    state: dict[str, Any] = {name: FakeTensor(value) for name, value in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def weights(
     return folder
 
 
-def experiment(folder: Path, tokenizer: TokenizerConfig | None = None, **changes: object) -> ExperimentConfig:
+def experiment(folder: Path, tokenizer: TokenizerConfig | None = None, **changes: Any) -> ExperimentConfig:
     return ExperimentConfig(
         name="test",
         model=dataclasses.replace(MODEL, **changes),
@@ -63,7 +64,7 @@ def experiment(folder: Path, tokenizer: TokenizerConfig | None = None, **changes
     ids=str,
 )
 def test_what_no_weight_depends_on_may_differ(
-    weights: Path, params: parameters.Params, changes: dict[str, object]
+    weights: Path, params: parameters.Params, changes: dict[str, Any]
 ) -> None:
     jax.tree.map(np.testing.assert_array_equal, initial_params(experiment(weights, **changes)), params)
 
@@ -86,7 +87,7 @@ def test_what_no_weight_depends_on_may_differ(
     ],
     ids=str,
 )
-def test_every_difference_is_named(weights: Path, changes: dict[str, object], messages: list[str]) -> None:
+def test_every_difference_is_named(weights: Path, changes: dict[str, Any], messages: list[str]) -> None:
     with pytest.raises(InputError, match=r"holds another model, 1 layers of width 16") as error:
         initial_params(experiment(weights, **changes))
     for message in messages:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.config import ModelConfig, TokenizerConfig
+from mamba_jax.config import Mamba1Config, Mamba2Config, ModelConfig, TokenizerConfig
 from mamba_jax.data.tokenizer import make_tokenizer
 from mamba_jax.export import companions, huggingface
 from mamba_jax.generation.generate import generate
@@ -48,11 +48,18 @@ def export(folder: Path, config: ModelConfig, params: parameters.Params, tokeniz
     )
 
 
-@pytest.fixture(scope="module")
-def theirs(tokenizer_configs: dict[str, TokenizerConfig], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+MIXERS = {"mamba": Mamba1Config(), "falcon_mamba": Mamba1Config(selection_norm_eps=1e-6), "mamba2": Mamba2Config()}
+
+
+@pytest.fixture(scope="module", params=MIXERS)
+def theirs(
+    request: pytest.FixtureRequest,
+    tokenizer_configs: dict[str, TokenizerConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> SimpleNamespace:
     """A model of the default config, trained as far as random numbers are, and what `transformers` makes of it."""
     folder = tmp_path_factory.mktemp("exports")
-    config = ModelConfig(vocab_size=257, d_model=64, num_layers=5)
+    config = ModelConfig(vocab_size=257, d_model=64, num_layers=5, mixer=MIXERS[request.param])
     params = parameters.init(config, jax.random.key(0))
     params["layers"]["mixer"]["out_proj"]["kernel"] *= 5.0
     export(folder / "model", config, params, TokenizerConfig())

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch  # pyrefly: ignore[missing-import]
-from transformers import AutoTokenizer, MambaForCausalLM  # pyrefly: ignore[missing-import]
+from transformers import AutoModelForCausalLM, AutoTokenizer  # pyrefly: ignore[missing-import]
 
 
 def read_model(folder: str, ids: list[list[int]], prompts: list[str], out: Path) -> list[list[int]]:
     """Writes logits of the ids; returns greedy continuations of the prompts, as a padded batch."""
-    model = MambaForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     with torch.no_grad():

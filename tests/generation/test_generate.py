@@ -111,8 +111,9 @@ def test_all_tokens_come_from_one_program(model, prompt: jax.Array, caplog: pyte
     [((1, 0), 4, 0, "no tokens"), ((1, 2), 0, 0, "got 0"), ((1, 2), 4, 29, "id 29"), ((1, 2), 4, -1, "id -1")],
 )
 def test_bad_requests_are_refused(model, shape: tuple[int, int], num_tokens: int, token: int, message: str) -> None:
+    definition, params = model
     with pytest.raises(InputError, match=message):
-        generate(*model, jnp.full(shape, token), num_tokens=num_tokens, key=jax.random.key(0))
+        generate(definition, params, jnp.full(shape, token), num_tokens=num_tokens, key=jax.random.key(0))
 
 
 def test_text_ends_with_the_document() -> None:

@@ -1,5 +1,7 @@
 """Properties of drawing a token from logits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +126,7 @@ def test_rows_without_a_token_to_draw_are_marked(sampling: SamplingConfig) -> No
 @pytest.mark.parametrize(
     "bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
 )
-def test_bad_settings_are_named(bad: dict[str, float]) -> None:
+def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
     (name,) = bad
     with pytest.raises(InputError, match=f"sampling {name}"):
         SamplingConfig(**bad)

@@ -6,7 +6,6 @@ held to the contract by adding its name to the list of its op's test module.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import TABLES
-from pallas_kernels.common.arg_spec import Arguments
-
-# Every sum of the ops runs in float32, whose rounding is half an epsilon relative to the partial sum at hand. Roundings
-# are as good as independent, so a sum of n terms is off by sqrt(n) of them; the factor 8 is for partial sums that
-# exceed the result (terms of both signs) and for exp, softplus and silu, which are good to a few units in the last
-# place.
-FLOAT32_ROUNDING = float(np.finfo(np.float32).eps) / 2
-# A result in bfloat16 is the float32 result rounded once, to 8 significant bits.
-BFLOAT16_ROUNDING = float(jnp.finfo(jnp.bfloat16).eps) / 2
+from pallas_kernels.common.arg_spec import Arguments, allowed_error, evaluate
+from pallas_kernels.manifests import MANIFESTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +23,8 @@ class Op:
     """What the contract needs to know about an op.
 
     Attributes:
-        name: as in lowered modules, and in `pallas_kernels.TABLES`, which says what it takes and returns.
+        name: as in lowered modules, in `pallas_kernels.TABLES`, which says what it takes and returns, and in
+            `pallas_kernels.manifests.MANIFESTS`, which says how accurate it has to be.
         function: the public function.
     """
 
@@ -52,10 +45,10 @@ class Op:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """Concrete arguments of a call: what has a gradient, integers, static options. Calls are compared by identity."""
+    """Concrete arguments of a call by name: what has a gradient, integers, static options; compared by identity."""
 
-    arrays: dict[str, jax.Array]
-    integers: dict[str, jax.Array]
+    arrays: dict[str, Any]
+    integers: dict[str, Any]
     static: dict[str, Any]
 
 
@@ -63,12 +56,7 @@ class Call:
 def make_call(spec) -> Call:
     """The arguments of a specification in the dtypes under test; the same object for the same specification."""
     arguments: Arguments = spec.arguments()
-    arrays = {name: jnp.asarray(array.astype(_single(array))) for name, array in arguments.wide.items()}
-    # Rounded by NumPy, which compiles nothing, and by way of float32 as an array of JAX would be.
-    arrays |= {
-        name: jnp.asarray(array.astype(_single(array)).astype(jnp.dtype(spec.dtype)))
-        for name, array in arguments.narrow.items()
-    }
+    arrays = {name: jnp.asarray(array) for name, array in arguments.rounded(spec.dtype).items()}
     integers = {name: jnp.asarray(array) for name, array in arguments.integers.items()}
     return Call(arrays=arrays, integers=integers, static=dict(arguments.static))
 
@@ -139,9 +127,7 @@ def assert_close(actual: dict, expected: dict, dtypes: dict, *, terms: int, cont
     for name, value in actual.items():
         assert np.all(np.isfinite(value)), f"{context}: {name} is not finite"
         scale = np.max(np.abs(expected[name]), initial=0)
-        allowed = 8 * FLOAT32_ROUNDING * math.sqrt(terms) * scale
-        if dtypes[name] == jnp.bfloat16:
-            allowed = allowed + BFLOAT16_ROUNDING * np.abs(expected[name])
+        allowed = allowed_error(expected[name], dtypes[name], terms=terms)
         excess = np.max(np.abs(value - expected[name]) - allowed, initial=-np.inf)
         worst = np.max(np.abs(value - expected[name]), initial=0)
         assert excess <= 0, f"{context}: {name} is off by {worst:.3e} of {scale:.3e}, {excess:.3e} more than allowed"
@@ -149,7 +135,7 @@ def assert_close(actual: dict, expected: dict, dtypes: dict, *, terms: int, cont
 
 def _assert_equals_reference(op: Op, call: Call, outputs, gradients: dict, context: str) -> None:
     expected_outputs, expected_gradients = in_double_precision(op, call)
-    terms = _terms(call)
+    terms = _terms(op, call)
     dtypes = {name: output.dtype for name, output in vars(outputs).items()}
     assert_close(_to_numpy(outputs), expected_outputs, dtypes, terms=terms, context=context)
     dtypes = {name: array.dtype for name, array in call.arrays.items()}
@@ -157,13 +143,20 @@ def _assert_equals_reference(op: Op, call: Call, outputs, gradients: dict, conte
     assert_close(_to_numpy(gradients), expected_gradients, dtypes, terms=terms, context=f"{context}, gradient")
 
 
-def _terms(call: Call) -> int:
-    """Terms of the longest sum: a gradient of a constant over batch and time, in addition to channels and states."""
-    return math.prod(call.arrays["x"].shape[:-1]) + sum(call.arrays.get("A", call.arrays["x"]).shape[-2:])
+def _terms(op: Op, call: Call) -> int:
+    """Terms of the longest sum, as the op's manifest says."""
+    return evaluate(MANIFESTS[op.name].tolerance.longest_sum, TABLES[op.name].sizes(call.arrays))
 
 
-def check_values_and_gradients(op: Op, implementation: str, call: Call) -> None:
-    """Outputs and every gradient agree with the float64 reference; running twice gives the same bits."""
+def check_values_and_gradients(op: Op, implementation: str, call: Call, *, relative: float | None = None) -> None:
+    """Outputs and every gradient agree with the float64 reference; running twice gives the same bits.
+
+    Args:
+        op: the op.
+        implementation: its name.
+        call: the arguments.
+        relative: limit of every error's root mean square over that of the exact result; None sets none.
+    """
     cotangents = cotangents_of(op, call)
     run = compiled(op, call, implementation)
     outputs, gradients = run(call.arrays, cotangents)
@@ -171,6 +164,13 @@ def check_values_and_gradients(op: Op, implementation: str, call: Call) -> None:
     for first, second in zip(jax.tree.leaves((outputs, gradients)), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
     _assert_equals_reference(op, call, outputs, gradients, f"{op.name}.{implementation}")
+    if relative is None:
+        return
+    exact_outputs, exact_gradients = in_double_precision(op, call)
+    for name, actual in (_to_numpy(outputs) | _to_numpy(gradients)).items():
+        exact = (exact_outputs | exact_gradients)[name]
+        error = np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+        assert error < relative, f"{op.name}.{implementation}: {name} is off by {error:.1e}"
 
 
 def check_backend_is_visible(op: Op, implementation: str, call: Call) -> None:
@@ -245,7 +245,7 @@ def check_segments(op: Op, implementation: str, call: Call, starts: tuple[int, .
     run = compiled(op, packed, implementation)
     context = f"{op.name}.{implementation}"
 
-    y, carry = [], None
+    y, carry, outputs = [], None, None
     for first, stop in zip((0, *starts), (*starts, length), strict=True):
         outputs, gradients = run(packed.arrays, _only_y(op, packed, first, stop))
         for name, gradient in gradients.items():
@@ -263,4 +263,4 @@ def check_segments(op: Op, implementation: str, call: Call, starts: tuple[int, .
 
     expected = {"y": np.concatenate(y, axis=1), carry_out: carry}
     dtypes = dict.fromkeys(expected, jnp.dtype(jnp.float32))
-    assert_close(_to_numpy(outputs), expected, dtypes, terms=_terms(call), context=f"{context} packed")
+    assert_close(_to_numpy(outputs), expected, dtypes, terms=_terms(op, call), context=f"{context} packed")

@@ -18,6 +18,7 @@ from pallas_kernels.common.tpu_tiles import SPAN
 from tests.kernels import op_contract
 from tests.kernels.op_contract import make_call
 from tests.kernels.test_causal_conv1d import OP, UNSEGMENTED
+from tests.programs import text_of
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -65,7 +66,7 @@ def test_compiles(topology: str) -> None:
         y, vjp = jax.vjp(lambda arrays: run(**arrays).y, arrays)
         return y, vjp(y)
 
-    text = compile_for(tpu_devices(topology)[0], both, call.arrays, call.integers).as_text()
+    text = text_of(compile_for(tpu_devices(topology)[0], both, call.arrays, call.integers))
     assert "causal_conv1d_pallas_tpu_forward" in text
     assert "causal_conv1d_pallas_tpu_backward" in text
 

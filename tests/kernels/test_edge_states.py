@@ -20,6 +20,7 @@ from pallas_kernels.selective_scan.xla import edge as edge_states_xla
 from tests.kernels.op_contract import Call, assert_close, make_call
 from tests.kernels.test_selective_scan_pallas_gpu import SMALL, SMALL_SPECS, call_name
 from tests.kernels.test_selective_scan_pallas_tpu import BLOCKS, TINY, needs_tpu_compiler
+from tests.programs import text_of
 
 ON_GPU = jax.default_backend() == "gpu"
 ENTERING = ("x", "dt", "A", "B", "dt_bias", "segment_ids")
@@ -154,7 +155,7 @@ def test_compiled_for_tpus_each_is_one_kernel_without_outputs() -> None:
     def run(arrays: dict[str, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return edge_states(dataclasses.replace(call, arrays=arrays), dy, None)
 
-    text = compile_for(device, run, shapes, jax.ShapeDtypeStruct(dy.shape, dy.dtype)).as_text()
+    text = text_of(compile_for(device, run, shapes, jax.ShapeDtypeStruct(dy.shape, dy.dtype)))
     kernels = [line for line, _ in compiled_instructions(text) if "tpu_custom_call" in line]
     assert len(kernels) == 2
     assert all("f32[1,1,16,1536]" in line.split(" custom-call(")[0] for line in kernels), kernels

@@ -12,7 +12,8 @@ from jax.sharding import AxisType
 from mamba_jax.models.ops import ShardedOp
 from mamba_jax.sharding import make_mesh
 from mamba_jax.sharding.config import MeshConfig
-from pallas_kernels.common.arg_spec import Arguments
+from pallas_kernels.common.arg_spec import Arguments, DType, Manifest, Tolerance, Work
+from pallas_kernels.manifests import MANIFESTS
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Op, make_call
 from tests.toys.op import moving_average
@@ -24,12 +25,13 @@ OP = Op(name="moving_average", function=moving_average)
 class AverageSpec:
     """A call of two rows."""
 
-    dtype: str = "float32"
+    name: str
+    dtype: DType = "float32"
     length: int = 29
     has_segments: bool = False
 
-    def arguments(self) -> Arguments:
-        rng = np.random.default_rng(0)
+    def arguments(self, seed: int = 0) -> Arguments:
+        rng = np.random.default_rng(seed)
         ids = {"segment_ids": np.cumsum(rng.random((2, self.length)) < 0.2, axis=1).astype(np.int32)}
         return Arguments(
             wide={"rate": rng.normal(size=4), "initial_state": rng.normal(size=(2, 4))},
@@ -39,7 +41,17 @@ class AverageSpec:
         )
 
 
-@pytest.mark.parametrize("spec", [AverageSpec(), AverageSpec(dtype="bfloat16", has_segments=True)], ids=str)
+FULL = AverageSpec(name="full")
+MANIFESTS["moving_average"] = Manifest(
+    sizes=("length",),
+    tested=(FULL, AverageSpec(name="bfloat16", dtype="bfloat16", has_segments=True)),
+    tolerance=Tolerance(longest_sum={"BL": 1}, because="the gradient of the rate adds over all tokens"),
+    forward=Work(vector={"BLE": 3}, special={"E": 2}),
+    backward=Work(vector={"BLE": 6}),
+)
+
+
+@pytest.mark.parametrize("spec", MANIFESTS["moving_average"].tested, ids=lambda spec: spec.name)
 def test_contract(spec: AverageSpec) -> None:
     call = make_call(spec)
     op_contract.check_values_and_gradients(OP, "xla", call)
@@ -47,7 +59,7 @@ def test_contract(spec: AverageSpec) -> None:
 
 
 def test_contract_in_time() -> None:
-    call = make_call(AverageSpec())
+    call = make_call(FULL)
     op_contract.check_split(OP, "xla", call, at=11)
     op_contract.check_causality(OP, "xla", call, at=11)
     op_contract.check_segments(OP, "xla", call, starts=(7, 20))
@@ -67,7 +79,7 @@ def test_bad_arguments_are_one_line() -> None:
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_over_devices() -> None:
-    call = make_call(AverageSpec())
+    call = make_call(FULL)
     expected = moving_average(**call.arrays)
     sharded = ShardedOp(moving_average)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selective_scan
-from pallas_kernels.common import triton_call
 from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from pallas_kernels.selective_scan.arg_specs import FULL, SPECS, ScanSpec
 from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
+from pallas_kernels.selective_scan.triton import call as triton_call
 from pallas_kernels.selective_scan.triton import op as triton_backend
 from pallas_kernels.selective_scan.triton.op import Tile, Tiling
 from tests.kernels import op_contract
@@ -65,7 +66,8 @@ class HostArray:
     """A NumPy array with what Triton's interpreter asks of a tensor; it is its own storage."""
 
     def __init__(self, array: np.ndarray | None = None):
-        self.array = array
+        # Empty until `set_` gives it the array of another one.
+        self.array = np.empty(0) if array is None else array
 
     @property
     def dtype(self) -> str:
@@ -124,8 +126,11 @@ def interpreted_call(kernel, inputs, outputs, constants, *, programs, warps, nam
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the kernels in the interpreter, which is made to round to the nearest bfloat16, as a GPU does."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    import triton.language as tl  # pyrefly: ignore[missing-import]
+    from triton.runtime.interpreter import (  # pyrefly: ignore[missing-import]
+        InterpreterBuilder,
+        TensorHandle,
+    )
 
     def round_to_nearest(builder, source, dtype):
         if dtype.scalar != tl.bfloat16:
@@ -176,7 +181,7 @@ def test_interpreted_any_number_of_states(states: int) -> None:
 @interpreted
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
-def test_interpreted_extreme_decays(discretization: str) -> None:
+def test_interpreted_extreme_decays(discretization: Literal["euler", "zoh"]) -> None:
     spec = dataclasses.replace(UNSEGMENTED, has_softplus=False, has_bias=False, discretization=discretization)
     call = make_call(spec)
     rng = np.random.default_rng(3)
@@ -230,8 +235,8 @@ def test_interpreted_nan_is_not_lost() -> None:
 def test_kernels_compile(spec: ScanSpec, compute_capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kernels compile to machine code, and the registers of a thread suffice."""
     triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.backends.compiler import GPUTarget  # pyrefly: ignore[missing-import]
+    from triton.compiler import ASTSource  # pyrefly: ignore[missing-import]
 
     names = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
     binaries = {}
@@ -243,7 +248,9 @@ def test_kernels_compile(spec: ScanSpec, compute_capability: int, monkeypatch: p
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(arrays))}
         source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=aligned)
         target = GPUTarget("cuda", compute_capability, 32)
-        binaries[name] = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+        # jax-triton asks for contraction to fused multiply-adds too.
+        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+        binaries[name] = triton.compile(source, target=target, options=options)
         return {key: jnp.zeros(output.shape, output.dtype) for key, output in outputs.items() if output is not None}
 
     monkeypatch.setattr(triton_call, "import_kernels", lambda op, module: importlib.import_module(module))
@@ -268,7 +275,11 @@ def shape_of_call(spec: ScanSpec) -> dict:
     }
     shapes = dict.fromkeys(("x", "dt", "z"), (*sequence, spec.channels)) | {"B": layouts[spec.B], "C": layouts[spec.C]}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(spec.dtype)) for name, shape in shapes.items()}
-    wide = {"A": (spec.channels, spec.states), "D": (spec.channels,), "dt_bias": (spec.channels,)}
+    wide: dict[str, tuple[int, ...]] = {
+        "A": (spec.channels, spec.states),
+        "D": (spec.channels,),
+        "dt_bias": (spec.channels,),
+    }
     wide["initial_state"] = (spec.batch, spec.channels, spec.states)
     arrays |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in wide.items()}
     integers = {"segment_ids": jax.ShapeDtypeStruct(sequence, jnp.int32)} if spec.has_segments else {}

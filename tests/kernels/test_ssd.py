@@ -25,6 +25,7 @@ from pallas_kernels.ssd.arg_specs import FULL, SPECS, SSDSpec
 from pallas_kernels.ssd_state_update import arg_specs as update
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Call, Op, make_call, with_arrays
+from tests.programs import temporary_bytes
 
 OP = Op(name="ssd", function=ssd)
 UPDATE = Op(name="ssd_state_update", function=ssd_state_update)
@@ -175,8 +176,8 @@ def test_reference_equals_numpy() -> None:
         state[b, h] = np.exp(dt * v["A"][h]) * state[b, h] + dt * np.outer(v["x"][b, t, h], v["B"][b, t, group])
         y[b, t, h] = state[b, h] @ v["C"][b, t, group] + v["D"][h] * v["x"][b, t, h]
     with jax.enable_x64(True):
-        arrays = {name: jnp.asarray(value) for name, value in v.items()}
-        outputs = ssd(**arrays, **arguments.static, implementation="reference")
+        call: dict[str, Any] = {name: jnp.asarray(value) for name, value in v.items()} | dict(arguments.static)
+        outputs = ssd(**call, implementation="reference")
         np.testing.assert_allclose(outputs.y, y, rtol=0, atol=1e-12)
         np.testing.assert_allclose(outputs.final_state, state, rtol=0, atol=1e-12)
 
@@ -187,9 +188,9 @@ def test_authors_results(name: str) -> None:
     with jax.enable_x64(True):
         tensors = {key: jnp.asarray(value) for key, value in load_file(GOLDEN / f"{name}.safetensors").items()}
         inputs = {key.removeprefix("in."): value for key, value in tensors.items() if key.startswith("in.")}
-        integers = {key: inputs.pop(key) for key in ("segment_ids",) if key in inputs}
+        integers: dict[str, Any] = {key: inputs.pop(key) for key in ("segment_ids",) if key in inputs}
 
-        def run(inputs: dict[str, jax.Array]) -> Any:
+        def run(inputs: dict[str, Any]) -> Any:
             return ssd(**inputs, **integers, dt_softplus=True, implementation="reference")
 
         def projected(inputs: dict[str, jax.Array]) -> jax.Array:
@@ -208,9 +209,9 @@ def test_steps_equal_the_sequence() -> None:
     call = make_call(SSDSpec(name="steps", length=19))
     whole = ssd(**call.arrays, **call.static, implementation="xla")
     tokens = {name: jnp.moveaxis(call.arrays[name], 1, 0) for name in ("x", "dt", "B", "C")}
-    constants = {name: call.arrays[name] for name in ("A", "D", "dt_bias")}
+    constants: dict[str, Any] = {name: call.arrays[name] for name in ("A", "D", "dt_bias")}
 
-    def step(state: jax.Array, tokens: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(state: jax.Array, tokens: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         outputs = ssd_state_update(state, **tokens, **constants, **call.static)
         return outputs.state, outputs.y
 
@@ -244,7 +245,7 @@ def test_backward_keeps_boundary_states_only() -> None:
     spec = SSDSpec(name="memory", length=4096, heads=8, width=16, states=16, groups=1)
     arrays = make_call(spec).arrays
     gradient = jax.grad(lambda arrays: ssd(**arrays, dt_softplus=True, implementation="xla").y.sum())
-    temporaries = jax.jit(gradient).lower(arrays).compile().memory_analysis().temp_size_in_bytes
+    temporaries = temporary_bytes(jax.jit(gradient).lower(arrays).compile())
     all_pairs = 4 * spec.batch * spec.length * spec.heads * 64
     assert temporaries < all_pairs
 
@@ -276,8 +277,9 @@ B = np.ones((2, 5, 2, 6))
 )
 @pytest.mark.usefixtures("only_our_checks")
 def test_bad_arguments_are_one_line(changes: dict[str, Any], message: str) -> None:
+    call: dict[str, Any] = {"x": X, "dt": DT, "A": A, "B": B, "C": B} | changes
     with pytest.raises(ValueError, match=message) as error:
-        ssd(**({"x": X, "dt": DT, "A": A, "B": B, "C": B} | changes))
+        ssd(**call)
     assert "\n" not in str(error.value)
 
 

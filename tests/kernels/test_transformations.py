@@ -1,6 +1,5 @@
-"""The ops under JAX's transformations: forward mode, second derivatives, vmap, meshes of every kind, export, lists."""
+"""The ops under JAX's transformations: forward mode, second derivatives, vmap, export, lists."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,130 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels import (
-    TABLES,
     causal_conv1d,
     selective_scan,
-    selective_scan_final_state,
-    selective_scan_initial_cotangent,
-    selective_state_update,
+    ssd,
 )
-from pallas_kernels.causal_conv1d.arg_specs import ConvSpec
-from pallas_kernels.common.ahead_of_time import tpu_devices
 from pallas_kernels.selective_scan.arg_specs import ScanSpec
+from pallas_kernels.ssd.arg_specs import SSDSpec
+from tests.kernels.cases import CASES, HEADS, SCAN, assert_close, skip_off_platform, unsharded, with_ops
 from tests.kernels.op_contract import make_call
-from tests.kernels.test_selective_scan_pallas_tpu import needs_tpu_compiler
-
-SCAN = ScanSpec(name="scan", length=19, batch=4, channels=8, states=3, B="grouped", has_segments=True)
-CONV = ConvSpec(name="conv", length=9, batch=4, channels=8, has_segments=True)
-# Two orders of summation of the same float32 equations: 4 x 19 tokens, 8 channels and 3 states.
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
-
-
-ON_GPU = jax.default_backend() == "gpu"
-
-
-def with_ops(*default: str) -> pytest.MarkDecorator:
-    """Every op; those that are not named by the slow tests only."""
-    return pytest.mark.parametrize(
-        "name", [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-    )
-
-
-NAMES = ("scan", "convolution", "update", "final state", "initial cotangent")
-
-
-def number(outputs: tuple[Any, ...]) -> jax.Array:
-    return sum(jnp.sum(jnp.sin(output)) for output in outputs)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """An op with arguments; the letters B and E in `letters` are what devices may share out."""
-
-    function: Callable[..., Any]
-    arrays: dict[str, jax.Array]
-    fixed: dict[str, jax.Array]
-    static: dict[str, Any]
-
-    @property
-    def letters(self) -> dict[str, str]:
-        """Letters of the dimensions of every array."""
-        table = TABLES[self.function.__name__]
-        return {name: table.letters(name, array) for name, array in (self.arrays | self.fixed).items()}
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Letters of the dimensions of every output."""
-        return tuple(TABLES[self.function.__name__].outputs.values())
-
-    def run(self, arrays: dict[str, Any], fixed: dict[str, Any], implementation: str | None = None) -> tuple[Any, ...]:
-        """The outputs."""
-        output = self.function(**arrays, **fixed, **self.static, implementation=implementation)
-        return tuple(jax.tree.leaves(output))
-
-    def loss(self, arrays: dict[str, Any], fixed: dict[str, Any], implementation: str | None = None) -> jax.Array:
-        """A number that depends on every output."""
-        return number(self.run(arrays, fixed, implementation))
-
-
-def _cases() -> dict[str, Case]:
-    scan, conv = make_call(SCAN), make_call(CONV)
-    softplus = {"dt_softplus": True}
-
-    def some(*names: str, **others: jax.Array) -> dict[str, jax.Array]:
-        return {name: scan.arrays[name] for name in names} | others
-
-    token = {name: array[:, 0] for name, array in some("x", "dt", "z", "B").items()}
-    update = some("A", "D", "dt_bias", state=scan.arrays["initial_state"], C=scan.arrays["C"][:, :1]) | token
-    ids = {"segment_ids": scan.integers["segment_ids"]}
-    entering = some("x", "dt", "A", "B", "dt_bias")
-    leaving = some("dt", "A", "C", "z", "dt_bias", dy=scan.arrays["x"])
-    return {
-        "scan": Case(function=selective_scan, arrays=scan.arrays, fixed=ids, static=softplus),
-        "convolution": Case(
-            function=causal_conv1d, arrays=conv.arrays, fixed=conv.integers, static={"activation": "silu"}
-        ),
-        "update": Case(function=selective_state_update, arrays=update, fixed={}, static=softplus),
-        "final state": Case(function=selective_scan_final_state, arrays=entering, fixed=ids, static=softplus),
-        "initial cotangent": Case(
-            function=selective_scan_initial_cotangent, arrays=leaving, fixed=ids, static=softplus
-        ),
-    }
-
-
-CASES = _cases()
-
-
-def assert_close(actual: Any, expected: Any) -> None:
-    for (path, value), reference in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(value, reference, **CLOSE, err_msg=jax.tree_util.keystr(path))
-
-
-def outputs_and_gradients(run: Callable[..., tuple[Any, ...]], case: Case, arrays: Any) -> tuple[Any, Any]:
-    """Of the case's arguments, with every gradient of `number`."""
-
-    def loss(arrays: Any, fixed: Any) -> Any:
-        outputs = run(arrays, fixed)
-        return number(outputs), outputs
-
-    gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(arrays, case.fixed)
-    return outputs, gradients
-
-
-@functools.cache
-def unsharded(name: str) -> Any:
-    """What one device gives."""
-    case = CASES[name]
-    return outputs_and_gradients(case.run, case, case.arrays)
-
-
-def skip_off_platform(implementation: str) -> None:
-    if implementation == "pallas_tpu" and ON_GPU:
-        pytest.skip("for TPUs")
 
 
 def tangents_of(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -154,21 +39,26 @@ COMPLEX = ScanSpec(
 
 
 @pytest.mark.parametrize(
-    ("spec", "implementation"),
-    [(SCAN, "xla"), (BARE, "xla_associative"), (COMPLEX, "xla")],
-    ids=["scan", "bare", "complex"],
+    ("function", "spec", "implementation"),
+    [
+        (selective_scan, SCAN, "xla"),
+        (selective_scan, BARE, "xla_associative"),
+        (selective_scan, COMPLEX, "xla"),
+        (ssd, HEADS, "xla"),
+    ],
+    ids=["scan", "bare", "complex", "heads"],
 )
-def test_forward_mode_of_the_scan(spec: ScanSpec, implementation: str) -> None:
+def test_forward_mode(function: Callable[..., Any], spec: ScanSpec | SSDSpec, implementation: str) -> None:
     """By every argument at once, against the reference, which JAX differentiates by itself."""
     call = make_call(spec)
     tangents = tangents_of(call.arrays)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(name: str) -> Any:
-        def scan(arrays: dict[str, jax.Array]) -> Any:
-            return selective_scan(**arrays, **call.integers, **call.static, implementation=name)
+        def op(arrays: dict[str, Any]) -> Any:
+            return function(**arrays, **call.integers, **call.static, implementation=name)
 
-        return jax.jvp(scan, (call.arrays,), (tangents,))
+        return jax.jvp(op, (call.arrays,), (tangents,))
 
     assert_close(run(implementation), run("reference"))
 
@@ -213,7 +103,7 @@ def test_second_derivatives_in_any_order(order: str) -> None:
         if order == "reverse over forward":
             return jax.jvp(loss, (arrays,), (tangents,))[1]
         pairs = zip(jax.tree.leaves(jax.grad(loss)(arrays)), jax.tree.leaves(tangents), strict=True)
-        return sum(jnp.vdot(one, other) for one, other in pairs)
+        return jnp.asarray(sum(jnp.vdot(one, other) for one, other in pairs))
 
     assert_close(jax.jit(jax.grad(slope))(case.arrays), hessian_product("reference"))
 
@@ -266,104 +156,6 @@ def test_mapped_over_an_axis(name: str) -> None:
     assert_close(jax.jit(jax.grad(loss))(case.arrays), unsharded(name)[1])
 
 
-def _mesh(kind: AxisType) -> jax.sharding.Mesh:
-    return jax.make_mesh((2, 2), ("rows", "lanes"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
-
-
-def _spec(letters: str) -> PartitionSpec:
-    # Two groups of channels, which lie with their channels.
-    return PartitionSpec(*({"B": "rows", "E": "lanes", "G": "lanes"}.get(letter) for letter in letters))
-
-
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@with_ops("scan", "convolution")
-def test_inside_shard_map(name: str) -> None:
-    """Over the batch and over channels, with the check of varying axes; what devices share gets the whole gradient."""
-    case = CASES[name]
-    specs = [{name: _spec(case.letters[name]) for name in given} for given in (case.arrays, case.fixed)]
-    run = jax.shard_map(
-        case.run, mesh=_mesh(AxisType.Auto), in_specs=tuple(specs), out_specs=tuple(map(_spec, case.outputs))
-    )
-    assert_close(outputs_and_gradients(run, case, case.arrays), unsharded(name))
-
-
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@with_ops("scan", "update")
-def test_under_explicit_axes(name: str) -> None:
-    """Outputs are split as x is, whatever way the other arguments lie; gradients as the arguments are."""
-    case = CASES[name]
-    mesh = _mesh(AxisType.Explicit)
-    first = "dy" if "dy" in case.arrays else "x"
-    given = case.arrays | {first: jax.device_put(case.arrays[first], NamedSharding(mesh, _spec(case.letters[first])))}
-    with jax.set_mesh(mesh):
-        outputs, gradients = outputs_and_gradients(case.run, case, given)
-    assert [output.sharding.spec for output in outputs] == [_spec(letters) for letters in case.outputs]
-    assert gradients[first].sharding.spec == _spec(case.letters[first])
-    assert_close((outputs, gradients), unsharded(name))
-
-
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-def test_channels_that_would_cut_a_group_stay_whole() -> None:
-    case = CASES["scan"]
-    mesh = jax.make_mesh((4,), ("lanes",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        x = jax.device_put(case.arrays["x"], PartitionSpec(None, None, "lanes"))
-        outputs = jax.jit(case.run)(case.arrays | {"x": x}, case.fixed)
-    assert_close(outputs, unsharded("scan")[0])
-
-
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [("scan", name) for name in ("xla_associative", "reference", "pallas_tpu", "pallas_gpu")]
-    + [("convolution", name) for name in ("reference", "pallas_tpu", "pallas_gpu")]
-    + [("update", "reference"), ("final state", "pallas_tpu"), ("initial cotangent", "pallas_gpu")],
-)
-def test_types_hold_inside_shard_map(name: str, implementation: str) -> None:
-    """Every implementation can be traced there, with its gradient if it has one: JAX checks the types."""
-    skip_off_platform(implementation)
-    case = CASES[name]
-    has_gradient = "state" not in name.split() and "cotangent" not in name
-    specs = [{name: _spec(case.letters[name]) for name in given} for given in (case.arrays, case.fixed)]
-
-    def run(arrays: Any, fixed: Any) -> Any:
-        if not has_gradient:
-            return case.run(arrays, fixed, implementation)
-        return jax.grad(case.loss)(arrays, fixed, implementation)
-
-    out_specs = specs[0] if has_gradient else tuple(map(_spec, case.outputs))
-    mapped = jax.shard_map(run, mesh=_mesh(AxisType.Auto), in_specs=tuple(specs), out_specs=out_specs)
-    shapes = jax.eval_shape(mapped, case.arrays, case.fixed)
-    assert all(shape.size for shape in jax.tree.leaves(shapes))
-
-
-@needs_tpu_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["shard_map", "explicit axes"])
-def test_compiled_for_tpus_every_device_runs_kernels_on_its_part(kind: AxisType) -> None:
-    mesh = Mesh(np.array(tpu_devices("v5e:2x2")).reshape(2, 2), ("rows", "lanes"), axis_types=(kind,) * 2)
-    spec = ScanSpec(name="v5e", batch=4, length=256, channels=512, states=16, dtype="bfloat16")
-    arrays, table = make_call(spec).arrays, TABLES["selective_scan"]
-    specs = {name: _spec(table.letters(name, array)) for name, array in arrays.items()}
-    shapes = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, specs[name]))
-        for name, array in arrays.items()
-    }
-
-    def layer(arrays: dict[str, jax.Array]) -> jax.Array:
-        y = selective_scan(**arrays, dt_softplus=True).y
-        return causal_conv1d(y, jnp.ones((4, y.shape[2]))).y
-
-    run = layer if kind == AxisType.Explicit else jax.shard_map(layer, in_specs=(specs,), out_specs=specs["x"])
-    with jax.set_mesh(mesh):
-        gradient = jax.jit(jax.grad(lambda arrays: number((run(arrays).astype(jnp.float32),))))
-        text = gradient.lower(shapes).compile().as_text()
-    instructions = [line for line, _ in compiled_instructions(text)]
-    assert sum("tpu_custom_call" in line for line in instructions) == 4
-    assert any(" all-reduce(" in line for line in instructions)
-    assert not any(" all-gather" in line for line in instructions)
-
-
 @with_ops("scan")
 def test_exports_for_any_batch_and_length(name: str) -> None:
     case = CASES[name]
@@ -411,8 +203,8 @@ def test_numpy_arrays_and_lists_are_arrays(name: str) -> None:
     def convert(index: int, array: jax.Array) -> Any:
         return np.asarray(array) if index % 2 else array.tolist()
 
-    given = [
+    first, second = (
         {name: convert(index, array) for index, (name, array) in enumerate(arrays.items())}
         for arrays in (case.arrays, case.fixed)
-    ]
-    assert_close(jax.jit(lambda: case.run(*given))(), unsharded(name)[0])
+    )
+    assert_close(jax.jit(lambda: case.run(first, second))(), unsharded(name)[0])

@@ -15,7 +15,7 @@ def small_config(*, mixer: dict[str, Any] | None = None, **changes: Any) -> Mode
         vocab_size=29,
         d_model=16,
         num_layers=2,
-        mixer=Mamba1Config(**{"state_dim": 4, **(mixer or {})}),
+        mixer=dataclasses.replace(Mamba1Config(state_dim=4), **(mixer or {})),
         compute_dtype="float32",
         remat="none",
     )

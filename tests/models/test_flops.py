@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from mamba_jax.chips import CHIPS
 from mamba_jax.config import ModelConfig
-from mamba_jax.models.flops import PEAK_FLOPS, flops_per_token, model_flops_utilization
+from mamba_jax.models.flops import flops_per_token, model_flops_utilization
 
 PUBLISHED_130M = ModelConfig(vocab_size=50277, d_model=768, num_layers=24)
 
@@ -21,7 +22,7 @@ def test_untied_table_is_only_read() -> None:
 
 def test_utilization() -> None:
     kind = "NVIDIA H100 80GB HBM3"
-    tokens_per_second = 4 * 0.5 * PEAK_FLOPS[kind] / flops_per_token(PUBLISHED_130M, length=2048)
+    tokens_per_second = 4 * 0.5 * CHIPS[kind].peak_flops / flops_per_token(PUBLISHED_130M, length=2048)
     result = model_flops_utilization(PUBLISHED_130M, tokens_per_second, length=2048, device_kind=kind, num_devices=4)
     assert result == pytest.approx(0.5)
 

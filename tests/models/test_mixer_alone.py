@@ -55,9 +55,9 @@ def assert_close(actual: Any, expected: Any) -> None:
 
 
 def test_the_example_runs() -> None:
-    _, _, rest = inspect.getdoc(Mamba1).partition("Example:\n")
+    _, _, rest = (inspect.getdoc(Mamba1) or "").partition("Example:\n")
     example, _, _ = rest.partition("\n\nSource:")
-    names = {"nnx": nnx, "Mamba1": Mamba1, "tokens": jnp.zeros((2, 5), jnp.int32)}
+    names: dict[str, Any] = {"nnx": nnx, "Mamba1": Mamba1, "tokens": jnp.zeros((2, 5), jnp.int32)}
     exec(textwrap.dedent(example), names)
     assert names["logits"].shape == (2, 5, 256)
     assert np.all(np.isfinite(names["logits"]))
@@ -130,7 +130,8 @@ def test_inside_shard_map() -> None:
 @needs_eight_devices
 def test_whole_models_under_explicit_axes(small_config) -> None:
     config = small_config(num_layers=1)
-    model, block = LanguageModel(config, rngs=nnx.Rngs(0)), Block(config, rngs=nnx.Rngs(0))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    block = Block(config.mixer, config.setting, norm_eps=config.norm_eps, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(3), (4, 8), 0, config.vocab_size)
 
     @nnx.jit

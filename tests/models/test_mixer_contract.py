@@ -1,4 +1,4 @@
-"""What a mixer owes to models and training, shown by one that the library does not know, alone and in hybrids."""
+"""What a mixer owes to models and training: one that the library does not know, alone and in hybrids, and Mamba-2."""
 
 import dataclasses
 import math
@@ -17,6 +17,7 @@ from mamba_jax.config import (
     CheckpointConfig,
     ExperimentConfig,
     Mamba1Config,
+    Mamba2Config,
     MeshConfig,
     ModelConfig,
     from_json,
@@ -37,6 +38,7 @@ from tests.training.test_step import REORDERING, gradient, make_batch, relative_
 __all__ = ["corpus", "make_config"]
 
 MAMBA = Mamba1Config(state_dim=4, dt_rank=2)
+HEADS = Mamba2Config(state_dim=4, head_dim=8, num_groups=2)
 BARE = dataclasses.replace(MAMBA, use_conv=False)
 MODELS = {
     "alone": {"mixer": EmaConfig(), "num_layers": 2},
@@ -45,6 +47,7 @@ MODELS = {
         "mixer": Hybrid(units=(Unit(mixers=(MAMBA,), repeats=2), Unit(mixers=(EmaConfig(), MAMBA)))),
         "num_layers": 4,
     },
+    "heads": {"mixer": HEADS, "num_layers": 2},
 }
 MakeConfig = Callable[..., ExperimentConfig]
 
@@ -55,7 +58,8 @@ def model(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def small(**fields: Any) -> ModelConfig:
-    return ModelConfig(**{"vocab_size": 29, "d_model": 16, "compute_dtype": "float32", "remat": "none"} | fields)
+    defaults: dict[str, Any] = {"vocab_size": 29, "d_model": 16, "compute_dtype": "float32", "remat": "none"}
+    return ModelConfig(**defaults | fields)
 
 
 def test_names_of_stacks_and_their_repeats() -> None:
@@ -64,6 +68,7 @@ def test_names_of_stacks_and_their_repeats() -> None:
         [("layers", "ema", 2)],
         [("layers_0", "mamba1", 2), ("layers_1", "mamba1", 2), ("layers_2", "ema", 2)],
         [("layers_0", "mamba1", 2), ("layers_1", "ema", 1), ("layers_2", "mamba1", 1)],
+        [("layers", "mamba2", 2)],
     ]
 
 
@@ -90,7 +95,7 @@ def test_units_that_do_not_fit_are_refused(make: Callable[[], Any], message: str
 
 def test_an_unknown_kind_is_refused() -> None:
     text = to_json(small(**MODELS["alone"])).replace('"ema"', '"mean"')
-    with pytest.raises(InputError, match=r"mixer: .*'mean'.*'mamba1', 'ema'"):
+    with pytest.raises(InputError, match=r"mixer: .*'mean'.*'mamba1', 'mamba2', 'ema'"):
         from_json(ModelConfig, text, origin="config.json")
 
 
@@ -148,7 +153,8 @@ def _is_axes(node: Any) -> bool:
 
 def test_counts(model: dict[str, Any]) -> None:
     config = small(**model)
-    own = sum(27 * 32 * 4 * stack.repeats for stack in config.stacks if stack.mixer.kind == "mamba1")
+    of_a_state = {"mamba1": 27, "mamba2": 15, "ema": 0}
+    own = sum(of_a_state[stack.mixer.kind] * 32 * 4 * stack.repeats for stack in config.stacks)
     assert flops_per_token(config, length=8) == 6 * count(config) + own
 
 
@@ -160,7 +166,7 @@ def test_counts(model: dict[str, Any]) -> None:
         pytest.param({"accumulation_steps": 2, "windows": 3}, id="microbatches of windows"),
     ],
 )
-@pytest.mark.parametrize("name", ["unit", pytest.param("runs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["unit", "heads", pytest.param("runs", marks=pytest.mark.slow)])
 def test_training_does_not_depend_on_how_it_is_cut(make_config: MakeConfig, name: str, changes: dict) -> None:
     whole_state, (whole,), _ = run_steps(make_config(**MODELS[name]), 1)
     state, (cut,), _ = run_steps(make_config(**MODELS[name], **changes), 1)
@@ -168,14 +174,15 @@ def test_training_does_not_depend_on_how_it_is_cut(make_config: MakeConfig, name
     assert relative_difference(gradient(state), gradient(whole_state)) < math.sqrt(6) * REORDERING
 
 
-def test_streams_carry_every_state(make_config: MakeConfig) -> None:
-    config = make_config(**MODELS["unit"], order="streams", accumulation_steps=2)
+@pytest.mark.parametrize("name", ["unit", "heads"])
+def test_streams_carry_every_state(make_config: MakeConfig, name: str) -> None:
+    config = make_config(**MODELS[name], order="streams", accumulation_steps=2)
     shape = (config.data.global_batch, config.data.seq_len)
     batch = dataclasses.replace(make_batch(config), segment_ids=np.zeros(shape, np.int32))
     from tests.training.test_long_sequences import forward_state, one_step, streams
 
     state, _ = one_step(config, streams(config, batch))
-    fresh = make_config(**MODELS["unit"], order="streams")
+    fresh = make_config(**MODELS[name], order="streams")
     params = init(fresh.model, jax.random.key(fresh.seed))
     assert relative_difference(forward_state(fresh, params, batch), state.recurrent) < REORDERING
 

@@ -1,5 +1,7 @@
 """Parameter counts, names, metadata and initial distributions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,8 @@ def test_published_sizes_have_the_published_parameter_counts(layers: int, width:
 
 def test_every_parameter_has_axes_and_a_decay_role(small_config) -> None:
     definition = parameters.define(small_config(tie_embeddings=False, mixer={"use_bias": True}))
-    shapes = traverse_util.flatten_dict(definition.params, sep="/")
-    axes = traverse_util.flatten_dict(definition.axes, sep="/")
+    shapes: dict[str, Any] = traverse_util.flatten_dict(definition.params, sep="/")
+    axes: dict[str, Any] = traverse_util.flatten_dict(definition.axes, sep="/")
     decay = traverse_util.flatten_dict(definition.decay, sep="/")
     assert shapes.keys() == axes.keys() == decay.keys()
     for name, leaf in shapes.items():
@@ -87,7 +89,7 @@ def test_merge_puts_every_value_in_its_place(small_config) -> None:
     definition = parameters.define(small_config())
     leaves, tree = jax.tree.flatten(definition.params)
     numbered = jax.tree.unflatten(tree, [jnp.full(leaf.shape, i, leaf.dtype) for i, leaf in enumerate(leaves)])
-    model = definition.merge(numbered)
+    model: Any = definition.merge(numbered)
     order = {path: i for i, path in enumerate(traverse_util.flatten_dict(definition.params, sep="/"))}
     assert model.norm_f.scale[...][0] == order["norm_f/scale"]
     assert model.layers.mixer.out_proj.kernel[...][0, 0, 0] == order["layers/mixer/out_proj/kernel"]

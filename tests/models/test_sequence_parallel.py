@@ -18,7 +18,8 @@ from mamba_jax.models.parameters import define, init
 from mamba_jax.models.state import init_state
 from mamba_jax.pods.hlo import compiled_instructions
 from mamba_jax.sharding import make_mesh, parameter_sharding, put_batch
-from pallas_kernels import causal_conv1d, selective_scan
+from pallas_kernels import causal_conv1d, selective_scan, ssd
+from pallas_kernels.ssd.arg_specs import SSDSpec
 
 # Eight devices have 6 tokens each. Documents start at an edge, one token before and after one; a document of one token
 # ends at an edge and is followed by the id before it; documents span several devices.
@@ -50,7 +51,7 @@ def document_ids() -> jax.Array:
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
-def run_layer(mesh: jax.sharding.Mesh | None, segment_ids: jax.Array | None, dtype: str, options: dict[str, str]):
+def run_layer(mesh: jax.sharding.Mesh | None, segment_ids: jax.Array | None, dtype: str, options: dict[str, Any]):
     """Outputs and every gradient of the convolution followed by the scan; without a mesh by the operations alone."""
     conv_arrays, scan_arrays, cotangents = make_arrays(dtype)
 
@@ -113,6 +114,45 @@ def test_layer_equals_one_device_in_float32(mesh: MeshConfig) -> None:
     assert_equal_up_to_rounding(actual, expected, 2.0**-24)
 
 
+@functools.cache
+def heads_on_one_device() -> Any:
+    return run_heads(ssd)
+
+
+def run_heads(function: Callable[..., Any]) -> Any:
+    """Outputs and every gradient of state-space duality over packed documents."""
+    spec = SSDSpec(name="heads", length=LENGTH, batch=BATCH, heads=4, width=2, states=3)
+    drawn = spec.arguments()
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in (drawn.wide | drawn.narrow).items()}
+
+    @jax.jit
+    def run(arrays: dict[str, jax.Array]) -> Any:
+        def op(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            output = function(**arrays, segment_ids=document_ids(), **drawn.static, implementation="xla")
+            return output.y, output.final_state
+
+        outputs, vjp = jax.vjp(op, arrays)
+        return outputs, vjp(jax.tree.map(jnp.cos, outputs))
+
+    return run(arrays)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(sequence=8, data=1),
+        MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+        MeshConfig(data=1, sequence=2, tensor=4),
+    ],
+    ids=["8", "2x2x2", "heads cut groups"],
+)
+def test_heads_equal_one_device(mesh: MeshConfig) -> None:
+    expected = heads_on_one_device()
+    with jax.set_mesh(make_mesh(mesh)):
+        actual = run_heads(ops.ssd)
+    assert_equal_up_to_rounding(actual, expected, 2.0**-24)
+
+
 @pytest.mark.slow
 def test_forward_mode_equals_one_device() -> None:
     _, scan_arrays, cotangents = make_arrays("float32")
@@ -145,7 +185,7 @@ def test_a_document_sees_nothing_of_another(documents: str) -> None:
     conv_arrays["x"] = conv_arrays["x"].at[:, 17].set(jnp.nan)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=8))):
         x = jax.jit(lambda: SPLIT_CONV(**conv_arrays, segment_ids=segment_ids, activation="silu").y)()
-        arrays = {"x": x, **scan_arrays, "segment_ids": segment_ids, "dt_softplus": True}
+        arrays: dict[str, Any] = {"x": x, **scan_arrays, "segment_ids": segment_ids, "dt_softplus": True}
         scanned = jax.jit(lambda: ops.selective_scan(**arrays))()
     y, state = scanned.y, scanned.final_state
     assert np.all(np.isfinite(y[:, :17]))

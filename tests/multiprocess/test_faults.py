@@ -1,7 +1,7 @@
 """Whole runs of train.py, alone and as two processes, that are stopped, killed, stuck, and run again.
 
 A job of two processes takes 20 s or more on two cores, half of it compilation, so only one story is told in the default
-suite: a run of two processes that is asked to stop and resumed.
+suite: a run of two processes that is asked to stop, and resumed.
 """
 
 import dataclasses
@@ -70,12 +70,12 @@ def alone(launcher: Launcher, new_run: MakeConfig) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def stopped(launcher: Launcher, new_run: MakeConfig) -> ExperimentConfig:
-    """A run of two processes, of which the second got SIGTERM when it drew the batch of step 4."""
+    """A run of two processes, of which the second got SIGTERM when it drew the batch of step 9."""
     config = new_run()
-    ended = launcher.train(config, ("none", "SIGTERM@step:4"))
+    ended = launcher.train(config, ("none", "SIGTERM@step:9"))
     assert ended.statuses == (EXIT_PREEMPTED, EXIT_PREEMPTED), ended.logs
-    # The batch of step 4 is drawn when 3 steps are done.
-    assert 3 <= saved_steps(config.train.run_dir)[-1] < NUM_STEPS
+    # The batch of step 9 is drawn when 8 steps are done.
+    assert 8 <= saved_steps(config.train.run_dir)[-1] < NUM_STEPS
     return config
 
 
@@ -101,6 +101,23 @@ def ulps_apart(losses: dict[int, str], others: dict[int, str]) -> int:
 OTHER_ORDER_ULPS = 2
 
 
+def test_resumes_exactly(launcher: Launcher, new_run: MakeConfig, stopped: ExperimentConfig) -> None:
+    """Two jobs, of which the second goes on from a step that the first had passed: both take the steps after it."""
+    config = copied(stopped, new_run())
+    steps = saved_steps(config.train.run_dir)
+    assert steps[0] == 5
+    for step in steps[1:]:
+        shutil.rmtree(Path(config.train.run_dir) / "checkpoints" / str(step))
+    ended = launcher.train(config, BOTH)
+    assert ended.statuses == (0, 0), ended.logs
+    assert "resuming at step 5" in ended.logs[0]
+    before, after = exact_losses(stopped.train.run_dir), exact_losses(config.train.run_dir)
+    assert list(after) == list(range(1, NUM_STEPS + 1))
+    assert len(before) >= 8
+    assert before == {step: after[step] for step in before}
+
+
+@pytest.mark.slow
 def test_stopped_run_resumes_exactly(
     launcher: Launcher, new_run: MakeConfig, stopped: ExperimentConfig, uninterrupted: dict[int, str]
 ) -> None:

@@ -10,6 +10,7 @@ from mamba_jax.sharding import make_mesh
 from mamba_jax.training.program import TrainProgram
 from pallas_kernels.common.ahead_of_time import compile_lowered, cuda_devices
 from tests.pods.test_compile_tpu import SMALL, Target
+from tests.programs import text_of
 
 TARGET = Path(__file__).parents[2] / "benchmarks" / "targets" / "h100_sxm.txtpb"
 
@@ -22,6 +23,6 @@ def test_step_compiles_with_the_kernels_inside(count: int) -> None:
     text = lowered.as_text()
     assert all(f"pallas_gpu_{kernel}" in text for kernel in ("forward", "backward", "parts"))
     assert all(f"causal_conv1d_{kernel}" in text for kernel in ("forward", "backward"))
-    program = compile_lowered(lowered).as_text()
+    program = text_of(compile_lowered(lowered))
     gathers = re.findall(r" (?:all-gather|all-to-all|collective-permute)(?:-start)?\(.*", program)
     assert not [line for line in gathers if "selective_scan" in line]

@@ -21,9 +21,9 @@ from mamba_jax.config import (
     OptimizerConfig,
 )
 from mamba_jax.errors import InputError
-from mamba_jax.pods.chips import KERNELS
 from mamba_jax.pods.compile import compile_step
 from mamba_jax.pods.estimate import StepEstimate
+from mamba_jax.pods.hlo import KERNELS
 from mamba_jax.sharding import make_mesh
 from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.program import TrainProgram
@@ -101,8 +101,10 @@ def check_report(report: StepEstimate, *, sequence: int = 1) -> None:
     # Only parts of a sequence pass on the state at their edges.
     whole = set() if sequence > 1 else {"selective_scan_pallas_tpu_edge"}
     assert report.kernels.keys() == set(KERNELS) - whole
-    # An exchange in a kernel's scope would be one for every layer.
-    assert not [line for line in report.collective_lines if "selective_scan" in line or "causal_conv1d" in line]
+    # An exchange in a kernel's scope would be one for every layer. The sum of a gradient over devices is none: libtpu
+    # 0.0.48 names it after the kernel that it follows.
+    in_scope = [line for line in report.collective_lines if "selective_scan" in line or "causal_conv1d" in line]
+    assert not [line for line in in_scope if "_backward/pallas_call/psum" not in line]
 
 
 @pytest.mark.slow

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from mamba_jax.pods.chips import CHIPS, CORES, GIB, KERNELS
+from mamba_jax.chips import CHIPS, GIB
 from mamba_jax.pods.estimate import MIB, StepEstimate
-from mamba_jax.pods.hlo import count_instructions
+from mamba_jax.pods.hlo import KERNELS, count_instructions
 
 # The form of the TPU compiler's texts, with what matters here: a loop of 3 turns around one that counts from 1 to 8, a
 # gather that goes on beside another fusion, a sum of which a device keeps its part, and a sum over two slices.
@@ -97,6 +97,7 @@ REPORT = StepEstimate(
 
 def test_roofline() -> None:
     chip = CHIPS["TPU v5 lite"]
+    assert chip.link_bytes_per_second is not None
     links, network = 200 * MIB / chip.link_bytes_per_second, 25 * MIB / 3.125e9
     assert REPORT.matmul_seconds == pytest.approx(0.020)
     assert REPORT.expected_seconds == pytest.approx((0.040, 0.040 + links + network))
@@ -128,6 +129,7 @@ def test_unpublished_figures_leave_the_time_open() -> None:
 
 def test_cycles_are_of_one_core() -> None:
     """Two cores share a v5p's work, so a kernel of so many tokens and channels takes half of its cycles."""
-    cores = CORES["TPU v5"]
+    cores = CHIPS["TPU v5"].cores
+    assert cores is not None
     name = KERNELS[0]
     assert cores.kernel_seconds({name: 1024 * 1000}) == pytest.approx(1000 * cores.kernel_cycles[name] / 2 / 1.75e9)

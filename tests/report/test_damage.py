@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -130,7 +131,7 @@ def test_a_file_that_cannot_be_read_is_one_line(
     folder = _fill(tmp_path / "run\nof two lines \udcff")
     opened = io.open
 
-    def refuse(file: object, *args: object, **options: object) -> object:
+    def refuse(file: Any, *args: Any, **options: Any) -> object:
         if str(file).endswith(name):
             raise PermissionError(13, "Permission denied", file)
         return opened(file, *args, **options)

@@ -220,17 +220,22 @@ def test_comparison_shows_what_differs(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_large_run(tmp_path: Path) -> None:
-    """300 000 records give a page below 3 MB in less than 10 s, spikes and all."""
+    """300 000 records give a page below 3 MB, spikes and all, in a few times what the json module needs to read them.
+
+    The module needs a second; on a busy machine everything takes longer, in proportion.
+    """
     rng = np.random.default_rng(0)
     numbers = rng.lognormal(size=(300_000, 4)).round(6)
     numbers[123_456, 0] = 1e6
     line = '{"kind": "train", "step": %d, "cross_entropy": %r, "grad_norm": %r, "learning_rate": %r, "mfu": %r}\n'
     rows = (line % (step, *values) for step, values in enumerate(numbers.tolist(), 1))
-    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    text = "".join(rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
     start = time.process_time()
+    assert len([json.loads(row) for row in text.splitlines()]) == 300_000
+    parsed = time.process_time()
     page = render([read_run(tmp_path)])
-    seconds = time.process_time() - start
-    assert seconds < 10, seconds
+    assert time.process_time() - parsed < 20 * (parsed - start)
     assert len(page) < 3e6, len(page)
     assert "123457" in page
     assert "1000000.0" in page

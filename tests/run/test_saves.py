@@ -130,7 +130,7 @@ def test_last_save_that_fails_is_not_the_end_of_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpointer, "save", fail_at_last)
         with pytest.raises(
-            InputError, match="step 6 could not be saved: OSError: no room; see to that and run the same"
+            InputError, match="step 6 could not be saved: OSError: no room; remove the cause and run the same"
         ):
             train(config)
     assert "finished" not in {event["event"] for event in read_events(Path(config.train.run_dir))}

@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -41,7 +42,7 @@ def test_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[Any] = []
 
     class SummaryWriter:
         def __init__(self, folder: str, *, purge_step: int, max_queue: int) -> None:
@@ -285,6 +286,7 @@ def test_loss_curve_shows_both_losses(tmp_path: Path) -> None:
     assert plot_loss_curve(tmp_path, title="empty") is None
     _write(tmp_path, range(1, 8), first_step=0, loss=1.0)
     path = plot_loss_curve(tmp_path, title="a run")
+    assert path is not None
     assert path == tmp_path / "loss_curve.png"
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -359,9 +361,7 @@ def test_bar_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(
         metric_writer,
         "Console",
-        lambda **options: Console(
-            **{**options, "force_terminal": True, "width": 80, "color_system": None, "legacy_windows": False}
-        ),
+        lambda **options: Console(**options, force_terminal=True, width=80, color_system=None, legacy_windows=False),
     )
     display = StatusDisplay(120_000, 0)
     with display.live():

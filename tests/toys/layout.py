@@ -40,10 +40,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def tensors(config: ModelConfig) -> Table:
     """Every parameter under its path, with dots; in a layer without the axis that counts the layers."""
     table: Table = {}
-    for path, leaf in traverse_util.flatten_dict(define(config).params).items():
-        is_layer = path[0] == "layers"
-        name = ".".join(["layer{}" if is_layer else path[0], *path[1:]])
-        table[path] = Tensor(name=name, shape=leaf.shape[1:] if is_layer else leaf.shape)
+    shapes: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(define(config).params)
+    for path, leaf in shapes.items():
+        first, shape = ("layer{}", leaf.shape[1:]) if path[0] == "layers" else (path[0], leaf.shape)
+        table[path] = Tensor(name=".".join([first, *path[1:]]), shape=shape)
     return table
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mamba_jax.config import ExperimentConfig, FaultsConfig, MeshConfig
+from mamba_jax.config import ExperimentConfig, FaultsConfig, MeshConfig, OptimizerConfig
 from mamba_jax.sharding import put_batch
 from mamba_jax.training.train_state import TrainState
 from tests.training.test_step import make_batch, run_steps, set_up
@@ -30,7 +30,7 @@ def poisoned(state: TrainState) -> TrainState:
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one", "eight"])
 def test_step_that_is_not_finite_changes_nothing(make_config: MakeConfig, mesh: MeshConfig) -> None:
-    config = make_config(mesh=mesh, ema_decay=0.9)
+    config = make_config(mesh=mesh)
     device_mesh, state, step = set_up(config)
     with jax.set_mesh(device_mesh):
         state, first = step(state, put_batch(device_mesh, make_batch(config, seed=0)))
@@ -96,7 +96,7 @@ def test_spike_is_skipped(make_config: MakeConfig) -> None:
 
 
 def test_average_of_the_weights(make_config: MakeConfig) -> None:
-    config = make_config(ema_decay=0.75, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    config = make_config(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     mesh, state, step = set_up(config)
     expected = jax.device_get(state.params)
     with jax.set_mesh(mesh):
@@ -111,7 +111,7 @@ def test_average_of_the_weights(make_config: MakeConfig) -> None:
 
 
 def test_no_average_is_kept_by_default(make_config: MakeConfig) -> None:
-    _, state, _ = set_up(make_config())
+    _, state, _ = set_up(make_config(ema_decay=OptimizerConfig.ema_decay))
     assert state.ema is None
     assert "ema" not in state.items()
     assert TrainState.from_items(state.items()) == state

@@ -1,4 +1,4 @@
-"""The files below a folder that a glob names: all of them, or one line that says which could not be had."""
+"""Finds all files below a folder that match a glob, or says in one line which of them cannot be read."""
 
 import fnmatch
 import os
@@ -9,19 +9,19 @@ from mamba_jax.errors import InputError
 
 
 def find_files(root: Path, pattern: str) -> list[str]:
-    """Names of files, relative to `root` and sorted.
+    """Names of the matching files, relative to `root` and sorted.
 
-    The pattern is that of `Path.glob`: `*` is anything within a name, `**` any number of folders, and hidden names are
-    not special. But links to folders are followed, and nothing that matches is left out in silence. Each folder is
-    searched once, under the name without links if it has one below `root`; so a loop of links ends, and no text comes
-    twice by way of them.
+    Patterns are those of `Path.glob`: `*` matches anything within a name, `**` any number of folders, and hidden names
+    are not special. In contrast to `Path.glob`, links to folders are followed, and a match that cannot be read is an
+    error. Each folder is searched once, by its real name if that lies below `root`, so loops of links end and no text
+    is found twice.
 
     Args:
         root: an existing folder.
         pattern: relative glob.
 
     Raises:
-        InputError: the pattern is no relative glob; a folder cannot be read; a link on the way leads nowhere; what
+        InputError: the pattern is not a relative glob; a folder cannot be read; a link on the way leads nowhere; what
             matches is a pipe, a socket or a device.
     """
     parts = _parts(pattern)
@@ -54,9 +54,9 @@ def _parts(pattern: str) -> list[str]:
     parts = list(PurePosixPath(pattern).parts)
     if not parts or parts[0].startswith("/") or ".." in parts or any("**" in part and part != "**" for part in parts):
         raise InputError(
-            f"text folder pattern {pattern!r} is no relative glob: name files below the folder, such as **/*.txt"
+            f"text folder pattern {pattern!r} is not a relative glob: name files below the folder, such as **/*.txt"
         )
-    # Two in a row mean the same as one, and would only multiply the ways to read them.
+    # Several ** in a row mean the same as one, but would multiply the number of ways to match.
     return [part for i, part in enumerate(parts) if part != "**" or i == 0 or parts[i - 1] != "**"]
 
 
@@ -79,7 +79,7 @@ def _stat(path: Path | os.DirEntry[str]) -> os.stat_result:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     if entry.is_symlink():
-        # One that leads nowhere may have been a whole folder of text.
+        # Raises for a link to nothing: it may have been a whole folder of text.
         _stat(entry)
     return entry.is_dir()
 

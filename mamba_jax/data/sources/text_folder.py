@@ -1,4 +1,4 @@
-"""Documents of a folder of text files, and which of them are held out."""
+"""The source "text_folder": the files of a folder as documents, some of which are held out for validation."""
 
 import codecs
 import dataclasses
@@ -14,14 +14,14 @@ from mamba_jax.data.documents import DocumentReader, Piece
 from mamba_jax.data.sources.text_files import find_files
 from mamba_jax.errors import InputError
 
-# Longer files are tokenised in pieces, which bounds memory whatever the size of a file.
+# Files longer than 1 MiB are tokenised in pieces of about that size, which bounds memory.
 _PIECE_BYTES = 2**20
-# Between a line and the next, or before the only space between two words, tokenizers cut anyway: across blank lines,
-# indentation and line breaks of two characters they may not.
+# Places where a document may be cut into pieces, the best first: behind a single line break, or before a single space.
+# There a token ends in any case. Across blank lines, indentation and "\r\n" a token may continue.
 _CUTS = (re.compile(r"\S\n(?=\S)"), re.compile(r"\w(?= \w)"))
-# Characters at the end of a piece in which a good place to cut is looked for.
+# How many characters at the end of a piece are searched for such a place: a judgement, far longer than usual lines.
 _CUT_WINDOW = 2**14
-# Containers of text and formats of records: read as text, they would teach their syntax.
+# Suffixes of archives and record formats. Read as plain text, they would train the model on their syntax.
 _NO_PROSE = frozenset(
     f".{name}"
     for names in (
@@ -37,7 +37,7 @@ _NO_PROSE = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Document:
-    """Bytes `start` to `end` of a file, as it was when it was found."""
+    """Bytes `start` to `end` of a file, with the size and time by which a later change of the file is noticed."""
 
     name: str
     size: int
@@ -49,8 +49,8 @@ class _Document:
 class TextFolder(DocumentReader):
     """Files below a folder, sorted by relative name, one document a file.
 
-    A file belongs to the held-out part by a hash of its name. Where that leaves one of the parts without a file, as of
-    a single file it must, every file is cut in two instead: its end is held out.
+    A hash of its name decides whether a file is held out. If this leaves one of the two parts empty (as with a single
+    file), every file is cut in two instead, and its end is held out.
     """
 
     unit = "bytes"
@@ -73,7 +73,7 @@ class TextFolder(DocumentReader):
         path = self._root / name
         if (suffix := path.suffix.lower()) in _NO_PROSE:
             raise InputError(
-                f"{path} is no plain text by its suffix {suffix}, and its syntax would be trained on: unpack it, or "
+                f"{path} is not plain text by its suffix {suffix}, and its syntax would be trained on: unpack it, or "
                 "write its texts to files such as .txt, and exclude it by the pattern"
             )
         try:
@@ -118,7 +118,7 @@ def _folder(source: TextFolderSource) -> Path:
 
 
 def _package_folder(package: str) -> Path:
-    """Where an installed package lies; neither it nor, for a dotted name, a package above it is imported."""
+    """Folder of an installed package, found without importing it or, for a dotted name, its parents."""
     top, *below = package.split(".")
     try:
         spec = importlib.util.find_spec(top) if all(map(str.isidentifier, [top, *below])) else None
@@ -132,8 +132,8 @@ def _package_folder(package: str) -> Path:
 
 
 def _is_held_out(name: str, fraction: float) -> bool:
-    """Whether a file is held out; its name alone decides, so adding files moves no other file."""
-    # Names need not be UTF-8; of those that are, this is the UTF-8 form.
+    """Whether a file is held out; only its name decides, so that adding files moves no other file between the parts."""
+    # `fsencode` gives the bytes of the name on disk, which need not be UTF-8.
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64 < fraction
 
 
@@ -143,9 +143,10 @@ def _cut_in_two(path: Path, document: _Document, fraction: float) -> tuple[_Docu
 
 
 def _cut_position(path: Path, size: int, fraction: float) -> int:
-    """Where the held-out end of a file begins: at the nearest line break, else space, else character to its share.
+    """Position in bytes where the held-out end of a file begins, near `(1 - fraction) * size`.
 
-    Neither side comes to less than half of its share. A file too short to be cut has its size as the position.
+    The cut is behind the nearest line break, else the nearest space, else at the next character. Neither side gets less
+    than half of its share. For a file that is too short to be cut, the position is its size.
     """
     end = round(size * fraction)
     target = size - end
@@ -186,10 +187,10 @@ def _document_pieces(path: Path, document: _Document) -> Iterator[Piece]:
 
 
 def _blocks(path: Path, document: _Document) -> Iterator[tuple[int, bytes]]:
-    """Offsets and bytes of a document.
+    """Reads a document in blocks; yields the offset in the file and the bytes of each.
 
     Raises:
-        InputError: the file cannot be read, or is not the one that was found.
+        InputError: the file cannot be read, or has changed since it was found.
     """
     try:
         with path.open("rb") as file:
@@ -205,7 +206,7 @@ def _blocks(path: Path, document: _Document) -> Iterator[tuple[int, bytes]]:
 
 
 def _cut(text: str) -> int:
-    """Where a piece ends, so that its tokens and those of the rest are, if possible, those of the whole."""
+    """Where to end a piece so that, if possible, the tokens of the pieces are those of the whole text; see `_CUTS`."""
     start = max(0, len(text) - _CUT_WINDOW)
     for place in _CUTS:
         cuts = [found.end() for found in place.finditer(text, start)]

@@ -1,4 +1,4 @@
-"""Documents of a TensorFlow Datasets split, read without TensorFlow."""
+"""The source "tfds": the records of a TensorFlow Datasets split as documents, read without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ class TfdsDocuments(DocumentReader):
             )
         value = record[self._field]
         if not isinstance(value, str | bytes):
-            raise InputError(f"feature {self._field!r} of TFDS set {self.name} is no text but {type(value).__name__}")
+            raise InputError(f"feature {self._field!r} of TFDS set {self.name} is not text but {type(value).__name__}")
 
     def _record(self, index: int) -> dict[str, Any]:
         try:
@@ -82,9 +82,9 @@ class TfdsDocuments(DocumentReader):
 
 @contextlib.contextmanager
 def _no_foreign_code() -> Iterator[None]:
-    """While it lasts, TFDS imports no module that the files of a set name.
+    """Context manager that keeps TFDS from importing modules outside of TFDS that the files of a data set name.
 
-    The `features.json` of a set names a Python class for each feature, and TFDS would import it from anywhere.
+    The `features.json` of a set names a Python class for each feature, and TFDS would import that class from anywhere.
     """
     import tensorflow_datasets as tfds
 
@@ -93,7 +93,7 @@ def _no_foreign_code() -> Iterator[None]:
 
     def cls_from_name(cls: Any, name: str) -> Any:
         if name not in cls._registered_features and not name.startswith("tensorflow_datasets."):
-            raise ValueError(f"its features.json names {name!r}, which is no class of TFDS and is not imported")
+            raise ValueError(f"its features.json names {name!r}, which is not a class of TFDS and is not imported")
         return original.__get__(None, cls)(name)
 
     connector.cls_from_name = classmethod(cls_from_name)
@@ -154,13 +154,13 @@ def _prepared(folder: str) -> Any:
 
     advice = "name the version folder that holds dataset_info.json"
     for path in (Path(folder, "dataset_info.json"), Path(folder, "features.json")):
-        # TFDS would wait for the other end of a pipe.
+        # TFDS would open a pipe and wait for its other end.
         if path.exists() and not path.is_file():
-            raise InputError(f"{folder!r} is no prepared TFDS set: {path} is no file; {advice}")
+            raise InputError(f"{folder!r} is not a prepared TFDS set: {path} is not a file; {advice}")
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:
-        raise InputError(f"{folder!r} is no prepared TFDS set; {advice} ({_brief(error)})") from error
+        raise InputError(f"{folder!r} is not a prepared TFDS set; {advice} ({_brief(error)})") from error
 
 
 def _records(builder: Any, source: TfdsSource) -> Sequence[Any]:

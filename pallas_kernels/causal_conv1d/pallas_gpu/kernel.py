@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d.arguments import Activation
+from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.register_math import Registers, loop, sigmoid, total
 from pallas_kernels.common.warpgroup import THREADS, Warpgroup, widen
 
@@ -27,9 +28,9 @@ class Walk:
     """How a kernel's work is spread.
 
     Attributes:
-        channels: of a thread, so many that it reads 4 to 16 bytes at once.
-        tokens: of a run.
-        ahead: tokens that are read together.
+        channels: number of channels of a thread, such that it reads 4 to 16 bytes at once.
+        tokens: number of tokens in a run.
+        ahead: number of tokens that are loaded together, before they are used.
     """
 
     channels: int
@@ -42,8 +43,8 @@ BACKWARD = Walk(channels=4, tokens=64, ahead=4)
 
 
 def runs_of_row(walk: Walk, tokens: int) -> int:
-    """Runs of a batch row."""
-    return -(-tokens // walk.tokens)
+    """Number of runs that `tokens` tokens of a batch row are cut into."""
+    return ceil_div(tokens, walk.tokens)
 
 
 class Thread:

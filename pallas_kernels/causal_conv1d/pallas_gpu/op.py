@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d.arguments import Activation, ConvArguments, ConvOutput
-from pallas_kernels.causal_conv1d.pallas_gpu import kernel
-from pallas_kernels.causal_conv1d.pallas_gpu.kernel import COLUMNS, RUNS, Thread, Walk, runs_of_row
-from pallas_kernels.causal_conv1d.windows import (
+from pallas_kernels.causal_conv1d.outside_kernels import (
     add_gradient_of_final_window,
     decline_unusual,
     final_window,
     with_defaults,
 )
+from pallas_kernels.causal_conv1d.pallas_gpu import kernel
+from pallas_kernels.causal_conv1d.pallas_gpu.kernel import COLUMNS, RUNS, Thread, Walk, runs_of_row
 from pallas_kernels.common.array_types import Arrays
+from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.common.devices import cuda_compute_capability, target_platform
 from pallas_kernels.common.segments import count_segments
@@ -138,7 +139,7 @@ def _call(
     """Runs a kernel over every run of tokens."""
     shape = arguments.x.shape
     runs = shape[0] * runs_of_row(walk, shape[1] + extra_tokens)
-    columns = -(-inputs["x"].shape[1] // (COLUMNS * walk.channels))
+    columns = ceil_div(inputs["x"].shape[1], COLUMNS * walk.channels)
 
     def run(w: Warpgroup, inputs, outputs, scratch):
         del scratch
@@ -149,7 +150,7 @@ def _call(
         inputs=inputs,
         outputs=outputs,
         scratch={},
-        grid={"column": columns, "run": -(-runs // RUNS)},
+        grid={"column": columns, "run": ceil_div(runs, RUNS)},
         name=f"causal_conv1d_{body.__name__}",
         interpreted=options.interpreted,
     )

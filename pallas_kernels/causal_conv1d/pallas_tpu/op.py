@@ -11,14 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.causal_conv1d.arguments import Activation, ConvArguments, ConvOutput
-from pallas_kernels.causal_conv1d.pallas_tpu import kernel
-from pallas_kernels.causal_conv1d.pallas_tpu.geometry import Geometry, choose_geometry
-from pallas_kernels.causal_conv1d.windows import (
+from pallas_kernels.causal_conv1d.outside_kernels import (
     add_gradient_of_final_window,
     decline_unusual,
     final_window,
     with_defaults,
 )
+from pallas_kernels.causal_conv1d.pallas_tpu import kernel
+from pallas_kernels.causal_conv1d.pallas_tpu.geometry import Geometry, choose_geometry
 from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.checks import decline_off_tpu
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode

@@ -19,7 +19,7 @@ from pallas_kernels.selective_scan.pallas_gpu.kernel import Kernel
 
 
 def scratch_types(geometry: Geometry) -> dict[str, Any]:
-    """Shared memory of a block, in float32."""
+    """What the forward kernel keeps in the shared memory of a block, by name: types of float32 arrays."""
     channels = geometry.tiling.channels_per_block
     return common_scratch(geometry.tiling) | {
         # The sums over states of equation 5, on their way from the recurrence to the edges.

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.warpgroup import LANES, THREADS, WARPS
 
 # Tokens between two stored states, and states of a channel that are worked on together. Both are powers of two that
@@ -100,7 +101,7 @@ class Geometry:
         batch, groups, channels, states: B, G, F and N.
         length: L, a multiple of CHUNK.
         valid_length: tokens that exist; the rest leave the state as it is.
-        tiling: of the work.
+        tiling: how the work is cut into blocks and lanes.
     """
 
     batch: int
@@ -122,7 +123,7 @@ class Geometry:
     @property
     def chunks_per_part(self) -> int:
         """Chunks of every part but the last, which may have fewer."""
-        return -(-self.chunks // self.tiling.parts)
+        return ceil_div(self.chunks, self.tiling.parts)
 
     @property
     def slices(self) -> int:

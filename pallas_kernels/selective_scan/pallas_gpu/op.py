@@ -106,7 +106,7 @@ def _initial_cotangent(options: _Options, arguments: InitialCotangentArguments) 
 
 
 def _ends_of_parts(geometry: Geometry, results: Arrays) -> list[tuple[jax.Array, jax.Array]]:
-    """Of each part what it makes of the state by itself, and the sum of its step sizes."""
+    """For each part of the sequence, its final state when started from zero, and the sum of its step sizes."""
     parts = geometry.tiling.parts
     states = results["part_states"].reshape(parts, geometry.batch, geometry.width, geometry.states)
     steps = results["part_steps"].reshape(parts, geometry.batch, geometry.width, 1)
@@ -219,7 +219,7 @@ def _run_parts(
     padded: Arrays,
     parts: int,
 ) -> Arrays:
-    """What some parts of the sequence make of the state by themselves: the first ones, or in reverse the last ones."""
+    """Final state of each of the first parts, started from zero; in reverse, the initial cotangent of the last ones."""
     rows = geometry.tiling.parts * geometry.batch * geometry.width
     outputs = {
         "part_states": jax.ShapeDtypeStruct((rows, geometry.states), jnp.float32),

@@ -9,6 +9,7 @@ once, which costs one more pass over the sequence, and those in between do best 
 
 import dataclasses
 
+from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, Tiling
 
 # Blocks that an H100 runs at once: in each of its 132 multiprocessors, registers and shared memory have room for four
@@ -60,5 +61,5 @@ def _in_parts(candidates: tuple[Tiling, ...], walks: int, length: int, blocks: i
 
 def _without_empty_parts(length: int, parts: int) -> int:
     """Number of parts of whole chunks that a sequence really has when it is cut into `parts` of equal length."""
-    chunks = -(-length // CHUNK)
-    return -(-chunks // -(-chunks // parts))
+    chunks = ceil_div(length, CHUNK)
+    return ceil_div(chunks, ceil_div(chunks, parts))

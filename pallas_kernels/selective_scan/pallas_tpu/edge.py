@@ -38,7 +38,7 @@ class _Direction:
 
     Attributes:
         state: name of the memory that holds it.
-        order: of `count` things that follow each other in the sequence, the index of the i-th that is met.
+        order: (i, count) -> index of the item that is visited i-th, of `count` items in the order of the sequence.
         weights: (refs, dt, span, lanes) -> the factor of B_t or C_t, for a span of tokens and a tile.
         advanced: (state, decay, what the token adds) -> the state after the token.
     """

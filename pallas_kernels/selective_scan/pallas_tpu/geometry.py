@@ -18,8 +18,8 @@ class Tiling:
     """How a kernel's work is cut into blocks.
 
     Attributes:
-        tokens: of a block, a multiple of SPAN.
-        tiles: of LANES channels each, in a block.
+        tokens: number of tokens in a block, a multiple of SPAN.
+        tiles: number of tiles in a block, of LANES channels each.
     """
 
     tokens: int
@@ -41,10 +41,10 @@ class Geometry:
 
     Attributes:
         batch, length, states: sizes, padded.
-        groups: of channels that share B and C.
-        strips_per_group: pieces that a group is cut into.
-        channels: of a group, padded.
-        tiling: of the work.
+        groups: number of groups of channels that share B and C.
+        strips_per_group: number of strips that a group is cut into.
+        channels: number of channels in a group, padded.
+        tiling: how the work is cut into blocks.
     """
 
     batch: int
@@ -61,7 +61,7 @@ class Geometry:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a strip."""
+        """Number of blocks along the channels of a strip."""
         return self.channels // self.strips_per_group // self.tiling.channels
 
     @property
@@ -70,7 +70,7 @@ class Geometry:
 
     @property
     def width(self) -> int:
-        """Channels of all groups."""
+        """Number of channels in all groups together, padded."""
         return self.groups * self.channels
 
     @property

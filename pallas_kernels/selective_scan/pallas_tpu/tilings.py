@@ -7,7 +7,7 @@ paid once for all of them. `python benchmarks/run_tpu_static.py --variants` make
 
 import dataclasses
 
-from pallas_kernels.common.channels import round_up
+from pallas_kernels.common.channels import ceil_div, round_up
 from pallas_kernels.common.tpu_tiles import LANES, SPAN, choose_tiles
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
 
@@ -21,11 +21,11 @@ class Generation:
     """What a generation of TPUs has room for.
 
     Attributes:
-        tokens: of a block.
-        tiles: the most of a block with 16 states.
-        strip_bytes: of the state of a strip, which stays on the chip, as do its gradient, A and the gradient of A.
-        vmem_bytes: of memory on the chip that a kernel may take.
-        cores: that share a device's work.
+        tokens: largest number of tokens in a block.
+        tiles: largest number of tiles in a block with 16 states; with more states it is less.
+        strip_bytes: largest size of a strip's state. It stays on the chip, as do its gradient, A and the gradient of A.
+        vmem_bytes: memory on the chip that a kernel may take.
+        cores: number of cores that share a device's work.
     """
 
     tokens: int
@@ -52,22 +52,25 @@ def generation(device_kind: str) -> Generation:
 
 
 def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, channels: int, states: int) -> Geometry:
-    """How a scan is cut into blocks.
+    """Chooses how a scan is cut into blocks that fit on the chip, and pads its sizes to whole blocks.
 
     Args:
         chip: what the chip has room for.
         batch: B.
         length: L.
         groups: G.
-        channels: of a group.
+        channels: F, number of channels in a group.
         states: N.
+
+    Returns:
+        The padded sizes and the tiling.
     """
     # 8 rows are a register: fewer states than that gain nothing, and 9 to 16 take a whole slice.
     states = round_up(states, SLICE if states > SLICE // 2 else SLICE // 2)
     tokens = min(chip.tokens, round_up(length, SPAN), max(1, _BLOCK_STATES // (states * SPAN)) * SPAN)
     # As many strips as make their state fit, and work for every core.
-    strips = max(-(-channels * states * 4 // chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
-    tiles_of_strip = -(-channels // (strips * LANES))
+    strips = max(ceil_div(channels * states * 4, chip.strip_bytes), chip.cores if batch * groups % chip.cores else 1)
+    tiles_of_strip = ceil_div(channels, strips * LANES)
     # Twice the states, half the tiles: the memory of a block stays the same.
     tiles = choose_tiles(tiles_of_strip, most=min(chip.tiles, max(1, chip.tiles * SLICE // states)))
     return Geometry(

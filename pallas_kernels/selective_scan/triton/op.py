@@ -9,15 +9,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import triton_call
 from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import gradient_of_matrix, group_count
 from pallas_kernels.common.checks import decline_double_precision, decline_symbolic_sizes
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.selective_scan.arguments import ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.kernel_inputs import MAX_STATES
+from pallas_kernels.selective_scan.triton import call as triton_call
+from pallas_kernels.selective_scan.triton.constants import Constants
 
-_KERNELS = "pallas_kernels.selective_scan.triton.kernels"
+_FOLDER = "pallas_kernels.selective_scan.triton"
 _LANES = 32
 
 
@@ -82,7 +83,7 @@ def selective_scan(arguments: ScanArguments, *, tiling: Tiling | None = None) ->
     if A.shape[1] > MAX_STATES:
         raise NotImplementedError(f"{op}: 'triton' takes at most {MAX_STATES} states, got {A.shape[1]}")
     decline_symbolic_sizes(op, "triton", arguments.x, A)
-    triton_call.import_kernels(op, _KERNELS)
+    triton_call.import_kernels(op, f"{_FOLDER}.forward")
     batch, _, channels = arguments.x.shape
     return _scan(tiling or default_tiling(A.shape[1], batch_channels=batch * channels), arguments)
 
@@ -129,58 +130,45 @@ def _run_forward(
     tiling: Tiling, arguments: ScanArguments, *, has_checkpoints: bool
 ) -> tuple[ScanOutput, jax.Array | None]:
     """The result, and the states at the starts of chunks."""
-    batch, length, channels = arguments.x.shape
-    state_shape = (channels, arguments.A.shape[1])
-    chunks = -(-length // tiling.chunk)
-    constants = _constants(arguments)
-    constants |= {"HAS_INITIAL": arguments.initial_state is not None, "HAS_CHECKPOINTS": has_checkpoints}
+    constants = _constants(tiling, tiling.forward, arguments, has_checkpoints=has_checkpoints)
+    state = (constants.CHANNELS, constants.STATES)
     outputs = {
         "y": jax.ShapeDtypeStruct(arguments.x.shape, arguments.x.dtype),
-        "final_state": _float32(batch, *state_shape),
-        "checkpoints": _float32(batch, chunks, *state_shape) if has_checkpoints else None,
+        "final_state": _float32(constants.BATCH, *state),
+        "checkpoints": _float32(constants.BATCH, constants.chunks, *state) if has_checkpoints else None,
     }
-    inputs = _inputs(arguments)
-    inputs["initial_state"] = _widened(arguments.initial_state)
-    inputs["segment_ids"] = arguments.segment_ids
-    results = _call(tiling, arguments, "forward", inputs, outputs, constants, tiling.forward)
+    inputs = _inputs(arguments) | {"initial_state": _widened(arguments.initial_state)}
+    results = _call("forward", arguments.op, inputs, outputs, constants, warps=tiling.forward.warps)
     return ScanOutput(y=results["y"], final_state=results["final_state"]), results.get("checkpoints")
 
 
 def _scan_backward(tiling: Tiling, arguments: ScanArguments, checkpoints: jax.Array, cotangents: ScanOutput) -> Arrays:
     inputs = _inputs(arguments)
-    inputs |= {
-        "segment_ids": arguments.segment_ids,
-        "checkpoints": checkpoints,
-        "dy": cotangents.y,
-        "dfinal_state": cotangents.final_state,
-    }
-    outputs = _gradient_types(tiling, arguments)
-    results = _call(tiling, arguments, "backward", inputs, outputs, _constants(arguments), tiling.backward)
+    inputs |= {"checkpoints": checkpoints, "dy": cotangents.y, "dfinal_state": cotangents.final_state}
+    constants = _constants(tiling, tiling.backward, arguments, has_checkpoints=True)
+    outputs = _gradient_types(constants, arguments)
+    results = _call("backward", arguments.op, inputs, outputs, constants, warps=tiling.backward.warps)
     operands, _ = arguments.operands()
     gradients = {name: results[f"d{name}"] for name in operands.arrays() if f"d{name}" in results}
     return {name: _summed(gradient, name, getattr(arguments, name)) for name, gradient in gradients.items()}
 
 
-def _gradient_types(tiling: Tiling, arguments: ScanArguments) -> dict[str, jax.ShapeDtypeStruct | None]:
+def _gradient_types(constants: Constants, arguments: ScanArguments) -> dict[str, jax.ShapeDtypeStruct | None]:
     """What the backward kernel writes: gradients of constants by batch row, of matrices by block of channels."""
-    given, tile = arguments.arrays(), tiling.backward
-    batch, length, channels = arguments.x.shape
-    states, groups, blocks = arguments.A.shape[1], group_count(arguments.B, arguments.C), _blocks(arguments, tile)
+    given, batch = arguments.arrays(), constants.BATCH
+    of_states = _float32(batch, constants.CHANNELS, constants.STATES)
+    of_matrix = _float32(constants.blocks, batch, constants.LENGTH, constants.GROUPS, constants.STATES)
 
     def like(name: str) -> jax.ShapeDtypeStruct | None:
         return jax.ShapeDtypeStruct(given[name].shape, given[name].dtype) if name in given else None
 
-    def of_matrix(matrix: jax.Array) -> jax.ShapeDtypeStruct:
-        if matrix.ndim == 2:
-            return _float32(batch, channels, states)
-        return _float32(blocks // groups, batch, length, groups, states)
-
     types = {f"d{name}": like(name) for name in ("x", "dt", "z")}
-    types |= {"dA": _float32(batch, channels, states), "dB": of_matrix(arguments.B), "dC": of_matrix(arguments.C)}
-    types |= {f"d{name}": _float32(batch, channels) if name in given else None for name in ("D", "dt_bias")}
-    types["dinitial_state"] = _float32(batch, channels, states)
-    kept = tiling.chunk // tile.tokens
-    types["scratch"] = _float32(batch * blocks, kept, tile.channels, tiling.lanes_per_channel * tiling.states)
+    types["dA"] = of_states
+    types["dB"] = of_matrix if constants.B_GROUPS else of_states
+    types["dC"] = of_matrix if constants.C_GROUPS else of_states
+    types |= {f"d{name}": _float32(batch, constants.CHANNELS) if name in given else None for name in ("D", "dt_bias")}
+    types["dinitial_state"] = of_states
+    types["scratch"] = _float32(constants.programs, constants.CHUNK, constants.kept_states)
     return types
 
 
@@ -200,64 +188,62 @@ def _summed(gradient: jax.Array, name: str, argument: jax.Array) -> jax.Array:
 
 
 def _call(
-    tiling: Tiling,
-    arguments: ScanArguments,
     kernel: str,
+    op: str,
     inputs: dict[str, jax.Array | None],
     outputs: dict[str, jax.ShapeDtypeStruct | None],
-    constants: dict[str, int | bool],
-    tile: Tile,
+    constants: Constants,
+    *,
+    warps: int,
 ) -> dict[str, jax.Array]:
-    kernels = triton_call.import_kernels(arguments.op, _KERNELS)
-    constants = constants | {
-        "T": tile.tokens,
-        "R": tiling.states,
-        "E": tile.channels,
-        "P": tiling.lanes_per_channel,
-        "CHUNK": tiling.chunk // tile.tokens,
-    }
+    module = triton_call.import_kernels(op, f"{_FOLDER}.{kernel}")
     return triton_call.call(
-        getattr(kernels, kernel),
+        getattr(module, kernel),
         inputs,
         outputs,
-        constants,
-        programs=arguments.x.shape[0] * _blocks(arguments, tile),
-        warps=tile.warps,
+        {"constants": constants},
+        programs=constants.programs,
+        warps=warps,
         name=f"selective_scan_{kernel}",
     )
 
 
 def _inputs(arguments: ScanArguments) -> dict[str, jax.Array | None]:
-    """The arguments that both kernels take first. Matrices are in float32, which spares the kernels a conversion."""
+    """`tiles.Inputs`, which both kernels take first. Matrices are in float32, which spares the kernels a conversion."""
     inputs = {name: getattr(arguments, name) for name in ("x", "dt", "z")}
-    return inputs | {name: _widened(getattr(arguments, name)) for name in ("A", "B", "C", "D", "dt_bias")}
+    inputs |= {name: _widened(getattr(arguments, name)) for name in ("A", "B", "C", "D", "dt_bias")}
+    return inputs | {"segment_ids": arguments.segment_ids}
 
 
-def _constants(arguments: ScanArguments) -> dict[str, int | bool]:
-    """The compile-time parameters that both kernels take first."""
+def _constants(tiling: Tiling, tile: Tile, arguments: ScanArguments, *, has_checkpoints: bool) -> Constants:
     batch, length, channels = arguments.x.shape
-    groups = {2: lambda shape: 0, 3: lambda shape: 1, 4: lambda shape: shape[2]}
-    return {
-        "BATCH": batch,
-        "LENGTH": length,
-        "CHANNELS": channels,
-        "STATES": arguments.A.shape[1],
-        "GROUPS": group_count(arguments.B, arguments.C),
-        "B_GROUPS": groups[arguments.B.ndim](arguments.B.shape),
-        "C_GROUPS": groups[arguments.C.ndim](arguments.C.shape),
-        "SOFTPLUS": arguments.dt_softplus,
-        "ZOH": arguments.discretization == "zoh",
-        "HAS_D": arguments.D is not None,
-        "HAS_Z": arguments.z is not None,
-        "HAS_BIAS": arguments.dt_bias is not None,
-        "HAS_SEGMENTS": arguments.segment_ids is not None,
-    }
+    return Constants(
+        BATCH=batch,
+        LENGTH=length,
+        CHANNELS=channels,
+        STATES=arguments.A.shape[1],
+        GROUPS=group_count(arguments.B, arguments.C),
+        B_GROUPS=_groups(arguments.B),
+        C_GROUPS=_groups(arguments.C),
+        SOFTPLUS=arguments.dt_softplus,
+        ZOH=arguments.discretization == "zoh",
+        HAS_D=arguments.D is not None,
+        HAS_Z=arguments.z is not None,
+        HAS_BIAS=arguments.dt_bias is not None,
+        HAS_SEGMENTS=arguments.segment_ids is not None,
+        HAS_INITIAL=arguments.initial_state is not None,
+        HAS_CHECKPOINTS=has_checkpoints,
+        T=tile.tokens,
+        R=tiling.states,
+        E=tile.channels,
+        P=tiling.lanes_per_channel,
+        CHUNK=tiling.chunk // tile.tokens,
+    )
 
 
-def _blocks(arguments: ScanArguments, tile: Tile) -> int:
-    """Programs of a batch row; no block of channels crosses a group."""
-    groups = group_count(arguments.B, arguments.C)
-    return groups * -(-(arguments.x.shape[2] // groups) // tile.channels)
+def _groups(matrix: jax.Array) -> int:
+    """Of B or C; 0 if it is constant over time."""
+    return {2: 0, 3: 1}.get(matrix.ndim, matrix.shape[-2])
 
 
 def _widened(array: jax.Array | None) -> jax.Array | None:

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.channels import group_count
 from pallas_kernels.common.checks import decline_double_precision
-from pallas_kernels.common.chunks import chunk_of, padded, with_chunk
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
-from pallas_kernels.common.segments import segment_starts
+from pallas_kernels.common.segments import chunk_of, padded, segment_starts, with_chunk
 from pallas_kernels.selective_scan.arguments import Discretization, ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.xla.pointwise import emit, inject
 from pallas_kernels.selective_scan.xla.recurrence import (
@@ -201,12 +200,14 @@ def _run_backward(
 
 
 def _split(options: _Options, arrays: Arrays) -> tuple[Arrays, Arrays, jax.Array]:
-    """The arguments as sequences of whole chunks, constants in float32, and the state.
+    """The arguments as sequences, padded to whole chunks, constants, and the state; F = E / G channels a group.
 
     Returns:
-        sequences: "x", "dt", "z" (B, L, E) and, unless constant, "B" and "C" (B, L, G, N).
-        constants: "A" and, if constant, "B" and "C" (1, G, N, F), "D" and "dt_bias" (1, G, F).
-        state: (B, G, N, F).
+        sequences: "x", "dt", "z" (B, L, E) and, unless constant over time, "B" and "C" (B, L, G or 1, N), in their
+            own dtypes.
+        constants: "A" and, if constant over time, "B" and "C" (1, G, N, F), float32 or complex64; "D" and "dt_bias"
+            (1, G, F), float32. The first dimension stands for the batch.
+        state: (B, G, N, F), in the dtype of the constant "A".
     """
     groups = group_count(arrays["B"], arrays["C"])
     constants = {"A": _grouped_matrix(arrays["A"], groups)}

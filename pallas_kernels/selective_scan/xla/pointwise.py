@@ -22,7 +22,7 @@ def inject(
         masks: "is_valid" and "is_start" (B,), both optional; an invalid token leaves the state alone.
         constants: "A" and, where they are, "B" and "dt_bias".
         dt_softplus: apply softplus to dt.
-        discretization: of B.
+        discretization: how B is discretised, see `selective_scan`.
 
     Returns:
         a and u, both (B, G, N, F).

@@ -28,6 +28,7 @@ def selective_state_update(arguments: StateUpdateArguments) -> StateUpdateOutput
     state_BEN = jnp.exp(dt_BE1 * A_1EN) * arguments.state.astype(dtype) + injection_BEN
     y_BE = jnp.sum(state_BEN * _per_channel(arguments.C.astype(dtype), x.shape), axis=-1)
     if jnp.iscomplexobj(y_BE):
+        # Complex states stand for conjugate pairs, of which one is stored; both contribute the same real part.
         y_BE = 2 * y_BE.real
     if D is not None:
         y_BE = y_BE + D.astype(jnp.float32)[None] * x_BE

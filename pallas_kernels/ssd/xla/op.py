@@ -12,10 +12,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Arrays
 from pallas_kernels.common.checks import decline_double_precision
-from pallas_kernels.common.chunks import chunk_of, padded, with_chunk
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.devices import target_platform
-from pallas_kernels.common.segments import segment_starts
+from pallas_kernels.common.segments import chunk_of, padded, segment_starts, with_chunk
 from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDOutput
 from pallas_kernels.ssd.xla.chunk import advance
 

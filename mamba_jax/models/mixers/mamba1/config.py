@@ -35,9 +35,11 @@ class Mamba1Config(MixerConfig):
         use_conv: the short convolution; False leaves only its SiLU.
         use_gate: the SiLU(z) output gate; False also halves the input projection.
         selective: which of dt, B and C depend on the input; the others are learned constants.
-        discretization: of B: "euler" is dt * B as in the released code, "zoh" is the exact zero-order hold
+        discretization: how B is discretised: "euler" is dt * B as in the released code, "zoh" the exact zero-order hold
             (exp(dt A) - 1) / A * B of the paper's equation 4.
         a_init: "s4d_real" is A_n = -(n + 1), "constant" is -1/2, "random" is -exp(normal).
+        selection_norm_eps: RMSNorm, without weights, of what B, C and the projection to dt are made of, with this
+            epsilon, as in FalconMamba (arXiv 2410.05355); None is none.
         scan_implementation: backend of the selective scan; None lets the platform decide.
     """
 
@@ -58,10 +60,12 @@ class Mamba1Config(MixerConfig):
     selective: tuple[Literal["dt", "B", "C"], ...] = ("dt", "B", "C")
     discretization: Literal["euler", "zoh"] = "euler"
     a_init: Literal["s4d_real", "constant", "random"] = "s4d_real"
+    selection_norm_eps: float | None = None
     scan_implementation: ScanName | None = None
 
     def _check(self) -> None:
         self._require_positive("state_dim", "conv_width", "expand", "dt_rank", "dt_min", "dt_scale", "dt_init_floor")
+        self._require_positive("selection_norm_eps")
         require(
             self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})"
         )

@@ -181,6 +181,8 @@ class Mamba1(Mixer):
         chosen = [name for name in ("dt", "B", "C") if name in self.config.selective]
         offsets = np.cumsum(self.split_dims)[:-1].tolist()
         parts = dict(zip(chosen, jnp.split(self.x_proj(x_BLE), offsets, axis=-1), strict=True)) if chosen else {}
+        if (eps := self.config.selection_norm_eps) is not None:
+            parts = {name: layers.rms_normalized(part, eps=eps).astype(part.dtype) for name, part in parts.items()}
         dt_BLE = self.dt_proj(parts["dt"]) if "dt" in parts else jnp.zeros_like(x_BLE)
         matrices = {name: parts[name] if name in parts else read(getattr(self, name)) for name in ("B", "C")}
         return {"dt": ops.constrain(dt_BLE, "BLE"), "dt_bias": read(self.dt_proj.bias), "dt_softplus": True, **matrices}

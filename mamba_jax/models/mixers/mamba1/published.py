@@ -1,5 +1,7 @@
 """How Mamba-1 models are published: by the authors ("original"), and as `MambaForCausalLM` of `transformers` ("hf").
 
+`FalconMambaForCausalLM` is the second with a norm in the mixer.
+
 The layouts differ in the name of the embedding, in `config.json`, and in whether a tied head is written. Tensors keep
 PyTorch's orientation there: linear weights (out, in), convolution weights (channels, 1, taps).
 """
@@ -10,23 +12,14 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.errors import InputError
+from mamba_jax.models import published
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.mamba1.config import Mamba1Config
-from mamba_jax.models.published import (
-    Format,
-    Tensor,
-    backbone,
-    from_hf,
-    from_original,
-    layer_of_original,
-    refuse_unsupported,
-    tensor_of_layer,
-    to_hf,
-    to_original,
-)
+from mamba_jax.models.published import Tensor, refuse_unsupported
+from mamba_jax.models.published import tensor_of_layer as _layer
 
 # Value that a key must have, if it is there, for the model to be a Mamba-1 as this library computes it.
-_HF_REQUIRED = {"model_type": "mamba", "hidden_act": "silu"}
+_HF_REQUIRED = {"hidden_act": "silu"}
 _HF_MIXER_KEYS = {
     "state_size": "state_dim",
     "conv_kernel": "conv_width",
@@ -55,11 +48,11 @@ _ORIGINAL_MIXER_KEYS = {
 }
 
 
-def _mixer(config: ModelConfig) -> Mamba1Config:
-    """The mixer, if a published layout can express it."""
+def _mixer(config: ModelConfig, *fixed: str) -> Mamba1Config:
+    """The mixer, if a published layout can express it; `fixed` are further fields that one has no key for."""
     mixer, default = config.mixer, Mamba1Config()
     assert isinstance(mixer, Mamba1Config)
-    for name in ("use_conv", "use_gate", "selective", "discretization"):
+    for name in ("use_conv", "use_gate", "selective", "discretization", *fixed):
         if getattr(mixer, name) != getattr(default, name):
             raise InputError(
                 f"the published layouts cannot express model.mixer.{name}={getattr(mixer, name)!r}; "
@@ -77,7 +70,10 @@ def _mixer_fields(content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[s
 
 def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     refuse_unsupported(content, _HF_REQUIRED)
-    return from_hf(content, tied=True) | {"mixer": _mixer_fields(content, _HF_MIXER_KEYS)}
+    mixer = _mixer_fields(content, _HF_MIXER_KEYS)
+    if content["model_type"] == "falcon_mamba":
+        mixer["selection_norm_eps"] = content.get("mixer_rms_eps", 1e-6)
+    return published.from_hf(content, tied=True) | {"mixer": mixer}
 
 
 def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
@@ -86,30 +82,33 @@ def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
     mixer = _mixer(config)
+    kind: dict[str, Any] = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    if (eps := mixer.selection_norm_eps) is not None:
+        kind = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba", "mixer_rms_eps": eps}
     return {
-        "architectures": ["MambaForCausalLM"],
+        **kind,
         **_HF_REQUIRED,
         **{key: getattr(mixer, name) for key, name in _HF_MIXER_KEYS.items()},
         "time_step_rank": mixer.rank(config.d_model),
         "intermediate_size": mixer.channels(config.d_model),
-        **to_hf(config),
+        **published.to_hf(config),
     }
 
 
 def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
-    fields, ssm = from_original(content, known={*_ORIGINAL_MIXER_KEYS, "layer", "use_fast_path"})
+    fields, ssm = published.from_original(content, known={*_ORIGINAL_MIXER_KEYS, "layer", "use_fast_path"})
     return fields | {"mixer": _mixer_fields(ssm, _ORIGINAL_MIXER_KEYS)}
 
 
 def _to_original(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json`; a key is left out where it has the authors' default, which is ours as well."""
-    mixer, default = _mixer(config), Mamba1Config()
+    mixer, default = _mixer(config, "selection_norm_eps"), Mamba1Config()
     chosen = {
         key: getattr(mixer, name)
         for key, name in _ORIGINAL_MIXER_KEYS.items()
         if getattr(mixer, name) != getattr(default, name)
     }
-    return to_original(config, chosen)
+    return published.to_original(config, chosen)
 
 
 def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
@@ -119,14 +118,14 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
     inner, rank = mixer.channels(model), mixer.rank(model)
     transpose = {"to_file": np.transpose, "from_file": np.transpose}
     tensors = {
-        "in_proj/kernel": tensor_of_layer(
+        "in_proj/kernel": _layer(
             "mixer.in_proj.weight",
             2 * inner,
             model,
             to_file=lambda w: w.reshape(w.shape[0], 2 * inner).T,
             from_file=lambda w: w.T.reshape(w.shape[1], 2, inner),
         ),
-        "conv1d/weight": tensor_of_layer(
+        "conv1d/weight": _layer(
             "mixer.conv1d.weight",
             inner,
             1,
@@ -134,42 +133,33 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
             to_file=lambda w: w.T[:, None],
             from_file=lambda w: w.reshape(inner, width).T,
         ),
-        "x_proj/kernel": tensor_of_layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
-        "dt_proj/kernel": tensor_of_layer("mixer.dt_proj.weight", inner, rank, **transpose),
-        "dt_proj/bias": tensor_of_layer("mixer.dt_proj.bias", inner),
-        "A_log": tensor_of_layer("mixer.A_log", inner, state),
-        "D": tensor_of_layer("mixer.D", inner),
-        "out_proj/kernel": tensor_of_layer("mixer.out_proj.weight", model, inner, **transpose),
+        "x_proj/kernel": _layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
+        "dt_proj/kernel": _layer("mixer.dt_proj.weight", inner, rank, **transpose),
+        "dt_proj/bias": _layer("mixer.dt_proj.bias", inner),
+        "A_log": _layer("mixer.A_log", inner, state),
+        "D": _layer("mixer.D", inner),
+        "out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
     }
     if mixer.use_conv_bias:
-        tensors["conv1d/bias"] = tensor_of_layer("mixer.conv1d.bias", inner)
+        tensors["conv1d/bias"] = _layer("mixer.conv1d.bias", inner)
     if mixer.use_bias:
-        tensors["in_proj/bias"] = tensor_of_layer(
+        tensors["in_proj/bias"] = _layer(
             "mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner)
         )
-        tensors["out_proj/bias"] = tensor_of_layer("mixer.out_proj.bias", model)
+        tensors["out_proj/bias"] = _layer("mixer.out_proj.bias", model)
     return tensors
 
 
 FORMATS = (
-    Format(
-        layout="hf",
-        mixer="mamba1",
-        recognises=lambda content: content.get("model_type") == "mamba",
+    published.hf_format(
+        "mamba1",
+        model_types=("mamba", "falcon_mamba"),
         read_config=_from_hf,
         check_config=_check_hf,
         write_config=_to_hf,
-        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embeddings.weight"),
-        keeps_extra=True,
+        tensors=_of_mixer,
     ),
-    Format(
-        layout="original",
-        mixer="mamba1",
-        recognises=lambda content: "d_model" in content and layer_of_original(content) == "Mamba1",
-        read_config=_from_original,
-        check_config=lambda content, config: None,
-        write_config=_to_original,
-        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embedding.weight"),
-        tied_head="lm_head.weight",
+    published.original_format(
+        "mamba1", layers=(None, "Mamba1"), read_config=_from_original, write_config=_to_original, tensors=_of_mixer
     ),
 )

@@ -1,7 +1,6 @@
 """What a Mamba-2 mixer is made of."""
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from mamba_jax.config_base import require
@@ -140,7 +139,7 @@ class Mamba2Config(MixerConfig):
     @property
     def dt_limit(self) -> tuple[float, float]:
         """Least and greatest step size."""
-        return self.dt_lower_limit, math.inf if self.dt_upper_limit is None else self.dt_upper_limit
+        return self.dt_lower_limit, float("inf") if self.dt_upper_limit is None else self.dt_upper_limit
 
     @property
     def past(self) -> int:

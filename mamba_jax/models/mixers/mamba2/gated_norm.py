@@ -6,8 +6,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from mamba_jax.models.initializers import ones
-from mamba_jax.models.layers import parameter, read
-from mamba_jax.sharding import Axis
+from mamba_jax.models.layers import parameter, read, rms_normalized
+from mamba_jax.sharding import Axis, in_groups
 
 
 class GatedRMSNorm(nnx.Module):
@@ -32,6 +32,5 @@ class GatedRMSNorm(nnx.Module):
         return self._norm(y.astype(jnp.float32) * gate).astype(y.dtype)
 
     def _norm(self, v: jax.Array) -> jax.Array:
-        grouped = v.reshape(*v.shape[:-1], -1, self.group_size)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
-        return (grouped * inverse_rms).reshape(v.shape) * read(self.scale).astype(jnp.float32)[None, None]
+        normed = rms_normalized(in_groups(v, self.group_size), eps=self.eps)
+        return normed.reshape(v.shape) * read(self.scale).astype(jnp.float32)[None, None]

@@ -1,13 +1,11 @@
 """The Mamba-2 mixer: heads with one decay each, a short convolution, and a gated norm."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from mamba_jax.errors import InputError
@@ -20,7 +18,7 @@ from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mamba2.gated_norm import GatedRMSNorm
 from mamba_jax.models.mixers.mamba2.state import LEARNED, Mamba2State, declare
 from mamba_jax.models.mixers.mixer import Mixer, MixerOutput
-from mamba_jax.sharding import Axis
+from mamba_jax.sharding import Axis, in_groups
 
 
 class Mamba2(Mixer):
@@ -36,49 +34,32 @@ class Mamba2(Mixer):
     devices. Channels that the config's `ssm_dim` leaves go through silu(gate) value instead, and to `out_proj` first.
 
     Example:
-        class Model(nnx.Module):
-            def __init__(self, rngs: nnx.Rngs) -> None:
-                self.embed = nnx.Embed(256, 64, rngs=rngs)
-                self.norm = nnx.RMSNorm(64, rngs=rngs)
-                self.mixer = Mamba2(d_model=64, rngs=rngs)
-                self.head = nnx.Linear(64, 256, rngs=rngs)
-
-            def __call__(self, tokens):
-                x = self.embed(tokens)
-                return self.head(x + self.mixer(self.norm(x)))
-
-        logits = Model(nnx.Rngs(0))(tokens)
+        mixer = Mamba2(d_model=64, rngs=nnx.Rngs(0))
+        residual = residual + mixer(norm(residual))
 
     Source: arXiv 2405.21060, section 7.1 and figure 6.
     """
 
     config: Mamba2Config
 
-    def __init__(
-        self,
-        config: Mamba2Config | ModelConfig | None = None,
-        *,
-        d_model: int | None = None,
-        param_dtype: DTypeLike = "float32",
-        compute_dtype: DTypeLike = "float32",
-        output_scale: float = 1.0,
-        rngs: nnx.Rngs,
-    ) -> None:
-        """Draws the parameters; arguments as in `Mixer`, of which `rngs` is the source of keys.
+    def __init__(self, config: Mamba2Config | ModelConfig | None = None, *, rngs: nnx.Rngs, **setting: Any) -> None:
+        """Draws the parameters.
+
+        Args:
+            config: as in `Mixer`; None takes the defaults.
+            rngs: source of keys.
+            **setting: as in `Mixer`: `d_model`, `param_dtype`, `compute_dtype`, `output_scale`.
 
         Raises:
             InputError: as in `Mixer`, or the width does not divide into heads, groups and groups of the norm.
         """
-        super().__init__(
-            config or Mamba2Config(),
-            d_model=d_model,
-            param_dtype=param_dtype,
-            compute_dtype=compute_dtype,
-            output_scale=output_scale,
-        )
+        super().__init__(config or Mamba2Config(), **setting)
         config, width = self.config, self.setting.d_model
         channels, gated = config.channels(width), config.gated_channels(width)
-        projection = functools.partial(layers.projection, self.setting, use_bias=config.use_bias, rngs=rngs)
+
+        def projection(shape: tuple[int, ...], axes: tuple[Axis | None, ...], *, scale: float = 1.0) -> layers.Linear:
+            return layers.projection(self.setting, shape, axes, use_bias=config.use_bias, scale=scale, rngs=rngs)
+
         self.in_proj = projection((width, 2, channels), (Axis.EMBED, None, Axis.INNER))
         self.BC_proj = projection((width, 2, config.num_groups, config.state_dim), (Axis.EMBED, None, None, None))
         self.dt_proj = projection((width, config.heads(width)), (Axis.EMBED, Axis.HEADS))
@@ -112,7 +93,11 @@ class Mamba2(Mixer):
 
     def _init_dynamics(self, heads: int, *, rngs: nnx.Rngs) -> None:
         config, axes = self.config, (Axis.HEADS,)
-        own = functools.partial(parameter, rngs, dtype=self.setting.param_dtype, decay=False)
+
+        # None of them is pulled to zero by weight decay.
+        def own(init: initializers.Initializer, shape: tuple[int, ...], axes: tuple[Axis | None, ...]) -> nnx.Param:
+            return parameter(rngs, init, shape, axes, dtype=self.setting.param_dtype, decay=False)
+
         step = initializers.inverse_softplus_of_step(config.dt_min, config.dt_max, config.dt_init_floor)
         self.dt_bias = own(step, (heads,), axes)
         self.A_log = own(initializers.log_of_uniform(*config.a_init_range), (heads,), axes)
@@ -190,8 +175,8 @@ class Mamba2(Mixer):
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """The recurrence: output (B, L, E), and state (B, H, P, N) after the last token."""
-        x_BLHP = x_BLE.reshape(*x_BLE.shape[:2], -1, self.config.head_dim)
-        tokens = {
+        x_BLHP = in_groups(x_BLE, self.config.head_dim)
+        tokens: dict[str, Any] = {
             "x": ops.constrain(x_BLHP, "BLHP"),
             "dt": ops.constrain(self.dt_proj(u_BLD), "BLH"),
             "B": BC_BL2GN[:, :, 0],
@@ -206,7 +191,7 @@ class Mamba2(Mixer):
         }
         before = self._state_before(state, x_BLE.shape[0])
         if state is not None and x_BLE.shape[1] == 1:
-            token = {name: array[:, 0] for name, array in tokens.items()}
+            token: dict[str, Any] = {name: array[:, 0] for name, array in tokens.items()}
             step = ops.ssd_state_update(state=before, **token, **dynamics)
             return step.y.reshape(x_BLE.shape), step.state
         output = ops.ssd(

@@ -12,20 +12,11 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.errors import InputError, short
+from mamba_jax.models import published
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
-from mamba_jax.models.published import (
-    Format,
-    Tensor,
-    backbone,
-    from_hf,
-    from_original,
-    layer_of_original,
-    refuse_unsupported,
-    tensor_of_layer,
-    to_hf,
-    to_original,
-)
+from mamba_jax.models.published import Tensor, refuse_unsupported
+from mamba_jax.models.published import tensor_of_layer as _layer
 
 # Value that a key must have, if it is there, for the model to be a Mamba-2 as this library computes it.
 _HF_REQUIRED = {"model_type": "mamba2", "hidden_act": "silu"}
@@ -97,7 +88,7 @@ def _limits(content: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     refuse_unsupported(content, _HF_REQUIRED | _HF_ALSO_REQUIRED)
-    fields = from_hf(content, tied=False)
+    fields = published.from_hf(content, tied=False)
     own = {ours: content[key] for key, ours in _HF_MIXER_KEYS.items() if key in content}
     # A file that does not say it means 8 groups, as `transformers` does, and ours is 1.
     mixer = {"kind": "mamba2", "num_groups": 8, **own, **_limits(content, "time_step_limit")}
@@ -123,12 +114,12 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         **{key: getattr(mixer, name) for key, name in _HF_MIXER_KEYS.items()},
         "time_step_limit": [low, {"__float__": "Infinity"} if high is None else high],
         "num_heads": mixer.heads(config.d_model),
-        **to_hf(config),
+        **published.to_hf(config),
     }
 
 
 def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
-    fields, ssm = from_original(
+    fields, ssm = published.from_original(
         content, known=_ORIGINAL_MIXER_KEYS.keys() | _ORIGINAL_IGNORED | {"dt_limit", "D_has_hdim"}
     )
     mixer = {ours: ssm[key] for key, ours in _ORIGINAL_MIXER_KEYS.items() if key in ssm}
@@ -149,7 +140,7 @@ def _to_original(config: ModelConfig) -> dict[str, Any]:
         chosen["D_has_hdim"] = True
     if mixer.dt_limit != default.dt_limit:
         chosen["dt_limit"] = list(mixer.dt_limit)
-    return to_original(config, {"layer": "Mamba2", **chosen})
+    return published.to_original(config, {"layer": "Mamba2", **chosen})
 
 
 def _parts(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
@@ -171,7 +162,7 @@ def _of_projections(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
     total = parts["dt_proj"][1]
     tensors = {}
     for name in shapes if gated else list(shapes)[1:]:
-        tensors[f"{name}/kernel"] = tensor_of_layer(
+        tensors[f"{name}/kernel"] = _layer(
             "mixer.in_proj.weight",
             total,
             model,
@@ -180,7 +171,7 @@ def _of_projections(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
             from_file=lambda w, shape=shapes[name]: w.T.reshape(model, *shape),
         )
         if mixer.use_bias:
-            tensors[f"{name}/bias"] = tensor_of_layer(
+            tensors[f"{name}/bias"] = _layer(
                 "mixer.in_proj.bias",
                 total,
                 rows=parts[name],
@@ -195,7 +186,7 @@ def _of_convolutions(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
     total = parts["BC_conv1d"][1]
     tensors = {}
     for name, rows in parts.items():
-        tensors[f"{name}/weight"] = tensor_of_layer(
+        tensors[f"{name}/weight"] = _layer(
             "mixer.conv1d.weight",
             total,
             1,
@@ -205,7 +196,7 @@ def _of_convolutions(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
             from_file=lambda w: w[:, 0].T,
         )
         if mixer.use_conv_bias:
-            tensors[f"{name}/bias"] = tensor_of_layer("mixer.conv1d.bias", total, rows=rows)
+            tensors[f"{name}/bias"] = _layer("mixer.conv1d.bias", total, rows=rows)
     return tensors
 
 
@@ -218,43 +209,34 @@ def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
     tensors = {
         **_of_projections(mixer, model),
         **_of_convolutions(mixer, model),
-        "dt_bias": tensor_of_layer("mixer.dt_bias", heads),
-        "A_log": tensor_of_layer("mixer.A_log", heads),
-        "D": tensor_of_layer("mixer.D", heads),
-        "out_proj/kernel": tensor_of_layer("mixer.out_proj.weight", model, inner, **transpose),
+        "dt_bias": _layer("mixer.dt_bias", heads),
+        "A_log": _layer("mixer.A_log", heads),
+        "D": _layer("mixer.D", heads),
+        "out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
     }
     if mixer.skip == "channel":
-        tensors["D"] = tensor_of_layer(
+        tensors["D"] = _layer(
             "mixer.D", channels, to_file=np.ravel, from_file=lambda D: D.reshape(heads, mixer.head_dim)
         )
     if mixer.use_norm:
-        tensors["norm/scale"] = tensor_of_layer("mixer.norm.weight", channels)
+        tensors["norm/scale"] = _layer("mixer.norm.weight", channels)
     if mixer.use_bias:
-        tensors["out_proj/bias"] = tensor_of_layer("mixer.out_proj.bias", model)
+        tensors["out_proj/bias"] = _layer("mixer.out_proj.bias", model)
     if mixer.learn_initial_state:
-        tensors["initial_state"] = tensor_of_layer("mixer.init_states", heads, mixer.head_dim, mixer.state_dim)
+        tensors["initial_state"] = _layer("mixer.init_states", heads, mixer.head_dim, mixer.state_dim)
     return tensors
 
 
 FORMATS = (
-    Format(
-        layout="hf",
-        mixer="mamba2",
-        recognises=lambda content: content.get("model_type") == "mamba2",
+    published.hf_format(
+        "mamba2",
+        model_types=("mamba2",),
         read_config=_from_hf,
         check_config=_check_hf,
         write_config=_to_hf,
-        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embeddings.weight"),
-        keeps_extra=True,
+        tensors=_of_mixer,
     ),
-    Format(
-        layout="original",
-        mixer="mamba2",
-        recognises=lambda content: "d_model" in content and layer_of_original(content) == "Mamba2",
-        read_config=_from_original,
-        check_config=lambda content, config: None,
-        write_config=_to_original,
-        tensors=lambda config: backbone(config, _of_mixer(config), embedding="backbone.embedding.weight"),
-        tied_head="lm_head.weight",
+    published.original_format(
+        "mamba2", layers=("Mamba2",), read_config=_from_original, write_config=_to_original, tensors=_of_mixer
     ),
 )

@@ -1,7 +1,7 @@
 """Triton kernels as JAX operations, by way of jax-triton. Both packages are optional and imported when first needed."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -42,7 +42,7 @@ def call(
     kernel: Any,
     inputs: Mapping[str, jax.Array | None],
     outputs: Mapping[str, jax.ShapeDtypeStruct | None],
-    constants: Mapping[str, int | bool],
+    constants: Mapping[str, Hashable],
     *,
     programs: int,
     warps: int,
@@ -54,10 +54,10 @@ def call(
         kernel: a function under `triton.jit`.
         inputs: arrays, row-major; None for one that the kernel does not read.
         outputs: shapes and dtypes; None for one that the kernel does not write.
-        constants: compile-time parameters.
+        constants: compile-time parameters: numbers, or frozen dataclasses whose attributes the kernel reads.
         programs: size of the grid.
-        warps: of 32 threads, per program.
-        name: of the kernel in profiles.
+        warps: number of warps (32 threads each) of a program.
+        name: name of the kernel in profiles.
 
     Returns:
         The outputs that are not None.

@@ -1,0 +1,5 @@
+"""A run to read."""
+
+from tests.evaluation.conftest import saved_run
+
+__all__ = ["saved_run"]
