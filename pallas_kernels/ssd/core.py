@@ -19,7 +19,9 @@ _dispatch = Dispatcher[SSDOutput](
     implementations={
         "reference": Backend(f"{_HERE}.reference", _FUNCTION),
         "xla": Backend(f"{_HERE}.xla.op", _FUNCTION),
+        "pallas_gpu": Backend(f"{_HERE}.pallas_gpu.op", _FUNCTION),
     },
+    platform_order={"gpu": ("pallas_gpu", "xla")},
 )
 IMPLEMENTATIONS = tuple(_dispatch.implementations)
 
