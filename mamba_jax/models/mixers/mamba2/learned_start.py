@@ -20,6 +20,7 @@ def from_learned_state(
         arguments: of the recurrence; `log_decay`, `q` and `segment_ids` matter.
         initial: the learned state.
     """
+    assert arguments.segment_ids is not None
     starts_BL = segment_starts(arguments.segment_ids)
 
     def after(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
