@@ -17,7 +17,7 @@ def from_learned_state(
     y_t. The row's first document continues what the recurrence was given.
 
     Args:
-        arguments: of the recurrence; `log_decay`, `q` and `segment_ids` matter.
+        arguments: of the recurrence, with `segment_ids`; of the others `log_decay` and `q` matter.
         initial: the learned state.
     """
     assert arguments.segment_ids is not None
