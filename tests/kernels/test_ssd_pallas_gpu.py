@@ -119,12 +119,8 @@ def test_a_million_tokens() -> None:
     assert arrays[0].size > 2**31
     state = jnp.zeros((1, heads, width, states))
     whole = run(*arrays, state)
-    first = ssd(
-        *(array[:, :half] for array in arrays[:2]),
-        -jnp.ones(heads),
-        *(array[:, :half] for array in arrays[2:]),
-        implementation="pallas_gpu",
-    )
+    x, dt, B, C = (array[:, :half] for array in arrays)
+    first = ssd(x, dt, -jnp.ones(heads), B, C, implementation="pallas_gpu")
     second = run(*(array[:, half:] for array in arrays), first.final_state)
     for actual, expected in zip(whole, second, strict=True):
         actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
