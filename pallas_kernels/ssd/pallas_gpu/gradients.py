@@ -97,8 +97,7 @@ def gradients(geometry: Geometry, inputs: Arrays, *, interpreted: bool) -> Array
         inputs=inputs,
         outputs=outputs,
         scratch=scratch,
-        grid={"batch": geometry.batch, "chunk": geometry.chunks, "group": geometry.groups},
-        warpgroups=3,
+        grid={"batch": geometry.batch, "chunk": geometry.chunks, "group": geometry.groups, "warpgroup": 3},
         name="ssd_gradients",
         interpreted=interpreted,
     )

@@ -74,7 +74,6 @@ def launch(
     outputs: Mapping[str, jax.ShapeDtypeStruct],
     scratch: Mapping[str, Any],
     grid: Mapping[str, int],
-    warpgroups: int,
     name: str,
     interpreted: bool,
 ) -> dict[str, jax.Array]:
@@ -85,14 +84,15 @@ def launch(
         inputs: arrays.
         outputs: their shapes and dtypes.
         scratch: types of shared memory and barriers.
-        grid: blocks along every axis; neighbours along the last run at the same time.
-        warpgroups: of a block; "warpgroup" is the axis of their index.
+        grid: blocks along every axis, neighbours along the last of which run at the same time; and "warpgroup", the
+            warpgroups of a block.
         name: of the kernel in profiles.
         interpreted: run in Pallas' interpreter instead of on a GPU.
 
     Returns:
         The outputs.
     """
+    blocks = {axis: size for axis, size in grid.items() if axis != "warpgroup"}
 
     def body(*refs):
         kernel(dict(zip((*inputs, *outputs, *scratch), refs, strict=True)))
@@ -105,9 +105,9 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpreted else None,
         kernel_name=name,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=warpgroups,
+        grid=tuple(blocks.values()),
+        grid_names=tuple(blocks),
+        num_threads=grid["warpgroup"],
         thread_name="warpgroup",
     )(*inputs.values())
     return varying_like(next(iter(inputs.values())), dict(zip(outputs, results, strict=True)))

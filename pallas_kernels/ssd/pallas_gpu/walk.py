@@ -99,8 +99,12 @@ def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -
         inputs=inputs,
         outputs=outputs,
         scratch=scratch,
-        grid={"batch": geometry.batch, "part": geometry.parts, "block": geometry.heads // count},
-        warpgroups=count + 1,
+        grid={
+            "batch": geometry.batch,
+            "part": geometry.parts,
+            "block": geometry.heads // count,
+            "warpgroup": count + 1,
+        },
         name="ssd_walk_back" if kind.reverse else "ssd_walk",
         interpreted=interpreted,
     )
