@@ -59,6 +59,7 @@ IMPLEMENTATIONS = {
         "tpu": ("pallas_tpu", "xla"),
     },
     "causal_conv1d": {"cpu": ("reference", "xla"), "gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
+    "ssd": {"cpu": ("reference", "xla"), "gpu": ("pallas_gpu", "xla"), "tpu": ("xla",)},
 }
 ONLY_XLA = {"cpu": ("reference", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
 # Above so many states over all tokens the unchunked form does not fit into a GPU's memory.
