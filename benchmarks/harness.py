@@ -60,10 +60,19 @@ class Setting:
             hardware=hardware,
             versions={"Python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in ("jax", *libraries)},
-            command=f"python {shlex.join([f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}",
+            command=_command(sys.argv),
             commit=_commit(),
             date=datetime.datetime.now().isoformat(timespec="seconds"),
         )
+
+
+def _command(argv: Sequence[str]) -> str:
+    """What a reader types to do the same; where the results went is a matter of the machine."""
+    words = list(argv[1:])
+    while "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return f"python {shlex.join([f'benchmarks/{Path(argv[0]).name}', *words])}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

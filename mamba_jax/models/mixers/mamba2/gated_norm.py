@@ -1,5 +1,7 @@
 """The output gate of a Mamba-2 mixer, and its norm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,11 +28,17 @@ class GatedRMSNorm(nnx.Module):
 
     def __call__(self, y: Float[jax.Array, "B L E"], z: Float[jax.Array, "B L E"]) -> Float[jax.Array, "B L E"]:
         """Gates y by z; the result has the dtype of y."""
-        gate = jax.nn.silu(z.astype(jnp.float32))
-        if self.is_before_gate:
-            return (self._norm(y.astype(jnp.float32)) * gate).astype(y.dtype)
-        return self._norm(y.astype(jnp.float32) * gate).astype(y.dtype)
+        return self._gated(read(self.scale), y, z)
 
-    def _norm(self, v: jax.Array) -> jax.Array:
+    # The backward pass computes the float32 values once more from y and z, which are kept for other uses as they are:
+    # an element costs less to compute than to write and read. A compiler that shares them instead loses memory only.
+    @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+    def _gated(self, scale: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+        gate, value = jax.nn.silu(z.astype(jnp.float32)), y.astype(jnp.float32)
+        if self.is_before_gate:
+            return (self._norm(scale, value) * gate).astype(y.dtype)
+        return self._norm(scale, value * gate).astype(y.dtype)
+
+    def _norm(self, scale: jax.Array, v: jax.Array) -> jax.Array:
         normed = rms_normalized(in_groups(v, self.group_size), eps=self.eps)
-        return normed.reshape(v.shape) * read(self.scale).astype(jnp.float32)[None, None]
+        return normed.reshape(v.shape) * scale.astype(jnp.float32)[None, None]
