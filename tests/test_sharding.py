@@ -169,7 +169,7 @@ def test_rules_leave_axes_that_are_not_ours_alone() -> None:
     kinds = {"data": AxisType.Auto, "pipe": AxisType.Auto, "tensor": AxisType.Explicit}
     mesh = jax.make_mesh((2, 2, 2), tuple(kinds), axis_types=tuple(kinds.values()))
     rules = RULES.within(mesh)
-    assert rules == ShardingRules(batch=("data",), length=(), embed=(), inner=(), vocab=())
+    assert rules == ShardingRules(batch=("data",), length=(), embed=(), inner=(), heads=(), vocab=())
     assert RULES.within(make_mesh(MeshConfig())) == RULES
     x = jnp.zeros((8, 4, 6))
     with jax.set_mesh(mesh):

@@ -7,7 +7,7 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def file_of(program: str) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, list[str]], None]]:
     """Runs a program in this process until it has read its command line."""
 
     def stop_after(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,11 +83,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
     monkeypatch.chdir(ROOT)
     # Benchmarks choose a platform before they import JAX, and programs put streams that endure in place of these.
-    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "XLA_FLAGS"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
+    before = dict(os.environ)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
-    return run
+    yield run
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if commands(text)])

@@ -358,6 +358,8 @@ def test_other_processes_print_nothing(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_bar_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal of 80 columns everything is on one line: step, total, loss, speed, MFU, time left."""
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(
         metric_writer,
         "Console",
