@@ -3,7 +3,8 @@
 Command:   python train.py configs/quickstart_mamba2.py
 Hardware:  two CPU cores, about 1 GB of memory.
 Data:      as in configs/quickstart.py.
-Expected:  filled in below.
+Expected:  1,051,144 parameters, 1.68 bits per byte on the held-out speeches, where Mamba-1 reaches 1.65
+           (benchmarks/results/quickstart_mamba2_cpu_2026-11-26.md).
 """
 
 import dataclasses
