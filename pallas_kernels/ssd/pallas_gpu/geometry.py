@@ -6,8 +6,8 @@ import dataclasses
 # head is several of these, since the channels of a state are independent.
 CHUNK = 64
 WIDTH = 64
-# Rows of a chunk's vectors, in this order; see `decays.py`. "start" is there only if documents are packed.
-VECTORS = ("sum", "scale", "enter", "leave", "start")
+# A chunk's vectors; see `decays.py`. "start" is there only if documents are packed.
+VECTORS = ("sum", "scale", "start")
 # Multiprocessors of an H100; a block of the kernels fills one of them.
 _PROCESSORS = 132
 
@@ -16,7 +16,8 @@ _PROCESSORS = 132
 class Geometry:
     """Sizes; lengths, channels and states are padded to whole chunks and tiles.
 
-    Values are (B L, H WIDTH), keys and queries (B L, G N), states (... H WIDTH, N), vectors (B H chunks V, CHUNK).
+    Values are (B L, H WIDTH), keys and queries (B L, G N), states (... H WIDTH, N), vectors (B H chunks, CHUNK), and
+    starts (B chunks, CHUNK).
 
     Attributes:
         batch, heads, groups, states: B, H, G and N; heads have WIDTH channels.
@@ -53,8 +54,8 @@ class Geometry:
         return 2 if self.group_heads % 2 == 0 else 1
 
     @property
-    def vectors(self) -> int:
-        return len(VECTORS) if self.packed else len(VECTORS) - 1
+    def vectors(self) -> tuple[str, ...]:
+        return VECTORS if self.packed else VECTORS[:2]
 
 
 def choose_parts(batch: int, heads: int, chunks: int) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.pallas_gpu.decays import row
+from pallas_kernels.ssd.pallas_gpu.decays import ChunkVectors
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry
 from pallas_kernels.ssd.pallas_gpu.launching import (
     Arrays,
@@ -34,7 +34,6 @@ from pallas_kernels.ssd.pallas_gpu.launching import (
 from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     COLUMNS,
     MATRIX,
-    ROWS,
     accumulate,
     by_column,
     by_row,
@@ -45,7 +44,7 @@ from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     tile,
     zeros,
 )
-from pallas_kernels.ssd.pallas_gpu.walk import pair_decays, token_indices
+from pallas_kernels.ssd.pallas_gpu.walk import copy_vectors, pair_decays, token_indices
 
 # Heads that are copied ahead.
 _STAGES = 3
@@ -62,8 +61,8 @@ def gradients(geometry: Geometry, inputs: Arrays, *, interpreted: bool) -> Array
 
     Args:
         geometry: sizes.
-        inputs: "v", "dy" (B L, H WIDTH), "k", "q" (B L, G N), "vectors", "states" and "dstates" (B chunks H WIDTH, N),
-            the checkpoints of both walks, and "D" (H, WIDTH) if there is a skip.
+        inputs: "v", "dy" (B L, H WIDTH), "k", "q" (B L, G N), the vectors, "states" and "dstates"
+            (B chunks H WIDTH, N), the checkpoints of both walks, and "D" (H, WIDTH) if there is a skip.
         interpreted: run in Pallas' interpreter.
 
     Returns:
@@ -73,7 +72,7 @@ def gradients(geometry: Geometry, inputs: Arrays, *, interpreted: bool) -> Array
     rows = geometry.batch * geometry.chunks * geometry.heads * 3
     outputs = {f"d{name}": jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype) for name in ("v", "k", "q")}
     outputs |= {name: jax.ShapeDtypeStruct((rows, CHUNK), jnp.float32) for name in ("pair_rows", "state_rows")}
-    copies = 6 if "D" in inputs else 5
+    copies = 4 + len(geometry.vectors) + ("D" in inputs)
     scratch = {
         "ks": tile(CHUNK, states),
         "qs": tile(CHUNK, states),
@@ -81,7 +80,7 @@ def gradients(geometry: Geometry, inputs: Arrays, *, interpreted: bool) -> Array
         "dys": tile(_STAGES, CHUNK, WIDTH),
         "state": tile(_STAGES, WIDTH, states),
         "dstate": tile(_STAGES, WIDTH, states),
-        "vector": plgpu.SMEM((_STAGES, geometry.vectors, CHUNK), jnp.float32),
+        "vector": plgpu.SMEM((_STAGES, len(geometry.vectors), CHUNK), jnp.float32),
         "skip": plgpu.SMEM((_STAGES, WIDTH), jnp.float32),
         "weights": tile(CHUNK, CHUNK),
         "dvs": tile(CHUNK, WIDTH),
@@ -159,9 +158,7 @@ class _Place:
             for source, target in (("states", "state"), ("dstates", "dstate")):
                 plgpu.copy_gmem_to_smem(refs[source].at[rows], refs[target].at[slot], barrier)
             batch, chunk = jax.lax.axis_index("batch"), jax.lax.axis_index("chunk")
-            index = ((batch * geometry.heads + self.head(i)) * geometry.chunks + chunk) * geometry.vectors
-            vectors = refs["vectors"].at[pl.ds(index, geometry.vectors)]
-            plgpu.copy_gmem_to_smem(vectors, refs["vector"].at[slot], barrier)
+            copy_vectors(geometry, refs, (batch, self.head(i), chunk), refs["vector"].at[slot], barrier)
             if "D" in refs:
                 plgpu.copy_gmem_to_smem(refs["D"].at[self.head(i)], refs["skip"].at[slot], barrier)
 
@@ -175,8 +172,9 @@ class _Worker:
         self.geometry, self.interpreted, self.refs = geometry, interpreted, refs
         self.place = _Place(geometry, refs)
 
-    def vector(self, slot, name: str, layout=ROWS) -> jax.Array:
-        return plgpu.load(self.refs["vector"].at[slot, row(name)], layout=layout)
+    def vectors(self, slot) -> ChunkVectors:
+        """The chunk's vectors of a head."""
+        return ChunkVectors(self.refs["vector"].at[slot], packed=self.geometry.packed)
 
     def tokens(self, name: str, slot) -> jax.Array:
         """Values of the tokens of a head."""
@@ -229,17 +227,16 @@ class _Pairs(_Worker):
             total: the sum so far of the gradients of q_i k_j; returned with the head's share.
         """
         refs = self.refs
-        v_tile, dy_tile = refs["vs"].at[slot], refs["dys"].at[slot]
+        v_tile, dy_tile, vectors = refs["vs"].at[slot], refs["dys"].at[slot], self.vectors(slot)
 
         def within_chunk(pairs):
             multiply(pairs, dy_tile, v_tile, transposed="b")
             # Everything but the product itself is computed while it runs.
-            starts = self.vector(slot, "start") if self.geometry.packed else None
-            decays = pair_decays(self.vector(slot, "sum"), self.vector(slot, "sum", COLUMNS), starts)
+            decays = pair_decays(vectors)
             weights = (scores * decays).astype(jnp.bfloat16)
             refs["weights"][...] = weights
             plgpu.commit_smem()
-            scaled = read(pairs) * by_column(self.vector(slot, "scale", COLUMNS), CHUNK)
+            scaled = read(pairs) * by_column(vectors.load("scale", COLUMNS), CHUNK)
             return total + scaled * decays, row_sums(weights.astype(jnp.float32) * scaled)
 
         total, received = from_zero(within_chunk, ((CHUNK, CHUNK),), interpreted=self.interpreted)
@@ -250,7 +247,7 @@ class _Pairs(_Worker):
 
         within, after = self.accumulate(values, zeros(CHUNK, WIDTH), zeros(CHUNK, WIDTH))
         v, dy = self.tokens("vs", slot), self.tokens("dys", slot)
-        scale, leave = (self.vector(slot, name) for name in ("scale", "leave"))
+        scale, leave = vectors.load("scale"), vectors.leave()
         given = row_sums(v * within)
         within = within + dy * by_row(own, WIDTH)
         dv = within * by_row(scale, WIDTH) + after * by_row(leave, WIDTH)
@@ -294,8 +291,8 @@ class _States(_Worker):
         state_tile, dstate_tile = refs["state"].at[slot], refs["dstate"].at[slot]
         v, dy = (self.tokens(name, slot) for name in ("vs", "dys"))
         skip = row_sums(dy * v)
-        entering = (dy * by_row(self.vector(slot, "enter"), WIDTH)).astype(jnp.bfloat16)
-        leaving = (v * by_row(self.vector(slot, "leave"), WIDTH)).astype(jnp.bfloat16)
+        entering = (dy * by_row(self.vectors(slot).enter(), WIDTH)).astype(jnp.bfloat16)
+        leaving = (v * by_row(self.vectors(slot).leave(), WIDTH)).astype(jnp.bfloat16)
 
         def products(read, dq, dk):
             multiply(read, refs["qs"], state_tile, transposed="b")

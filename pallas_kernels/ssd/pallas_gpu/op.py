@@ -6,7 +6,6 @@ compute all other gradients of a chunk at once.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,8 @@ from pallas_kernels.common.devices import cuda_compute_capability, target_platfo
 from pallas_kernels.common.register_math import LN_2
 from pallas_kernels.common.segments import segment_starts
 from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDOutput
-from pallas_kernels.ssd.pallas_gpu.decays import chunk_vectors, row
-from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, VECTORS, WIDTH, Geometry, choose_parts
+from pallas_kernels.ssd.pallas_gpu.decays import chunk_vectors, ends
+from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry, choose_parts
 from pallas_kernels.ssd.pallas_gpu.gradients import PAIR_ROWS, STATE_ROWS, gradients
 from pallas_kernels.ssd.pallas_gpu.walk import Walk, walk
 
@@ -70,7 +69,7 @@ def _forward(options: _Options, arguments: DecayingAttentionArguments) -> tuple[
     geometry = _geometry(arguments)
     vectors = _vectors(geometry, arguments, arguments.log_decay, arguments.scale)
     inputs = {name: _tokens(geometry, getattr(arguments, name)) for name in ("v", "k", "q")}
-    inputs |= {"vectors": vectors.reshape(-1, CHUNK)} | _skip(geometry, arguments)
+    inputs |= _rows(vectors) | _skip(geometry, arguments)
     start = None
     if arguments.initial_state is not None:
         start = _state(geometry, arguments.initial_state)
@@ -81,26 +80,29 @@ def _forward(options: _Options, arguments: DecayingAttentionArguments) -> tuple[
     results = walk(geometry, kind, inputs, interpreted=options.interpreted)
     shape = arguments.v.shape
     y = results["y"].reshape(geometry.batch, geometry.length, shape[2], -1)[:, : shape[1], :, : shape[3]]
-    ends = results["final"].reshape(geometry.parts, -1)
-    return SSDOutput(y=y, final_state=_public_state(geometry, arguments, ends[-1])), starts
+    final = results["final"].reshape(geometry.parts, -1)
+    return SSDOutput(y=y, final_state=_public_state(geometry, arguments, final[-1])), starts
 
 
 def _backward(
     options: _Options, arguments: DecayingAttentionArguments, starts: jax.Array | None, cotangents: SSDOutput
 ) -> Arrays:
     geometry = _geometry(arguments)
-    vectors, vectors_vjp = jax.vjp(
-        functools.partial(_vectors, geometry, arguments), arguments.log_decay, arguments.scale
-    )
+
+    def vectors_and_ends(log_decay: jax.Array, scale: jax.Array) -> tuple[Arrays, Arrays]:
+        vectors = _vectors(geometry, arguments, log_decay, scale)
+        return vectors | ends(vectors), vectors
+
+    _, vectors_vjp, vectors = jax.vjp(vectors_and_ends, arguments.log_decay, arguments.scale, has_aux=True)
     v, k, q, dy = (_tokens(geometry, array) for array in (arguments.v, arguments.k, arguments.q, cotangents.y))
-    flat = vectors.reshape(-1, CHUNK)
-    forwards = {"v": v, "k": k, "vectors": flat} | ({} if starts is None else {"initial": starts})
+    flat = _rows(vectors)
+    forwards = {"v": v, "k": k} | flat | ({} if starts is None else {"initial": starts})
     states = walk(geometry, Walk(weight="leave", checkpoints=True), forwards, interpreted=options.interpreted)
-    backwards = {"v": dy, "k": q, "vectors": flat}
+    backwards = {"v": dy, "k": q} | flat
     kind = Walk(weight="enter", reverse=True, checkpoints=True)
-    ends = _starts(options, geometry, kind, backwards, _state(geometry, cotangents.final_state))
-    dstates = walk(geometry, kind, backwards | {"initial": ends}, interpreted=options.interpreted)
-    inputs = {"v": v, "dy": dy, "k": k, "q": q, "vectors": flat} | _skip(geometry, arguments)
+    last = _starts(options, geometry, kind, backwards, _state(geometry, cotangents.final_state))
+    dstates = walk(geometry, kind, backwards | {"initial": last}, interpreted=options.interpreted)
+    inputs = {"v": v, "dy": dy, "k": k, "q": q} | flat | _skip(geometry, arguments)
     inputs |= {"states": states["checkpoints"], "dstates": dstates["checkpoints"]}
     found = gradients(geometry, inputs, interpreted=options.interpreted)
     rows = _gradient_rows(geometry, found)
@@ -137,7 +139,7 @@ def _geometry(arguments: DecayingAttentionArguments) -> Geometry:
 
 def _vectors(
     geometry: Geometry, arguments: DecayingAttentionArguments, log_decay: jax.Array, scale: jax.Array
-) -> jax.Array:
+) -> Arrays:
     """`chunk_vectors`; the heads of the kernels that are pieces of one head have the same."""
     repeats = geometry.heads // log_decay.shape[2]
     padding = ((0, 0), (0, geometry.length - log_decay.shape[1]))
@@ -148,6 +150,11 @@ def _vectors(
     if arguments.segment_ids is not None:
         starts = jnp.pad(segment_starts(arguments.segment_ids), padding)
     return chunk_vectors(geometry, log_decay, scale, starts)
+
+
+def _rows(vectors: Arrays) -> Arrays:
+    """Each of the vectors as a matrix with a row for every chunk."""
+    return {name: vector.reshape(-1, CHUNK) for name, vector in vectors.items()}
 
 
 def _tokens(geometry: Geometry, array: jax.Array) -> jax.Array:
@@ -195,10 +202,13 @@ def _starts(
     if parts == 1:
         return start
     alone = Walk(weight=kind.weight, reverse=kind.reverse)
-    inputs = {name: inputs[name] for name in ("v", "k", "vectors")}
+    inputs = {name: inputs[name] for name in ("v", "k", *geometry.vectors)}
     own = walk(geometry, alone, inputs, interpreted=options.interpreted)["final"].reshape(parts, rows, -1)
-    shape = (geometry.batch, geometry.heads, geometry.chunks, geometry.vectors, CHUNK)
-    decays = inputs["vectors"].reshape(shape)[:, :, :, row("enter"), -1]
+    shape = (geometry.batch, -1, geometry.chunks, CHUNK)
+    last = {name: inputs[name].reshape(shape)[..., -1:] for name in ("sum", "scale")}
+    if geometry.packed:
+        last["start"] = inputs["start"].reshape(geometry.batch, geometry.chunks, CHUNK)[..., -1:]
+    decays = ends(last)["enter"][..., 0]
     missing = parts * geometry.chunks_per_part - geometry.chunks
     decays = jnp.pad(decays, ((0, 0), (0, 0), (0, missing)), constant_values=1.0)
     decays = jnp.prod(decays.reshape(-1, parts, geometry.chunks_per_part), axis=2)
@@ -221,13 +231,15 @@ def _gradient_rows(geometry: Geometry, found: Arrays) -> Arrays:
     return rows
 
 
-def _vector_cotangents(geometry: Geometry, rows: Arrays) -> jax.Array:
-    """Cotangents of `chunk_vectors`."""
+def _vector_cotangents(geometry: Geometry, rows: Arrays) -> Arrays:
+    """Cotangents of `chunk_vectors` and `ends`."""
     # A chunk decays the state before it by "enter" of its last token.
     enter = rows["enter"].at[..., -1].add(jnp.sum(rows["state"], axis=-1))
     # The kernel differentiates exp(s ln 2) by the whole exponent.
-    by_name = rows | {"sum": rows["sum"] * LN_2, "enter": enter, "start": jnp.zeros_like(enter)}
-    return jnp.stack([by_name[name] for name in VECTORS[: geometry.vectors]], axis=3)
+    cotangents = {"sum": rows["sum"] * LN_2, "scale": rows["scale"], "enter": enter, "leave": rows["leave"]}
+    if geometry.packed:
+        cotangents["start"] = jnp.zeros((geometry.batch, geometry.chunks, CHUNK))
+    return cotangents
 
 
 def _skip_gradient(D: jax.Array, v: jax.Array, rows: jax.Array, dy: jax.Array) -> jax.Array:

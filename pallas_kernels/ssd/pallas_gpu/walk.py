@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.pallas_gpu.decays import row
+from pallas_kernels.ssd.pallas_gpu.decays import ChunkVectors
 from pallas_kernels.ssd.pallas_gpu.geometry import CHUNK, WIDTH, Geometry
 from pallas_kernels.ssd.pallas_gpu.launching import (
     Arrays,
@@ -26,7 +26,6 @@ from pallas_kernels.ssd.pallas_gpu.launching import (
 from pallas_kernels.ssd.pallas_gpu.tensor_cores import (
     COLUMNS,
     MATRIX,
-    ROWS,
     accumulate,
     by_column,
     by_row,
@@ -45,7 +44,7 @@ class Walk:
     """What a walk computes.
 
     Attributes:
-        weight: which of `VECTORS` weighs a token's share of the state.
+        weight: "enter" or "leave" of `decays.ends`, which weighs a token's share of the state.
         reverse: from the last chunk to the first.
         outputs: compute y, which takes queries.
         checkpoints: write the state before every chunk, in bfloat16.
@@ -67,7 +66,7 @@ def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -
     Args:
         geometry: sizes.
         kind: what to compute.
-        inputs: "v" (B L, H WIDTH), "k" and, for outputs, "q" (B L, G N), "vectors". "initial"
+        inputs: "v" (B L, H WIDTH), "k" and, for outputs, "q" (B L, G N), and the vectors. "initial"
             (parts B H WIDTH, N), what the parts start from, is zero if it is missing; so is "D" (H, WIDTH), the skip.
         interpreted: run in Pallas' interpreter.
 
@@ -78,13 +77,14 @@ def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -
     rows, states = geometry.batch * geometry.heads * WIDTH, geometry.states
     outputs = {"final": jax.ShapeDtypeStruct((geometry.parts * rows, states), jnp.float32)}
     count = geometry.block_heads
+    copies = count * (1 + len(geometry.vectors)) + 1 + kind.outputs
     scratch: dict[str, Any] = {
         "vs": tile(kind.stages, count, CHUNK, WIDTH),
         "ks": tile(kind.stages, CHUNK, states),
-        "vector": plgpu.SMEM((kind.stages, count, geometry.vectors, CHUNK), jnp.float32),
+        "vector": plgpu.SMEM((kind.stages, count, len(geometry.vectors), CHUNK), jnp.float32),
         "weighted": tile(count, CHUNK, WIDTH),
         "skip": plgpu.SMEM((count, WIDTH), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=2 * count + 1 + kind.outputs, num_barriers=kind.stages),
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=kind.stages),
         "empty": plgpu.Barrier(num_arrivals=count, num_barriers=kind.stages),
     }
     if kind.outputs:
@@ -145,9 +145,7 @@ def _copy_ahead(geometry: Geometry, kind: Walk, refs: Arrays, count, chunk) -> N
         for j in range(geometry.block_heads):
             channels = pl.ds((head + j) * WIDTH, WIDTH)
             plgpu.copy_gmem_to_smem(refs["v"].at[tokens, channels], refs["vs"].at[slot, j], barrier)
-            index = (batch * geometry.heads + head + j) * geometry.chunks + chunk(i)
-            vectors = refs["vectors"].at[pl.ds(index * geometry.vectors, geometry.vectors)]
-            plgpu.copy_gmem_to_smem(vectors, refs["vector"].at[slot, j], barrier)
+            copy_vectors(geometry, refs, (batch, head + j, chunk(i)), refs["vector"].at[slot, j], barrier)
 
     copy_ahead(count, kind.stages, refs, fetch)
 
@@ -183,9 +181,9 @@ class _Head:
         refs["final"][place] = jax.lax.fori_loop(0, count, advance, state)
         plgpu.wait_smem_to_gmem(0)
 
-    def vector(self, slot, name: str, layout) -> jax.Array:
-        """One of the chunk's vectors, along the rows or the columns of a matrix."""
-        return plgpu.load(self.refs["vector"].at[slot, self.own, row(name)], layout=layout)
+    def vectors(self, slot) -> ChunkVectors:
+        """The chunk's vectors."""
+        return ChunkVectors(self.refs["vector"].at[slot, self.own], packed=self.geometry.packed)
 
     def values(self, slot) -> jax.Array:
         """The chunk's v."""
@@ -195,8 +193,10 @@ class _Head:
         """Writes what the chunk, the i-th, has to give; returns the state after it."""
         geometry, kind, refs = self.geometry, self.kind, self.refs
         weighted = refs["weighted"].at[self.own]
-        rounded, decay = state.astype(jnp.bfloat16), refs["vector"][slot, self.own, row("enter"), CHUNK - 1]
-        shares = (self.values(slot) * by_row(self.vector(slot, kind.weight, ROWS), WIDTH)).astype(jnp.bfloat16)
+        vectors = self.vectors(slot)
+        rounded, decay = state.astype(jnp.bfloat16), vectors.decay()
+        weights = vectors.enter() if kind.weight == "enter" else vectors.leave()
+        shares = (self.values(slot) * by_row(weights, WIDTH)).astype(jnp.bfloat16)
         if kind.outputs:
             return self.with_outputs(chunk, slot, (rounded, state * decay), shares)
         weighted[...] = shares
@@ -229,6 +229,7 @@ class _Head:
         k_tile, q_tile = refs["ks"].at[slot], refs["qs"].at[slot]
         weighted, state_tile = refs["weighted"].at[self.own], refs["state"].at[self.own, 0]
         rounded, decayed = states
+        vectors = self.vectors(slot)
 
         def products(scores, before, state, within):
             multiply(scores, q_tile, k_tile, transposed="b")
@@ -239,16 +240,14 @@ class _Head:
             plgpu.commit_smem()
             multiply(before, q_tile, state_tile, transposed="b")
             multiply(state, weighted, k_tile, transposed="a")
-            starts = self.vector(slot, "start", ROWS) if geometry.packed else None
-            decays = pair_decays(self.vector(slot, "sum", ROWS), self.vector(slot, "sum", COLUMNS), starts)
-            decays = decays * by_column(self.vector(slot, "scale", COLUMNS), CHUNK)
+            decays = pair_decays(vectors) * by_column(vectors.load("scale", COLUMNS), CHUNK)
             weights = (read(scores, running=2) * decays).astype(jnp.bfloat16)
             multiply(within, weights, refs["vs"].at[slot, self.own])
 
         square, wide = zeros(CHUNK, CHUNK), zeros(CHUNK, WIDTH)
         results = accumulate(products, (square, wide, decayed, wide), interpreted=self.interpreted)
         _, before, state, within = results
-        y = before * by_row(self.vector(slot, "enter", ROWS), WIDTH) + within
+        y = before * by_row(vectors.enter(), WIDTH) + within
         if "D" in refs:
             y = y + self.values(slot) * by_column(plgpu.load(refs["skip"].at[self.own], layout=COLUMNS), CHUNK)
         # y of the last chunk must have left its place.
@@ -260,21 +259,32 @@ class _Head:
         return state
 
 
-def pair_decays(rows: jax.Array, columns: jax.Array, starts: jax.Array | None) -> jax.Array:
-    """2^(s_i - s_j) for every row i and column j, 0 where token j is later than i or of another document.
+def copy_vectors(geometry: Geometry, refs: Arrays, place, target, barrier) -> None:
+    """Starts the copies of the vectors of a chunk, which arrive on the barrier one by one.
 
     Args:
-        rows: s along rows.
-        columns: s along columns.
-        starts: first token of the row's document, if there are several.
+        geometry: sizes.
+        refs: with the vectors.
+        place: row of the batch, head and chunk.
+        target: shared memory, (V, CHUNK).
+        barrier: of the copies.
     """
+    batch, head, chunk = place
+    for index, name in enumerate(geometry.vectors):
+        # All heads have the same starts.
+        leading = batch if name == "start" else batch * geometry.heads + head
+        plgpu.copy_gmem_to_smem(refs[name].at[leading * geometry.chunks + chunk], target.at[index], barrier)
+
+
+def pair_decays(vectors: ChunkVectors) -> jax.Array:
+    """2^(s_i - s_j) for every row i and column j, 0 where token j is later than i or of another document."""
     i, j = token_indices()
     visible = i >= j
-    if starts is not None:
-        visible = visible & (j.astype(jnp.float32) >= by_row(starts, CHUNK))
-    # The mask comes first: a difference that it hides may be large.
-    difference = jnp.where(visible, by_row(rows, CHUNK) - by_column(columns, CHUNK), -jnp.inf)
-    return jnp.exp2(difference)
+    if vectors.packed:
+        visible = visible & (j.astype(jnp.float32) >= by_row(vectors.load("start"), CHUNK))
+    difference = by_row(vectors.load("sum"), CHUNK) - by_column(vectors.load("sum", COLUMNS), CHUNK)
+    # The mask comes before the exponential: a difference that it hides may be large.
+    return jnp.exp2(jnp.where(visible, difference, -jnp.inf))
 
 
 def token_indices() -> tuple[jax.Array, jax.Array]:
