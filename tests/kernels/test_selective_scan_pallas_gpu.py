@@ -97,6 +97,7 @@ def test_every_tiling(tilings: tuple[Tiling, Tiling], monkeypatch: pytest.Monkey
     op_contract.check_values_and_gradients(OP, "pallas_gpu", make_call(spec))
 
 
+@slow_interpreted
 def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three parts, one of them only partly used, with different tilings in the two directions."""
     tilings = Tiling(lanes_per_channel=8, rows=1, parts=3), Tiling(lanes_per_channel=4, rows=2, parts=2)

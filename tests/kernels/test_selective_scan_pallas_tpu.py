@@ -44,7 +44,8 @@ def test_values_and_gradients_of_larger_calls(spec: ScanSpec) -> None:
     op_contract.check_values_and_gradients(OP, "pallas_tpu", make_call(spec))
 
 
-@pytest.mark.parametrize("B", ["shared", pytest.param("grouped", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("B", ["shared", "grouped"])
 def test_many_blocks_and_strips_without_races(B: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_tpu, "generation", lambda kind: TINY)
     monkeypatch.setattr(pallas_tpu, "INTERPRETER", pltpu.InterpretParams(detect_races=True))

@@ -234,6 +234,8 @@ def model_on_one_device(config: ModelConfig) -> Any:
     return program(*arguments)
 
 
+# tests/training/test_step.py holds training on these meshes to as much in every run of the tests.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [MeshConfig(data=2, sequence=4), MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)],
