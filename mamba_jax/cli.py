@@ -202,6 +202,7 @@ def load_config(path: str, overrides: Sequence[str]) -> ExperimentConfig:
 
 
 def _read_config_file(path: str) -> bytes:
+    """Reads the source of a config; raises an InputError that tells what is wrong with the path."""
     try:
         if not Path(path).is_file():
             problem = ", but something else of this name" if Path(path).exists() else ""

@@ -149,6 +149,7 @@ def from_json[T: Config](cls: type[T], text: str, *, origin: str) -> T:
 
 
 def _describe(detail: Any) -> str:
+    """Turns one error of pydantic's `errors()` into a short text; for an unknown key it suggests a similar one."""
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(str(detail["loc"][-1]), _field_names(), n=1)

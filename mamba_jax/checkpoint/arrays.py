@@ -86,6 +86,7 @@ def _check_parts(store: Any, keys: set[bytes], name: str) -> None:
 
 
 def _read_item(folder: Path, name: str, tree: Any) -> Any:
+    """Restores one item of a checkpoint, placed as the leaves of `tree` say, without waiting for other processes."""
     quiet()
     own = jax.process_index()
     # As if this process were alone: otherwise Orbax sets barriers, and a process that has failed never reaches them.

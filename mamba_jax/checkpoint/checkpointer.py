@@ -183,6 +183,7 @@ class Checkpointer:
             self._writer.close()
 
     def _open(self, *, patience: float) -> None:
+        """Makes a new Orbax writer, after process 0 has removed what unfinished saves left (see `remove_leftovers`)."""
         quiet()
         if jax.process_index() == 0:
             remove_leftovers(self._folder, patience=patience)

@@ -109,6 +109,7 @@ def stored_run(run_dir: str | Path) -> StoredRun | None:
 
 
 def _choose(run_dir: Path, step: int | None) -> Path:
+    """Folder of the checkpoint of `step`, or of the newest one; the first process chooses for all."""
     with same_for_all():
         steps = steps_in(run_dir / FOLDER)
         if not steps and not (run_dir / FOLDER).is_dir():
@@ -121,6 +122,7 @@ def _choose(run_dir: Path, step: int | None) -> Path:
 
 
 def _load(folder: Path, weights: Literal["weights", "average"]) -> LoadedParams:
+    """Reads a checkpoint's trained parameters, or their moving average, onto the first device of this process."""
     with same_for_all():
         record = records.read(folder)
         records.check_step(record, folder)

@@ -213,6 +213,7 @@ def _windows(dataset: TokenDataset, windows: np.ndarray, length: int, documents:
 
 
 def _check_length(dataset: TokenDataset, config: DataConfig) -> None:
+    """Refuses a data set that has fewer tokens than its order needs for a single batch or window."""
     if config.order == "streams":
         rows, what, remedy = config.global_batch, "data.global_batch * data.seq_len + 1", "a smaller batch or seq_len"
     else:

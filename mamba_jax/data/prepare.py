@@ -54,6 +54,7 @@ def write_shards(
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Groups pieces for the tokenizer; a batch ends at `_BATCH_BYTES` of text or at `_BATCH_PIECES` pieces."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:

@@ -137,6 +137,7 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 def _read(path: Path) -> bytes:
+    """Reads the index file, but nothing that is too large for an index or is not a regular file."""
     advice = "`python -m mamba_jax.data.prepare` writes token shards"
     try:
         # Opening a pipe of this name would otherwise wait for someone to write to it.

@@ -135,6 +135,7 @@ class ShardWriter:
         return index
 
     def _flush(self, *, last: bool) -> None:
+        """Checks pending ids and writes all whole blocks of them; `last` writes the rest too, and ends the file."""
         ids = np.concatenate([*self._pending, np.empty(0, np.int64)])
         bad = np.flatnonzero((ids < 0) | (ids >= self._vocabulary.size))
         if bad.size:
@@ -151,6 +152,7 @@ class ShardWriter:
             self._close_shard()
 
     def _write_block(self, block: np.ndarray) -> None:
+        """Writes up to `BLOCK_TOKENS` ids as one record, into a new file if the open one is full."""
         if len(self._file_digests) == self._shard_blocks:
             self._close_shard()
         data = block.tobytes()
@@ -168,6 +170,7 @@ class ShardWriter:
         self._tokens += len(block)
 
     def _close_shard(self) -> None:
+        """Ends the open file, if any, with a record of its blocks' digests, and makes its entry for the index."""
         if self._file is None:
             return
         path, digests = self._shard_path(), b"".join(self._file_digests)

@@ -164,6 +164,7 @@ class TokenDataset:
         return rows
 
     def _read_blocks(self, blocks: Int[np.ndarray, " N"]) -> dict[int, np.ndarray]:
+        """Reads and checks blocks, numbered over all shards in order; returns the ids of each by its number."""
         found: dict[int, np.ndarray] = {}
         shards = np.searchsorted(self._shard_ends, blocks, side="right")
         for shard in np.unique(shards).tolist():
@@ -183,6 +184,7 @@ class TokenDataset:
             return self._open_shards[shard]
 
     def _decode(self, record: bytes, entry: ShardEntry, file: _OpenShard, position: int) -> np.ndarray:
+        """Ids of the block in record `position` of a shard; checks their number, their range and the block's digest."""
         size, dtype = self.index.block_tokens, np.dtype(self.index.dtype).newbyteorder("<")
         expected = min(size, entry.tokens - position * size)
         path = self._folder / entry.file
@@ -204,6 +206,7 @@ class TokenDataset:
 
 
 def _check_file(path: Path, entry: ShardEntry) -> None:
+    """Makes sure that a shard's file exists and has the size that the index tells."""
     try:
         if not path.is_file():
             raise DamagedShards(f"shard {path} is missing or no file: restore it or prepare the folder again")

@@ -216,6 +216,7 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(
         self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
     ) -> list[Int[np.ndarray, " T"]]:
+        """See `Tokenizer.encode_batch`; texts that continue a document are encoded apart from those that begin one."""
         for text in texts:
             _utf8(text)
         flags = [False] * len(texts) if continues is None else list(continues)

@@ -104,6 +104,7 @@ def without_prefix_space(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenize
 
 
 def _read(path: str) -> bytes:
+    """Reads a tokenizer's file; raises an InputError if it is not a regular file or is far too large."""
     try:
         # A pipe would be waited for, and a device never ends.
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -147,6 +148,7 @@ def _is_whole(character_map: Any) -> bool:
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Removes what adds a prefix from the JSON of a normalizer or pre-tokenizer; None if nothing remains of it."""
     match part:
         case {"type": "Sequence", **members}:
             kept = {name: [m for m in map(_without_prefix, value) if m is not None] for name, value in members.items()}

@@ -36,6 +36,7 @@ def find_loss(encode_batch: Callable[[Sequence[str]], list[Int[np.ndarray, " T"]
 def _with_ids(
     encode_batch: Callable[[Sequence[str]], list[Int[np.ndarray, " T"]]],
 ) -> Iterable[tuple[str, Int[np.ndarray, " T"]]]:
+    """Every text of `_probes` with its token ids, but for texts that the tokenizer refuses."""
     texts = _probes()
     try:
         yield from zip(texts, encode_batch(texts), strict=True)
@@ -52,7 +53,12 @@ def _with_ids(
 
 @functools.cache
 def _probes() -> tuple[str, ...]:
-    """Texts x?x with every byte of UTF-8 and kind of white space in the middle, likely ones first (for the example)."""
+    """Texts "x" + middle + "x" whose middles hold every byte that UTF-8 uses and every common white space, or nothing.
+
+    Ordinary characters come first, so that the pair that `find_loss` reports is an ordinary one if there is such a
+    pair. The texts are in NFC because `find_loss` does not count canonically equivalent texts with the same ids as a
+    loss.
+    """
     ascii_visible = map(chr, range(0x21, 0x7F))
     spaces = (" ", "  ", "\n", "\n\n", "\t", "\r\n", "")
     two_bytes = map(chr, range(0xA0, 0x800))

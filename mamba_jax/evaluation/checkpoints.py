@@ -187,6 +187,7 @@ def _source(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoint: st
 def _perplexity(
     loaded: LoadedCheckpoint, source: Source, request: EvaluationRequest, tokenizer: Tokenizer
 ) -> Perplexity:
+    """Measures a loaded model on text; what the request leaves open is as in training, or a default."""
     if tokenizer.lossy:
         print("warning:", tokenizer.lossy, file=sys.stderr)
     experiment = loaded.experiment

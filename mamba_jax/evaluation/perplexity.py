@@ -104,6 +104,7 @@ def _program(mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def _summed_loss(definition: ModelDefinition, loss_chunk: int, params: Params, batch: LMBatch) -> dict[str, jax.Array]:
+    """The sum of -log p, in nats, over the tokens of a batch with `loss_mask`, and the number of these tokens."""
     model = definition.merge(params)
     output = next_token_loss(
         model.hidden(batch.tokens, segment_ids=batch.segment_ids).hidden,

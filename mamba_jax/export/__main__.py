@@ -34,6 +34,7 @@ class Arguments:
 
 
 def main() -> None:
+    """The command line: writes a checkpoint as a folder in a published layout, with its tokenizer files."""
     with one_line_errors():
         arguments = parse(Arguments, prog="python -m mamba_jax.export")
         require_new_folder(arguments.out)

@@ -37,6 +37,7 @@ def tokenizer_beside(folder: Path) -> TokenizerConfig | None:
 
 
 def _ends(folder: Path) -> Iterator[str]:
+    """Yields the end-of-document tokens that the files beside a published model name, the best source first."""
     if lexists(folder / "tokenizer_config.json"):
         token = read_json(folder / "tokenizer_config.json").get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token

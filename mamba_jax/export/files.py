@@ -123,6 +123,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _move_files(source: Path, target: Path) -> None:
+    """Moves all files into the folder `target`, config.json last; after a failure none of them is left there."""
     moved: list[Path] = []
     try:
         for file in sorted(source.iterdir(), key=lambda file: file.name == "config.json"):

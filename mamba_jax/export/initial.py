@@ -79,6 +79,7 @@ def _decisive(config: ModelConfig) -> dict[str, Any]:
 
 
 def _other_tokenizer(stored: TokenizerConfig | None, own: TokenizerConfig) -> list[str]:
+    """One sentence if the tokenizers give different ids, in a list; empty if not, or if none is stored."""
     if stored is None:
         return []
     was, here = make_tokenizer(stored), make_tokenizer(own)

@@ -58,6 +58,7 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors, by name, of a model whose safetensors files are listed in an index."""
     index = folder / _INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
@@ -83,6 +84,7 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file by name; only the header is read now, the values when asked for."""
     require_file(path)
     try:
         with path.open("rb") as file:
@@ -116,6 +118,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def _open_torch(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a PyTorch state dictionary by name, as float32; PyTorch reads all of them at once."""
     require_file(path)
     try:
         import torch  # pyrefly: ignore[missing-import]

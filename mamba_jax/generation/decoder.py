@@ -151,6 +151,7 @@ def _step(
     sampling: Sampling,
     key: jax.Array,
 ) -> Decoded:
+    """The compiled part of `Decoder.step`: reads a token of each row, (B,), and draws the next one."""
     output = definition.merge(params)(tokens[:, None], state)
     logits = output.logits[:, 0]
     drawn = sample(logits, key, sampling, vocab_size=definition.config.vocab_size)

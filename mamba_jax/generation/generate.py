@@ -63,6 +63,7 @@ def generate(
 
 
 def _check_prompt(prompt: jax.Array, lengths: np.ndarray | jax.Array | None, vocab_size: int) -> None:
+    """Refuses prompts (B, L) without tokens, lengths outside of 1 .. L, and ids that the model does not have."""
     if prompt.shape[1] == 0:
         raise InputError("the prompt has no tokens: give at least one")
     if lengths is not None:
@@ -94,6 +95,7 @@ def _generate(
     allowed_V: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
+    """Reads prompts and draws ids (B, num_tokens) in one program; -1 stands where the highest logit is not finite."""
     model = definition.merge(params)
     draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size, allowed=allowed_V)
     read = read_prompts(model, *prompt)

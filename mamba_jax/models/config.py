@@ -100,6 +100,7 @@ class ModelConfig(Config):
     remat: Literal["none", "block", "dots"] = "block"
 
     def _check(self) -> None:
+        """Refuses sizes that are not positive, too many ids, and units that do not add up to `num_layers` blocks."""
         self._require_positive("vocab_size", "d_model", "num_layers", "vocab_multiple", "norm_eps", "embedding_std")
         require(
             self.padded_vocab_size < 2**31, f"ModelConfig.vocab_size must stay below 2**31 ids, got {self.vocab_size}"

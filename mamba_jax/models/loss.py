@@ -112,6 +112,7 @@ def _chunked_loss(z_loss, shards, hidden_CSBTD, targets_CSBT, mask_CSBT, unembed
 
 
 def _chunked_loss_forward(z_loss, shards, hidden_CSBTD, targets_CSBT, mask_CSBT, unembedding_VD, inverse):
+    """Both losses, and already the gradients of their sum: so no logits are kept or computed twice."""
     weights_VD = unembedding_VD.astype(hidden_CSBTD.dtype)
 
     def step(carry, chunk):

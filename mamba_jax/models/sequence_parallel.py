@@ -107,6 +107,7 @@ def _scan_outputs(implementation: str | None, arguments: ScanArguments) -> ScanO
 
 
 def _scan_forward(implementation: str | None, arguments: ScanArguments) -> tuple[ScanOutput, Any]:
+    """The output of the shard and the state after it, and what the backward pass needs: the scan's vjp and s."""
     options = {"discretization": arguments.discretization, "dt_softplus": True, "implementation": implementation}
     operands, integers = arguments.operands()
     arrays = operands.arrays()
@@ -127,6 +128,7 @@ def _scan_forward(implementation: str | None, arguments: ScanArguments) -> tuple
 def _scan_backward(
     implementation: str | None, arguments: ScanArguments, kept: Any, cotangents: ScanOutput
 ) -> dict[str, jax.Array]:
+    """Gradients of the arguments from this shard; the initial state gets its gradient from the first shard only."""
     scan_vjp, s_BE = kept
     operands, integers = arguments.operands()
     arrays = operands.arrays()
@@ -168,6 +170,7 @@ def _attend_outputs(implementation: str | None, arguments: DecayingAttentionArgu
 
 
 def _attend_forward(implementation: str | None, arguments: DecayingAttentionArguments) -> tuple[SSDOutput, Any]:
+    """The output of the shard and the state after it, and the function that the backward pass calls."""
     operands, integers = arguments.operands()
     entering = entering_state(
         ssd_final_state(arguments),
@@ -186,6 +189,7 @@ def _attend_forward(implementation: str | None, arguments: DecayingAttentionArgu
 def _attend_backward(
     implementation: str | None, arguments: DecayingAttentionArguments, attend_vjp: Any, cotangents: SSDOutput
 ) -> dict[str, jax.Array]:
+    """Gradients of the arguments from this shard; the initial state gets its gradient from the first shard only."""
     dleaving = leaving_cotangent(
         ssd_initial_cotangent(cotangents.y, arguments),
         jnp.sum(arguments.log_decay, axis=1),
@@ -286,11 +290,17 @@ def entering_state(
     """The state before this shard's first token.
 
     Args:
-        left_behind: S, the state after this shard's tokens from zero before them, float32.
-        elapsed: s, sum of the shard's step sizes, (B, C), float32.
+        left_behind: S, the state after this shard's tokens from zero before them, float32: (B, E, N) of a selective
+            scan (C is E channels), (B, H, P, N) of state-space duality (C is H heads).
+        elapsed: s, (B, C), float32, the sum over the shard's tokens of the step sizes, or of log_decay for state-space
+            duality.
         segment_ids: document of each token of the shard, (B, L), or None.
-        initial_state: before the whole sequence; None is zero.
-        decay: exp(A s) of s, shaped to multiply a state.
+        initial_state: the state before the whole sequence; None is zero.
+        decay: from s to the factor by which a state is multiplied, exp(A s), or exp(s) for state-space duality, shaped
+            to multiply a state.
+
+    Returns:
+        The state, zero in rows where a document starts at the shard's first token.
     """
     starts_B, resets_B = _resets(segment_ids)
     own = _Span(left_behind=left_behind, elapsed=elapsed, resets=_either(starts_B, resets_B))
@@ -312,11 +322,18 @@ def leaving_cotangent(
     """The cotangent of the state after this shard's last token.
 
     Args:
-        from_outputs: what the cotangents of the shard's outputs make that of the state before its first token, float32.
-        elapsed: s, sum of the shard's step sizes, (B, C), float32.
+        from_outputs: what the cotangents of the shard's outputs make that of the state before its first token, float32,
+            shaped like a state: (B, E, N) of a selective scan (C is E channels), (B, H, P, N) of state-space duality (C
+            is H heads).
+        elapsed: s, (B, C), float32, the sum over the shard's tokens of the step sizes, or of log_decay for state-space
+            duality.
         segment_ids: document of each token of the shard, (B, L), or None.
         dfinal_state: cotangent of the state after this shard, but for what later shards make of it.
-        decay: exp(A s) of s, shaped to multiply a state.
+        decay: from s to the factor by which a state is multiplied, exp(A s), or exp(s) for state-space duality, shaped
+            to multiply a state.
+
+    Returns:
+        The cotangent, shaped like a state.
     """
     starts_B, resets_B = _resets(segment_ids)
     passed = from_outputs + _kept(decay(elapsed) * dfinal_state.astype(from_outputs.dtype), resets_B)

@@ -102,6 +102,7 @@ class StepEstimate:
         return lines + self._time_lines()
 
     def _time_lines(self) -> list[str]:
+        """Report lines on the time of a step: of each kind of work alone, and the expected total if it is known."""
         lines = [
             f"model operations of a step: {self.flops * self.devices:.3e}, of a device {self.flops:.3e}, "
             f"at the peak {_milliseconds(self.matmul_seconds)}",

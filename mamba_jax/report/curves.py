@@ -105,6 +105,7 @@ def draw(title: str, unit: str, curves: Sequence[Curve]) -> str:
 
 
 def _vertical_axis(curves: Sequence[Curve]) -> _Axis:
+    """The range of all curves' values; logarithmic if the highest is more than 50 times the median."""
     values = np.concatenate([curve.series.values for curve in curves])
     values = values[np.isfinite(values)]
     low, high = float(values.min()), float(values.max())
@@ -117,6 +118,7 @@ def _vertical_axis(curves: Sequence[Curve]) -> _Axis:
 
 
 def _picture(title: str, curves: Sequence[Curve], vertical: _Axis, *, is_log: bool) -> str:
+    """HTML of the curves over a linear or logarithmic axis of steps, and their points as JSON for the page's script."""
     first = min(int(curve.series.steps[0]) for curve in curves)
     last = max(int(curve.series.steps[-1]) for curve in curves)
     low = max(1.0, float(first)) if is_log else 0.0 if first < 0.05 * last else float(first)
@@ -161,6 +163,7 @@ def _line(curve: Curve, x: np.ndarray, values: np.ndarray, kept: np.ndarray, ver
 
 
 def _grid(horizontal: _Axis, vertical: _Axis) -> str:
+    """SVG of the horizontal grid lines with their values, and of the steps along the bottom."""
     parts = []
     for value, y in zip(vertical.ticks(), vertical.pixels(np.array(vertical.ticks())), strict=True):
         parts.append(

@@ -77,6 +77,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
+    """HTML of the most important numbers: tiles for a single run, a table with a row for each of several."""
     tiles = [_tiles(run) for run in runs]
     if len(runs) == 1:
         parts = (f'<div class="tile"><small>{name}</small><b>{value}</b></div>' for name, value in tiles[0].items())

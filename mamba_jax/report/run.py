@@ -112,6 +112,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read(folder: Path) -> Run:
+    """Collects all that the files of a run directory tell; raises an InputError if it holds no run."""
     config = _read_config(folder)
     files = [name for name in ("metrics.jsonl", "events.jsonl") if (folder / name).is_file()]
     if not files and not isinstance(config.get("train"), dict):
@@ -151,6 +152,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _read_series(folder: Path) -> dict[tuple[str, str], Series]:
+    """All logged values by kind of record and name, each in the order of its steps."""
     # A resume on a full disk can leave a step twice: the newer record, further down, counts.
     records = {(record["kind"], record["step"]): record for record in read_metrics(folder)}
     columns: dict[tuple[str, str], tuple[list[int], list[float]]] = {}

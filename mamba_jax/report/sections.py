@@ -54,6 +54,7 @@ def goodput_section(runs: Sequence[Run]) -> str:
 
 
 def _bar(run: Run, summary: GoodputSummary) -> str:
+    """HTML of a bar that is divided by what the wall time of a run went into, with a legend."""
     order = [*_BUCKETS, *sorted(summary.seconds.keys() - _BUCKETS.keys())]
     shares = {name: summary.seconds[name] for name in order if name in summary.seconds}
     parts, legend = [], []

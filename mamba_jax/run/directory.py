@@ -167,6 +167,7 @@ def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratc
 
 
 def _find_run(run_dir: Path, data: Mapping[str, Any]) -> RunRecord:
+    """The record of the run in the directory, else that of its newest checkpoint, else a new one."""
     record, newest = read_record(run_dir), newest_step(run_dir)
     if newest is None and not has_recorded_steps(run_dir):
         return RunRecord.new(data)
@@ -269,6 +270,7 @@ def _writing(run_dir: str | Path) -> Iterator[None]:
 
 
 def _check_content(run_dir: Path) -> None:
+    """Raises an InputError unless the path is missing, or a folder that holds a run or nothing of importance."""
     for path in (run_dir, run_dir / FOLDER):
         if path.is_symlink() and not path.exists():
             raise InputError(

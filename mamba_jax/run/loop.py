@@ -224,11 +224,11 @@ class _Run:
         self.skipped_in_a_row = 0
 
     def execute(self) -> TrainResult:
+        """Trains and saves, then evaluates: if the last evaluation fails, a restart need not train again."""
         last, deadline = self.config.train.num_steps, self.config.faults.deadline_seconds
         with contextlib.closing(self.checkpointer), contextlib.closing(self.log), self.log.live():
             step = self._steps()
             self.watchdog.arm(deadline, f"saving step {step}")
-            # Before the final evaluation: if that fails, a restart need not train again. No step, nothing new to save.
             if step > self.first_step or not self.is_resumed:
                 self.saves.save_last(step, self.state)
                 self.hooks.after_save(step)
@@ -253,9 +253,8 @@ class _Run:
     def _steps(self) -> int:
         """Runs steps until the last or until asked to stop; returns the number of updates done.
 
-        The metrics of a step are read after the next step has been dispatched, so that the devices never wait for the
-        host. Before a save, an evaluation or a sample they are read at once: too many skipped steps end the run, and
-        then nothing is saved. Saving comes first, so that a restart does not repeat an evaluation that crashes.
+        A step's metrics are read after the next step is dispatched, so that devices never wait for the host, but at
+        once before a save, an evaluation or a sample. A save comes first: if evaluation crashes, no step is repeated.
         """
         config, last = self.config, self.config.train.num_steps
         batches = self.batches.iterate(self.first_step)
@@ -313,6 +312,7 @@ class _Run:
         return True
 
     def _finish_step(self, pending: tuple[int, StepMetrics] | None) -> None:
+        """Waits for a dispatched step, if any, and logs it; too many skipped in a row end the run without a save."""
         if pending is None:
             return
         step, metrics = pending
@@ -376,6 +376,7 @@ class _Run:
                 return
 
     def _sample(self, step: int) -> None:
+        """Logs text drawn from the model; it is only there to be looked at, so no failure of it ends the run."""
         if not self.config.train.sample_every or self.stop.requested():
             return
         self.watchdog.arm(self.config.faults.deadline_seconds, f"sample of step {step}")
@@ -392,7 +393,6 @@ class _Run:
                 )
             self.log.sample(step, text)
         except Exception as error:
-            # A sample is only there to be looked at: no failure of it is worth ending the run.
             self.log.note(f"no sample of step {step}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
 

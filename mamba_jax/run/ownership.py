@@ -128,6 +128,7 @@ class _Claim:
             self._created.append(folder)
 
     def _take(self) -> str:
+        """Tries once to lock the folder, or to own it by a heartbeat where locks do not work; returns as `acquire`."""
         path = self._run_dir / LOCK
         with _changing:
             if _key(path) in _own_locks:

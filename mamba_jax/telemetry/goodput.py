@@ -132,6 +132,7 @@ class _Start:
 
 
 def _starts(events: Sequence[Mapping[str, Any]]) -> list[_Start]:
+    """Splits events at each "start"; a start ends at its last event, but not after the next one begins."""
     groups: list[list[Mapping[str, Any]]] = []
     for event in events:
         if event["event"] == "start":
@@ -144,6 +145,7 @@ def _starts(events: Sequence[Mapping[str, Any]]) -> list[_Start]:
 
 
 def _read_start(group: Sequence[Mapping[str, Any]]) -> _Start:
+    """Sums up one start from its events, which are a "start" and all that follow up to the next one."""
     reports = [event for event in group if event["event"] == "goodput"]
     seconds = reports[-1]["seconds"] if reports else {}
     begin = group[0]["time"]

@@ -189,6 +189,7 @@ class _TensorBoard:
         self._threads = set(threading.enumerate()) - before
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """Passes the values of one step to TensorBoard; the first failure warns, and ends the files."""
         if self._writer is None:
             return
         try:
@@ -274,6 +275,7 @@ class StatusDisplay:
         self._show(lambda: self._console.print(text, markup=False))
 
     def _show(self, show: Callable[[], None]) -> None:
+        """Calls `show`, which prints to the terminal; of all failures the first causes a warning, and none an error."""
         failure: Exception | None = None
         try:
             show()

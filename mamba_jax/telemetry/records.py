@@ -69,6 +69,7 @@ class AppendOnlyFile:
             )
 
     def _write(self) -> None:
+        """Writes pending records in order; those from the first failure on stay pending."""
         count = 0
         try:
             with self._path.open("ab+", buffering=0) as file:
@@ -103,6 +104,7 @@ def append_whole(path: Path, records: Iterable[bytes]) -> None:
 
 
 def _append_whole(file: FileIO, record: bytes) -> None:
+    """Appends a record, on a new line; if writing fails, cuts off what was written of it, and raises the error."""
     size = file.seek(0, os.SEEK_END)
     if size > 0:
         file.seek(-1, os.SEEK_END)
@@ -135,6 +137,7 @@ def to_line(record: Mapping[str, object]) -> str:
 
 
 def _finite(value: object, name: str, reasons: dict[str, str]) -> object:
+    """A value for JSON with None for every float that is not finite; `reasons` gets its text, by dotted name."""
     if isinstance(value, float) and not math.isfinite(value):
         reasons[name] = str(float(value))
         return None

@@ -227,6 +227,7 @@ class ProgramConfig(Config):
     loss_chunk: int = 512
 
     def _check(self) -> None:
+        """Refuses a batch or a sequence that cannot be divided into the parts of a step."""
         batch, parts = self.global_batch, self.accumulation_steps
         require(
             batch % parts == 0,

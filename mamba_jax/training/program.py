@@ -58,6 +58,7 @@ class TrainProgram:
         self.step = make_train_step(config, self.definition, self.optimizer, self.state)
 
     def _check_batch(self) -> None:
+        """Refuses a batch or a sequence that the devices of the mesh cannot share in equal parts."""
         rows = self.config.global_batch // self.config.accumulation_steps
         check_rows(self.mesh, "data.global_batch / train.accumulation_steps", rows)
         # Evaluation does not cut windows; if a window divides over the devices, so does the sequence.

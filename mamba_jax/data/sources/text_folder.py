@@ -70,6 +70,7 @@ class TextFolder(DocumentReader):
         }
 
     def _whole(self, name: str) -> _Document:
+        """A file as one document, all of its bytes; refuses empty files and formats that are not plain text."""
         path = self._root / name
         if (suffix := path.suffix.lower()) in _NO_PROSE:
             raise InputError(
@@ -85,6 +86,7 @@ class TextFolder(DocumentReader):
         return _Document(name=name, size=found.st_size, modified_ns=found.st_mtime_ns, start=0, end=found.st_size)
 
     def _part(self, documents: list[_Document], source: TextFolderSource) -> list[_Document]:
+        """The training or validation part: whole files, or a piece of every file if all files fall in the same part."""
         if source.part == "all":
             return documents
         fraction, wanted = source.validation_fraction, source.part == "validation"
@@ -107,6 +109,7 @@ class TextFolder(DocumentReader):
 
 
 def _folder(source: TextFolderSource) -> Path:
+    """The folder of a source, which may lie in an installed package; raises an InputError if it cannot be listed."""
     root = Path(source.path)
     if source.package is not None:
         root = _package_folder(source.package) / source.path
@@ -167,6 +170,7 @@ def _cut_position(path: Path, size: int, fraction: float) -> int:
 
 
 def _document_pieces(path: Path, document: _Document) -> Iterator[Piece]:
+    """Decodes a document block by block, so that a large file never lies in memory as a whole."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="strict")
     continues, rest = False, ""
     for offset, block in _blocks(path, document):

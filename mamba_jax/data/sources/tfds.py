@@ -44,6 +44,7 @@ class TfdsDocuments(DocumentReader):
         }
 
     def _check_field(self) -> None:
+        """Makes sure that the first record has the field `text_field` and that it holds text."""
         record = self._record(0)
         if self._field not in record:
             raise InputError(
@@ -63,6 +64,7 @@ class TfdsDocuments(DocumentReader):
             ) from error
 
     def pieces(self) -> Iterator[Piece]:
+        """Yields each record's text as one whole document; raises an InputError if all are empty."""
         any_text = False
         for index in range(self.total):
             value = self._record(index)[self._field]
@@ -133,6 +135,7 @@ def _builder(source: TfdsSource) -> Any:
 
 
 def _find_builder(source: TfdsSource) -> Any:
+    """TFDS's builder of the set in a folder, if `name` is one, else of the published set of that name."""
     import tensorflow_datasets as tfds
 
     if os.path.isdir(source.name):
@@ -150,6 +153,7 @@ def _find_builder(source: TfdsSource) -> Any:
 
 
 def _prepared(folder: str) -> Any:
+    """TFDS's builder of the set that was prepared in this folder; any failure becomes an InputError."""
     import tensorflow_datasets as tfds
 
     advice = "name the version folder that holds dataset_info.json"
@@ -164,6 +168,7 @@ def _prepared(folder: str) -> Any:
 
 
 def _records(builder: Any, source: TfdsSource) -> Sequence[Any]:
+    """The records of the chosen split, which are read as they are asked for."""
     try:
         return builder.as_data_source(split=source.split)
     except NotImplementedError:
@@ -179,6 +184,7 @@ def _records(builder: Any, source: TfdsSource) -> Sequence[Any]:
 
 
 def _import_legacy_builder(name: str) -> None:
+    """Imports TFDS's own module for a text set, so that TFDS knows the set; refuses sets that need foreign code."""
     import tensorflow_datasets as tfds
 
     known, _ = tfds.core.naming.parse_builder_name_kwargs(name)

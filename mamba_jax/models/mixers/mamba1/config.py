@@ -64,6 +64,7 @@ class Mamba1Config(MixerConfig):
     scan_implementation: ScanName | None = None
 
     def _check(self) -> None:
+        """Refuses sizes that are not positive, a `dt_max` below `dt_min`, and projections named twice."""
         self._require_positive("state_dim", "conv_width", "expand", "dt_rank", "dt_min", "dt_scale", "dt_init_floor")
         self._require_positive("selection_norm_eps")
         require(

@@ -110,6 +110,7 @@ class Mamba1(Mixer):
         )
 
     def _init_dynamics(self, shape: tuple[int, int], *, rngs: nnx.Rngs) -> None:
+        """Creates A_log (E, N), D (E,), and B and C where they do not depend on the input; `shape` is (E, N)."""
         axes, dtype = (Axis.INNER, Axis.STATE), self.setting.param_dtype
         log_decay = initializers.log_decay(self.config.a_init)
         self.A_log = parameter(rngs, log_decay, shape, axes, dtype=dtype, decay=False)

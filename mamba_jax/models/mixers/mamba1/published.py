@@ -81,6 +81,7 @@ def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The content of Hugging Face's config.json: FalconMamba's if the mixer norms B, C and dt, else Mamba's."""
     mixer = _mixer(config)
     kind: dict[str, Any] = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
     if (eps := mixer.selection_norm_eps) is not None:

@@ -69,6 +69,7 @@ class Mamba2Config(MixerConfig):
     ssd_implementation: SSDName | None = None
 
     def _check(self) -> None:
+        """Refuses sizes that are not positive, and pairs of limits that are not in order."""
         self._require_positive("state_dim", "head_dim", "num_groups", "conv_width", "expand", "ssm_dim", "norm_eps")
         self._require_positive("dt_min", "dt_init_floor", "dt_upper_limit", "conv_init", "norm_group_size")
         for low, high in (("dt_min", "dt_max"), ("dt_lower_limit", "dt_upper_limit")):

@@ -82,6 +82,7 @@ class Mamba2(Mixer):
         self.out_proj = projection((gated + channels, width), axes, scale=scale)
 
     def _convolution(self, channels: int, *, rngs: nnx.Rngs) -> CausalConv1d:
+        """A short causal convolution as configured; the mixer has one for x and another for B and C."""
         config = self.config
         return CausalConv1d(
             channels,
@@ -93,6 +94,7 @@ class Mamba2(Mixer):
         )
 
     def _init_dynamics(self, heads: int, *, rngs: nnx.Rngs) -> None:
+        """Creates the bias of dt, A_log and D of every head, and the initial state if it is learned."""
         config, axes = self.config, (Axis.HEADS,)
 
         # None of them is pulled to zero by weight decay.

@@ -101,6 +101,7 @@ def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The content of Hugging Face's config.json; refuses a model that this layout has no keys for."""
     mixer = _mixer(config, ("ssm_dim", "skip", "use_norm", "norm_before_gate", "learn_initial_state"))
     if mixer.norm_eps != config.norm_eps:
         raise InputError(
@@ -182,6 +183,7 @@ def _of_projections(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
 
 
 def _of_convolutions(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
+    """The tensors of both convolutions, which a published file holds in one: the rows of x, then of B and C."""
     parts = _parts({"conv1d": mixer.channels(model), "BC_conv1d": 2 * mixer.num_groups * mixer.state_dim})
     total = parts["BC_conv1d"][1]
     tensors = {}
