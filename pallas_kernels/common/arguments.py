@@ -121,6 +121,10 @@ class Arguments:
         return dataclasses.replace(arguments, **dict.fromkeys(names)), given
 
     def _check_shapes(self) -> None:
+        """Raises ValueError for a shape that no declared layout allows with the sizes of the arrays before it.
+
+        The first array with a letter settles the letter's size; G may differ from array to array, see `_check_groups`.
+        """
         sizes: dict[str, Size] = {}
         for name, value in self.arrays().items():
             allowed = fields_of(type(self))[name].metadata["letters"]
@@ -142,6 +146,10 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} has {groups} groups, another array has {sizes['G']}: make them equal")
 
     def _check_dtypes(self) -> None:
+        """Raises ValueError unless integer arrays are integer, and all others floating.
+
+        Complex arrays pass only where they are declared complex, or follow an argument that is complex in this call.
+        """
         for name, value in self.arrays().items():
             metadata = fields_of(type(self))[name].metadata
             companion = metadata["complex_with"]

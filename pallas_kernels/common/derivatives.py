@@ -185,6 +185,10 @@ mlir.register_lowering(_linear_map_p, mlir.lower_fun(_evaluate, multiple_results
 
 
 def _transpose(cotangents, *arrays, functions: _Functions, num_residuals: int, types: tuple[Any, ...]):
+    """The rule of `_linear_map_p` for the backward pass: cotangents of its results to cotangents of its operands.
+
+    Residuals get None, as the map is not linear in them; so do inputs whose value is known.
+    """
     del types
     residuals, inputs = list(arrays[:num_residuals]), arrays[num_residuals:]
     results = functions.transpose(residuals, [ad.instantiate_zeros(cotangent) for cotangent in cotangents])
@@ -196,6 +200,10 @@ def _transpose(cotangents, *arrays, functions: _Functions, num_residuals: int, t
 
 
 def _jvp(primals, tangents, *, functions: _Functions, num_residuals: int, types: tuple[Any, ...]):
+    """The rule of `_linear_map_p` for its own derivative, which second derivatives need: results and their tangents.
+
+    The map is linear in its inputs, so their tangents go through the map itself; residuals go through `jax.jvp` of it.
+    """
     bind = functools.partial(_linear_map_p.bind, functions=functions, num_residuals=num_residuals, types=types)
     outputs = bind(*primals)
     sums = [ad.Zero(kind) for kind in types]
@@ -217,6 +225,11 @@ def _jvp(primals, tangents, *, functions: _Functions, num_residuals: int, types:
 
 
 def _batch(axis_data, arrays, axes, *, functions: _Functions, num_residuals: int, types: tuple[Any, ...]):
+    """The rule of `_linear_map_p` for `jax.vmap`: the same primitive, with both of its functions mapped.
+
+    Mapped arrays get their new axis in front. Inputs without it are repeated along it, since each element has its own
+    cotangent; residuals without it stay as they are. Returns the results and their axes.
+    """
     if all(axis is None for axis in axes):
         results = _linear_map_p.bind(*arrays, functions=functions, num_residuals=num_residuals, types=types)
         return results, [None] * len(results)

@@ -33,6 +33,7 @@ _WITHOUT_KERNEL = frozenset(api.IMPLEMENTATIONS) - {"pallas_gpu", "pallas_tpu", 
 
 
 def _dispatcher(op: str, function: str) -> Dispatcher[EdgeState]:
+    """Chooses a backend for one of the two ops here; `function` is its name in the modules of the backends."""
     return Dispatcher(
         op=op,
         implementations={

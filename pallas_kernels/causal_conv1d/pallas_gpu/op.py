@@ -55,12 +55,18 @@ def causal_conv1d(arguments: ConvArguments, *, walks: tuple[Walk, Walk] = (FORWA
 
 
 def _convolve_outputs(options: _Options, arguments: ConvArguments) -> ConvOutput:
+    """The result alone, where nobody asks for gradients; the kernel is the same, as it keeps nothing."""
     return _convolve_forward(options, arguments)[0]
 
 
 def _convolve_forward(options: _Options, arguments: ConvArguments) -> tuple[ConvOutput, None]:
+    """The result, and None: the backward kernel needs nothing but the arguments (see `differentiable_op`).
+
+    The kernel computes y as rows (B L, E padded to a multiple of walk.channels). XLA takes final_window (B, K - 1, E)
+    from the inputs.
+    """
     x, window = arguments.x, arguments.initial_window
-    assert window is not None
+    assert window is not None  # Filled in by `with_defaults`.
     inputs = _prepare(options.forward, arguments)
     outputs = {"y": jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype)}
     results = _call(options, kernel.forward, options.forward, arguments, inputs, outputs)
@@ -69,9 +75,15 @@ def _convolve_forward(options: _Options, arguments: ConvArguments) -> tuple[Conv
 
 
 def _convolve_backward(options: _Options, arguments: ConvArguments, kept: None, cotangents: ConvOutput) -> Arrays:
+    """Gradients of x, the initial window, weight and bias, from the cotangents of y and of the final window.
+
+    The kernel writes rows of padded channels: dx (B L, E); for every run of tokens its share of dweight (runs K, E)
+    and dbias (runs, E), which XLA adds up; and, if K > 1, the gradients of the window and of the last
+    K - 1 inputs in float32, to which XLA adds the gradient of the final window (see `add_gradient_of_final_window`).
+    """
     del kept
     x, weight, window = arguments.x, arguments.weight, arguments.initial_window
-    assert window is not None
+    assert window is not None  # Filled in by `with_defaults`.
     walk, past = options.backward, weight.shape[0] - 1
     inputs = _prepare(walk, arguments)
     inputs["dy"] = _padded_rows(walk, cotangents.y)
@@ -115,6 +127,7 @@ def _padded_rows(walk: Walk, array: jax.Array) -> jax.Array:
 def _prepare(walk: Walk, arguments: ConvArguments) -> Arrays:
     """The kernels' inputs: rows of channels, and the number of segment starts up to each token."""
     bias, window = arguments.bias, arguments.initial_window
+    # Both are filled in by `with_defaults`.
     assert bias is not None
     assert window is not None
     inputs = {"x": _padded_rows(walk, arguments.x), "weight": _padded_rows(walk, arguments.weight.astype(jnp.float32))}

@@ -44,12 +44,18 @@ def causal_conv1d(arguments: ConvArguments) -> ConvOutput:
 
 
 def _convolve_outputs(interpreted: bool, arguments: ConvArguments) -> ConvOutput:
+    """The result alone. The forward pass keeps nothing, so calls without gradients run the same kernel."""
     return _convolve_forward(interpreted, arguments)[0]
 
 
 def _convolve_forward(interpreted: bool, arguments: ConvArguments) -> tuple[ConvOutput, None]:
+    """The result, and None: the backward kernel computes pre-activations again from the arguments.
+
+    The kernel computes y (B, L, E) of padded sizes, of which the call's own L and E are cut out. XLA takes final_window
+    (B, K - 1, E) from the inputs.
+    """
     x, window = arguments.x, arguments.initial_window
-    assert window is not None
+    assert window is not None  # Filled in by `with_defaults`.
     geometry, inputs, kinds = _prepare(arguments)
     outputs = {"y": ("sequence", x.dtype)}
     scratch = {"inputs": (geometry.tiles, SUBLANES + SPAN, LANES)}
@@ -60,9 +66,16 @@ def _convolve_forward(interpreted: bool, arguments: ConvArguments) -> tuple[Conv
 
 
 def _convolve_backward(interpreted: bool, arguments: ConvArguments, kept: None, cotangents: ConvOutput) -> Arrays:
+    """Gradients by name of what may be differentiated: x, the initial window, weight and bias.
+
+    The kernel walks from the last chunk to the first and writes, with padded sizes, dx (B, L, E); in "dtaps"
+    (B, K + 1, 8, E) terms of the gradients of the K taps and of the bias, summed here over B and 8; in "dfirst"
+    (B, 8, E) the gradients by the pre-activations of the first tokens, which give the window's; and in "dtail"
+    dx of the last two spans that have tokens, before rounding, to which the gradient of the final window is added.
+    """
     del kept
     x, weight, window, ids = arguments.x, arguments.weight, arguments.initial_window, arguments.segment_ids
-    assert window is not None
+    assert window is not None  # Filled in by `with_defaults`.
     geometry, inputs, kinds = _prepare(arguments)
     inputs |= {"dy": _padded(geometry, cotangents.y), "span_before": inputs["x"]}
     kinds |= {"dy": "sequence", "span_before": "span before"}
@@ -118,6 +131,7 @@ def _padded(geometry: Geometry, array: jax.Array) -> jax.Array:
 def _prepare(arguments: ConvArguments) -> tuple[Geometry, Arrays, dict[str, str]]:
     """Sizes, and the inputs of both kernels with their kinds."""
     x, weight, bias, window = arguments.x, arguments.weight, arguments.bias, arguments.initial_window
+    # Both are filled in by `with_defaults`.
     assert bias is not None
     assert window is not None
     batch, length, channels = x.shape

@@ -94,6 +94,10 @@ class _EdgeState(Kernel):
         raise NotImplementedError
 
     def run(self) -> None:
+        """Takes a block's channels through all chunks of its part; writes the last state and the sum of the steps.
+
+        States lie in shared memory between chunks; values of the next chunk are read while this one is worked on.
+        """
         part = self.part()
         first = part * self.geometry.chunks_per_part
         stop = jnp.minimum(first + self.geometry.chunks_per_part, self.geometry.chunks)

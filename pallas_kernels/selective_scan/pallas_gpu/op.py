@@ -92,21 +92,28 @@ def initial_cotangent(arguments: InitialCotangentArguments) -> EdgeState:
 
 
 def _final_state(options: _Options, arguments: FinalStateArguments) -> jax.Array:
+    """The state (B, E, N) after the sequence, from zero before it."""
     geometry, padded = _prepare(options, options.forward, arguments)
     parts = geometry.tiling.parts
-    ends = _ends_of_parts(geometry, _run_parts(options, geometry, edge.final_state, arguments, padded, parts))
-    return _through_parts(geometry, arguments, padded, ends)
+    parts_in_time = _by_part(geometry, _run_parts(options, geometry, edge.final_state, arguments, padded, parts))
+    return _through_parts(geometry, arguments, padded, parts_in_time)
 
 
 def _initial_cotangent(options: _Options, arguments: InitialCotangentArguments) -> jax.Array:
+    """The cotangent (B, E, N) of the state before the sequence, from zero behind it: the parts are joined backwards."""
     geometry, padded = _prepare(options, options.backward, arguments)
     parts = geometry.tiling.parts
-    starts = _ends_of_parts(geometry, _run_parts(options, geometry, edge.initial_cotangent, arguments, padded, parts))
-    return _through_parts(geometry, arguments, padded, list(reversed(starts)))
+    parts_in_time = _by_part(geometry, _run_parts(options, geometry, edge.initial_cotangent, arguments, padded, parts))
+    return _through_parts(geometry, arguments, padded, list(reversed(parts_in_time)))
 
 
-def _ends_of_parts(geometry: Geometry, results: Arrays) -> list[tuple[jax.Array, jax.Array]]:
-    """For each part of the sequence, its final state when started from zero, and the sum of its step sizes."""
+def _by_part(geometry: Geometry, results: Arrays) -> list[tuple[jax.Array, jax.Array]]:
+    """For each part of the sequence, in its order, what the edge kernel wrote: (h', s), float32.
+
+    h' (B, G F, N) is the part's final state from zero or, of the reverse kernel, the cotangent of the state before the
+    part's first token from zero behind its last. s (B, G F, 1) is the sum of its step sizes, or about `RESET` of
+    geometry.py if a document starts in it, so that exp(s A) is 0.
+    """
     parts = geometry.tiling.parts
     states = results["part_states"].reshape(parts, geometry.batch, geometry.width, geometry.states)
     steps = results["part_steps"].reshape(parts, geometry.batch, geometry.width, 1)
@@ -114,11 +121,11 @@ def _ends_of_parts(geometry: Geometry, results: Arrays) -> list[tuple[jax.Array,
 
 
 def _through_parts(
-    geometry: Geometry, arguments: Arguments, padded: Arrays, ends: list[tuple[jax.Array, jax.Array]]
+    geometry: Geometry, arguments: Arguments, padded: Arrays, parts_in_order: list[tuple[jax.Array, jax.Array]]
 ) -> jax.Array:
-    """The state behind the last of the parts, in the order in which it goes through them."""
-    state, _ = ends[0]
-    for own, steps in ends[1:]:
+    """The state, or its cotangent, (B, E, N) once it has passed through the parts one after the other."""
+    state, _ = parts_in_order[0]
+    for own, steps in parts_in_order[1:]:
         state = jnp.exp(steps * padded["A"][None]) * state + own
     return _unpadded_state(geometry, state, arguments)
 
@@ -139,10 +146,12 @@ def _choose(arguments: Arguments, tilings: tuple[Tiling, Tiling] | None = None) 
 
 
 def _scan_outputs(options: _Options, arguments: ScanArguments) -> ScanOutput:
+    """The result where no gradient is needed: the kernel then stores no states at the starts of chunks."""
     return _run_forward(options, arguments, checkpoints=False)[0]
 
 
 def _scan_forward(options: _Options, arguments: ScanArguments) -> tuple[ScanOutput, jax.Array]:
+    """The result, and the state before every chunk of 16 tokens for `_scan_backward`, (B chunks G F, N), float32."""
     return _run_forward(options, arguments, checkpoints=True)
 
 
@@ -169,6 +178,11 @@ def _run_forward(options: _Options, arguments: ScanArguments, *, checkpoints: bo
 def _scan_backward(
     options: _Options, arguments: ScanArguments, checkpoints: jax.Array, cotangents: ScanOutput
 ) -> Arrays:
+    """Gradients of the arguments by name, from the states before chunks and the cotangents of y and the final state.
+
+    If the sequence is cut into parts, the reverse edge kernel first finds what each part but the first hands to
+    the one before, so that the backward kernel can work on all parts at once.
+    """
     geometry, padded = _prepare(options, options.backward, arguments)
     padded.pop("initial_state", None)
     padded["dy"] = _padded_sequence(geometry, cotangents.y)

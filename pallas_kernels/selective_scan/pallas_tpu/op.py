@@ -128,6 +128,10 @@ def initial_cotangent(arguments: InitialCotangentArguments) -> EdgeState:
 
 
 def _edge_state(kernel: _Launch, output: str, arguments: AnyScanArguments) -> EdgeState:
+    """Runs one of the two edge kernels, whose state (B, E, N) has the name `output` there.
+
+    Whoever differentiates the state gets NotImplementedError.
+    """
     options = _choose(arguments)
 
     def run(arguments: AnyScanArguments) -> jax.Array:
@@ -164,10 +168,15 @@ def _choose(arguments: Arguments, chip: Generation | None = None) -> _Options:
 
 
 def _scan_outputs(options: _Options, arguments: ScanArguments) -> ScanOutput:
+    """The result without the states that only a backward pass would read."""
     return _run_forward(options, arguments, checkpoints=False)[0]
 
 
 def _scan_forward(options: _Options, arguments: ScanArguments) -> tuple[ScanOutput, jax.Array | None]:
+    """The result, and the state before every span of 16 tokens for the backward kernel.
+
+    The states are float32, (B, spans, blocks of all strips, N, channels of a block).
+    """
     return _run_forward(options, arguments, checkpoints=True)
 
 
@@ -191,6 +200,11 @@ def _run_forward(
 def _scan_backward(
     options: _Options, arguments: ScanArguments, checkpoints: jax.Array, cotangents: ScanOutput
 ) -> Arrays:
+    """Gradients by argument: one kernel goes through the chunks from the last to the first.
+
+    It starts from the final state's cotangent, and computes the states of each span again from the one stored before
+    it. The kernel writes the gradients of x, dt and z in their dtypes and the others in float32.
+    """
     geometry, given = options.geometry, arguments.arrays()
     inputs = _prepare(options, arguments)
     inputs |= {

@@ -119,10 +119,12 @@ def _next_power_of_two(size: int) -> int:
 
 
 def _scan_outputs(tiling: Tiling, arguments: ScanArguments) -> ScanOutput:
+    """The result of a kernel that stores no checkpoints, for calls without gradients."""
     return _run_forward(tiling, arguments, has_checkpoints=False)[0]
 
 
 def _scan_forward(tiling: Tiling, arguments: ScanArguments) -> tuple[ScanOutput, jax.Array | None]:
+    """The result, and the states (B, chunks, E, N) before each chunk of `tiling.chunk` tokens, float32."""
     return _run_forward(tiling, arguments, has_checkpoints=True)
 
 
@@ -143,6 +145,11 @@ def _run_forward(
 
 
 def _scan_backward(tiling: Tiling, arguments: ScanArguments, checkpoints: jax.Array, cotangents: ScanOutput) -> Arrays:
+    """Gradients of all floating arguments that were given, by name.
+
+    The kernel completes the gradients of x, dt, z and the initial state. Of every other one it writes a share for each
+    batch row or block of channels (see `_gradient_types`), and `_summed` adds the shares up.
+    """
     inputs = _inputs(arguments)
     inputs |= {"checkpoints": checkpoints, "dy": cotangents.y, "dfinal_state": cotangents.final_state}
     constants = _constants(tiling, tiling.backward, arguments, has_checkpoints=True)
@@ -196,6 +203,10 @@ def _call(
     *,
     warps: int,
 ) -> dict[str, jax.Array]:
+    """Runs the kernel of this name from the module of this name, a program for each batch row and block of channels.
+
+    Inputs and outputs are in the order of the kernel's parameters; returns the outputs that are not None.
+    """
     module = triton_call.import_kernels(op, f"{_FOLDER}.{kernel}")
     return triton_call.call(
         getattr(module, kernel),
@@ -216,6 +227,7 @@ def _inputs(arguments: ScanArguments) -> dict[str, jax.Array | None]:
 
 
 def _constants(tiling: Tiling, tile: Tile, arguments: ScanArguments, *, has_checkpoints: bool) -> Constants:
+    """What a kernel is compiled for: sizes and options of the call, and `tile`, which is one of the two of `tiling`."""
     batch, length, channels = arguments.x.shape
     return Constants(
         BATCH=batch,

@@ -78,6 +78,7 @@ def _chunk_length(recurrence: RecurrenceName) -> int:
 
 
 def _scan_outputs(options: _Options, arguments: ScanArguments) -> ScanOutput:
+    """The result alone; JAX differentiates this for the forward-mode derivative (see `differentiable_op`)."""
     return _scan_forward(options, arguments)[0]
 
 
@@ -94,6 +95,11 @@ def _scan_forward(options: _Options, arguments: ScanArguments) -> tuple[ScanOutp
 def _scan_backward(
     options: _Options, arguments: ScanArguments, starts_CBGNF: jax.Array, cotangents: ScanOutput
 ) -> Arrays:
+    """Gradients of the arguments by name, from the state at the start of every chunk, which `_scan_forward` has kept.
+
+    `_run_backward` differentiates what `_split` has made of the arguments; JAX's transpose of `_split` makes gradients
+    of the arguments themselves out of its results.
+    """
     operands, _ = arguments.operands()
     (sequences, constants, state_BGNF), split_vjp = jax.vjp(functools.partial(_split, options), operands.arrays())
     masks = _masks(options, arguments)

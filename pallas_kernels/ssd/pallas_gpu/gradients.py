@@ -200,6 +200,10 @@ class _Pairs(_Worker):
     """Pairs of tokens of the chunk: dv, and the sums over heads of the gradients of q_i k_j."""
 
     def run(self) -> None:
+        """Computes q_i k_j once for all heads of the group, and has each head write its share.
+
+        Leaves the heads' sum of the gradients of q_i k_j in "weights", (CHUNK, CHUNK) in bfloat16, for `_States`.
+        """
         refs = self.refs
         plgpu.barrier_wait(refs["matrices"])
 
@@ -268,6 +272,11 @@ class _States(_Worker):
     """What comes from the state before the chunk and goes to the state after it: dq and dk."""
 
     def run(self) -> None:
+        """Writes dq and dk of the chunk and group, (CHUNK, N) each in bfloat16.
+
+        Shares of the states come first, head by head; then those of the pairs, once `_Pairs` has summed them in
+        "weights". After that nobody reads the tiles of q and k in shared memory, and the gradients leave through them.
+        """
         refs, states = self.refs, self.geometry.states
         plgpu.barrier_wait(refs["matrices"])
         dq, dk = self.over_heads(self.head, (zeros(CHUNK, states), zeros(CHUNK, states)))

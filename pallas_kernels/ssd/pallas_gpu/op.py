@@ -61,11 +61,15 @@ def decaying_attention(arguments: DecayingAttentionArguments) -> SSDOutput:
 
 
 def _outputs(options: _Options, arguments: DecayingAttentionArguments) -> SSDOutput:
+    """The result alone: the forward pass costs no more for what it keeps, so it serves calls without gradients too."""
     return _forward(options, arguments)[0]
 
 
 def _forward(options: _Options, arguments: DecayingAttentionArguments) -> tuple[SSDOutput, jax.Array | None]:
-    """The result, and the states that the parts start from."""
+    """The result, and the states that the parts start from, (parts B H WIDTH, N), float32.
+
+    None in their place is zero: there is one part and no initial state. Heads are the kernels', of WIDTH channels.
+    """
     geometry = _geometry(arguments)
     vectors = _vectors(geometry, arguments, arguments.log_decay, arguments.scale)
     inputs = {name: _tokens(geometry, getattr(arguments, name)) for name in ("v", "k", "q")}
@@ -87,6 +91,12 @@ def _forward(options: _Options, arguments: DecayingAttentionArguments) -> tuple[
 def _backward(
     options: _Options, arguments: DecayingAttentionArguments, starts: jax.Array | None, cotangents: SSDOutput
 ) -> Arrays:
+    """Gradients of the arguments by name, from what `_forward` has kept and the cotangents of y and the final state.
+
+    One walk computes the states before chunks again, and one backwards the cotangents of the states after chunks. With
+    both at hand, the gradient kernel works on all chunks at once. It stops at the vectors of decays.py, whose
+    derivatives by log_decay and scale are JAX's.
+    """
     geometry = _geometry(arguments)
 
     def vectors_and_ends(log_decay: jax.Array, scale: jax.Array) -> tuple[Arrays, Arrays]:
@@ -122,6 +132,7 @@ _attend = differentiable_op(
 
 
 def _geometry(arguments: DecayingAttentionArguments) -> Geometry:
+    """The kernels' sizes: a head wider than WIDTH counts as several, length and states are padded to whole tiles."""
     batch, length, heads, width = arguments.v.shape
     groups, states = arguments.k.shape[2:]
     heads = heads * (round_up(width, WIDTH) // WIDTH)

@@ -54,6 +54,7 @@ def decaying_attention(arguments: DecayingAttentionArguments) -> SSDOutput:
 
 
 def _outputs(options: _Options, arguments: DecayingAttentionArguments) -> SSDOutput:
+    """The result alone, which is also what JAX differentiates in forward mode."""
     return _forward(options, arguments)[0]
 
 
@@ -77,6 +78,11 @@ def _forward(options: _Options, arguments: DecayingAttentionArguments) -> tuple[
 def _backward(
     options: _Options, arguments: DecayingAttentionArguments, before: jax.Array, cotangents: SSDOutput
 ) -> Arrays:
+    """Gradients of the arguments by name, chunk by chunk from the last, each from the state before it.
+
+    JAX differentiates a chunk (`_advance`) and the rearrangement of the arguments (`_split`); `before` is what
+    `_forward` has kept. Gradients of D and of the state are carried along in float32.
+    """
     operands, _ = arguments.operands()
     (sequences, D, state), split_vjp = jax.vjp(functools.partial(_split, options), operands.arrays())
     documents = _documents(options, arguments)
