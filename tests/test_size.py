@@ -26,6 +26,8 @@ SIGNATURES_OF_OPS = {
     "edge_state",
     "generate",
 }
+# A function this long is not understood at a glance.
+SILENT_LINES = 9
 REPEATED_LINES = 6
 MAX_REPEATS = 32
 
@@ -69,6 +71,26 @@ def test_functions_are_short() -> None:
     assert len(functions) > 1000, "the sources were not found"
     excess = [line for path, function in functions for line in _too_much(path, function)]
     assert not excess, "\n".join(excess)
+
+
+def _outer_functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Functions and methods, without those that are defined inside one."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        else:
+            yield from _outer_functions(node)
+
+
+def test_all_but_the_shortest_functions_say_what_they_do() -> None:
+    silent = [
+        f"{path.relative_to(ROOT)}:{function.lineno}: {function.name}"
+        for path in _source_files()
+        if path.relative_to(ROOT).parts[0] in ("mamba_jax", "pallas_kernels")
+        for function in _outer_functions(ast.parse(path.read_text()))
+        if _lines(function) >= SILENT_LINES and not ast.get_docstring(function) and not function.name.startswith("__")
+    ]
+    assert not silent, "no docstring: " + ", ".join(silent)
 
 
 def _folders() -> list[Path]:

@@ -115,6 +115,7 @@ def train(
 
 
 def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    """Refuses models that cannot hold the tokenizer's ids, or that would train badly in their dtypes."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} ids: "
@@ -123,9 +124,7 @@ def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
     if config.model.param_dtype != "float32":
         raise InputError(f"training needs model.param_dtype='float32', got {config.model.param_dtype!r}")
     if config.model.compute_dtype == "float16":
-        raise InputError(
-            "training in model.compute_dtype='float16' would lose small gradients: choose 'bfloat16' or 'float32'"
-        )
+        raise InputError("model.compute_dtype='float16' would lose small gradients: choose 'bfloat16' or 'float32'")
 
 
 def _check_runs_here(program: TrainProgram) -> None:
