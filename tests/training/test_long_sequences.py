@@ -132,6 +132,7 @@ def test_state_that_is_not_finite_starts_anew(make_config: MakeConfig) -> None:
     assert float(metrics.skipped_in_a_row) == 0
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_sequence(make_config: MakeConfig) -> None:
     """Eight times the tokens in eight windows: only states at window boundaries and the tokens themselves are added."""
 
