@@ -150,7 +150,10 @@ class ByteTokenizer(Tokenizer):
 
 
 def _byte_characters() -> dict[str, int]:
-    """The byte that every character of the library's byte level stands for (shown ones are their own Latin-1)."""
+    """The characters that `ByteLevel` of `tokenizers` writes for the 256 bytes, as GPT-2 does, each with its byte.
+
+    A byte that is a visible Latin-1 character is written as that character; the other 68 are chr(256), chr(257), ...
+    """
     own = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
     rest = (byte for byte in range(256) if chr(byte) not in own)
     return own | {chr(256 + index): byte for index, byte in enumerate(rest)}

@@ -141,6 +141,17 @@ def test_bad_keys_of_the_original_layout_are_one_line(tmp_path: Path, changes: d
     assert "\n" not in str(error.value)
 
 
+def test_the_hf_layout_gates_first_whatever_the_file_says(tmp_path: Path) -> None:
+    """Codestral-Mamba's file has the key, and `transformers` 5.24 computes the same with it and without."""
+    content = configs.to_json(
+        ModelConfig(vocab_size=8, d_model=64, num_layers=1, mixer=Mamba2Config()), layout="hf", extra={}
+    )
+    (tmp_path / "config.json").write_text(json.dumps(content | {"norm_before_gate": True}))
+    mixer = configs.read(tmp_path / "config.json").config.mixer
+    assert isinstance(mixer, Mamba2Config)
+    assert not mixer.norm_before_gate
+
+
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [

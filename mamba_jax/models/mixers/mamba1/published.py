@@ -1,6 +1,6 @@
 """How Mamba-1 models are published: by the authors ("original"), and as `MambaForCausalLM` of `transformers` ("hf").
 
-`FalconMambaForCausalLM` is the second with a norm in the mixer.
+`FalconMambaForCausalLM` is the second with norms in the mixer, which have no weights.
 
 The layouts differ in the name of the embedding, in `config.json`, and in whether a tied head is written. Tensors keep
 PyTorch's orientation there: linear weights (out, in), convolution weights (channels, 1, taps).

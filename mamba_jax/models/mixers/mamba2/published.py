@@ -87,12 +87,14 @@ def _limits(content: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` from Hugging Face's config.json; refuses what this library would compute otherwise."""
     refuse_unsupported(content, _HF_REQUIRED | _HF_ALSO_REQUIRED)
     fields = published.from_hf(content, tied=False)
     own = {ours: content[key] for key, ours in _HF_MIXER_KEYS.items() if key in content}
     # A file that does not say it means 8 groups, as `transformers` does, and ours is 1.
     mixer = {"kind": "mamba2", "num_groups": 8, **own, **_limits(content, "time_step_limit")}
-    norm = {"norm_eps": fields["norm_eps"], "norm_before_gate": content.get("norm_before_gate", False)}
+    # Files may have a key `norm_before_gate`; `transformers` does not read it, and always gates first.
+    norm = {"norm_eps": fields["norm_eps"], "norm_before_gate": False}
     return fields | {"mixer": mixer | norm}
 
 
@@ -101,7 +103,7 @@ def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 def _to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The content of Hugging Face's config.json; refuses a model that this layout has no keys for."""
+    """The content of Hugging Face's config.json; refuses a model that `Mamba2ForCausalLM` cannot compute."""
     mixer = _mixer(config, ("ssm_dim", "skip", "use_norm", "norm_before_gate", "learn_initial_state"))
     if mixer.norm_eps != config.norm_eps:
         raise InputError(
