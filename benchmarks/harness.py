@@ -68,11 +68,13 @@ class Setting:
 
 def _command(argv: Sequence[str]) -> str:
     """What a reader types to do the same; where the results went is a matter of the machine."""
-    words = list(argv[1:])
-    while "--output" in words:
-        place = words.index("--output")
-        del words[place : place + 2]
-    return f"python {shlex.join([f'benchmarks/{Path(argv[0]).name}', *words])}"
+    words, kept = iter(argv[1:]), []
+    for word in words:
+        if word == "--output":
+            next(words, None)
+        elif not word.startswith("--output="):
+            kept.append(word)
+    return f"python {shlex.join([f'benchmarks/{Path(argv[0]).name}', *kept])}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,6 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 import jax
 import jax.numpy as jnp
 
-import bounds
 import harness
 import pallas_kernels
 from harness import Results, Setting
@@ -34,6 +33,7 @@ from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.pods.hlo import compiled_instructions
 from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
+from pallas_kernels.common.rounding import round_up
 from pallas_kernels.common.tpu_tiles import LANES, SPAN
 from pallas_kernels.manifests import MANIFESTS
 from pallas_kernels.selective_scan.arguments import ScanArguments
@@ -207,7 +207,7 @@ def convolution_work(shape: tuple[int, ...]) -> dict[str, Work]:
 def array_bytes(shape: tuple[int, ...], item: int) -> int:
     """Bytes of an array."""
     *leading, last = shape
-    return math.prod(leading) * -(-last // LANES) * LANES * item
+    return math.prod(leading) * round_up(last, LANES) * item
 
 
 def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Generation) -> tuple[Callable, tuple]:
@@ -291,9 +291,9 @@ def kernel_figures(chip: Chip, schedule: Schedule, work: Work) -> dict[str, floa
         name: sum(loop.slots[name] * count for loop, count in zip(schedule.loops, counts, strict=True)) / slots
         for name, slots in schedule.capacity.items()
     }
-    rates = bounds.chip(chip.kind)
-    assert rates is not None, chip.kind
-    memory = work.memory / rates.memory * chip.cores.clock_hz
+    bytes_per_second = chips.CHIPS[chip.kind].memory_bytes_per_second
+    assert bytes_per_second is not None, chip.kind
+    memory = work.memory / bytes_per_second * chip.cores.clock_hz
     least = max(unit["VALU"], unit["EUP"], memory)
     return {
         "milliseconds": 1e3 * max(cycles, memory) / chip.cores.clock_hz,

@@ -15,7 +15,6 @@ ROOMS = (
     "mamba_jax.errors",
     "mamba_jax.files",
     "mamba_jax.chips",
-    "mamba_jax.rounding",
     "mamba_jax.config_base",
     "mamba_jax.sharding",
     "mamba_jax.models",

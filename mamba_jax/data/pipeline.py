@@ -23,7 +23,7 @@ from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
-from mamba_jax.rounding import ceil_div
+from pallas_kernels.common.rounding import ceil_div
 
 # Batches of a task in an evaluation without `max_batches`; a task has no end. A judgement: some ten thousand
 # predictions.

@@ -14,7 +14,7 @@ import pydantic
 
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
-from mamba_jax.rounding import ceil_div
+from pallas_kernels.common.rounding import ceil_div
 
 # Token ids in a block, the unit of reading and compression. A window of up to 4096 tokens touches one or two blocks,
 # and a block of 8 KiB or more compresses well.

@@ -18,7 +18,7 @@ from mamba_jax.data.shard_index import BLOCK_TOKENS, ShardEntry, ShardIndex, wri
 from mamba_jax.data.shards import block_digest
 from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
-from mamba_jax.rounding import ceil_div
+from pallas_kernels.common.rounding import ceil_div
 
 # Token ids in a file unless told otherwise: 256 MiB of 16-bit ids before compression, easy to copy and to check.
 SHARD_TOKENS = 2**27

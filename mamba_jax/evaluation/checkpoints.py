@@ -21,9 +21,9 @@ from mamba_jax.generation.sampling import SamplingConfig
 from mamba_jax.generation.text import complete
 from mamba_jax.models.config import DType
 from mamba_jax.models.parameters import define
-from mamba_jax.rounding import round_up
 from mamba_jax.sharding import batch_shards, make_mesh, replicated
 from mamba_jax.sharding.config import MeshConfig
+from pallas_kernels.common.rounding import round_up
 
 # A byte vocabulary has 257 ids and is padded to a multiple of `vocab_multiple`. With a multiple of up to 257, the
 # padded vocabulary has at most 2 * 257 rows; a larger one belongs to another tokenizer.

@@ -7,7 +7,7 @@ from mamba_jax.config_base import Config, Kinds, require
 from mamba_jax.models.mixers import DEFAULT_MIXER, MIXERS
 from mamba_jax.models.mixers.declaration import DType as DType
 from mamba_jax.models.mixers.declaration import MixerConfig, Setting
-from mamba_jax.rounding import round_up
+from pallas_kernels.common.rounding import round_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.array_types import Size
-
 
 def pad_channels(array: jax.Array, *, groups: int, channels: int) -> jax.Array:
     """(..., E) to (..., G F) for G groups, each padded with zeros to F channels."""
@@ -40,13 +38,3 @@ def gradient_of_matrix(gradient: jax.Array, matrix: jax.Array) -> jax.Array:
     if matrix.ndim == 3 or matrix.shape[2] != gradient.shape[2]:
         gradient = gradient.sum(axis=2, keepdims=True)
     return gradient.reshape(matrix.shape)
-
-
-def ceil_div(size: Size, divisor: int) -> Size:
-    """`size / divisor`, rounded up to a whole number."""
-    return -(-size // divisor)
-
-
-def round_up(size: Size, multiple: int) -> Size:
-    """The smallest multiple of `multiple` that is at least `size`."""
-    return ceil_div(size, multiple) * multiple

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Arrays
-from pallas_kernels.common.channels import round_up
+from pallas_kernels.common.rounding import round_up
 
 
 def segment_starts(segment_ids: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.register_math import LOG2_E
+from pallas_kernels.common.rounding import ceil_div
 
 # A register of the vector unit.
 LANES = 128

@@ -96,7 +96,8 @@ def test_results_are_kept_read_and_rendered(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_setting_says_where_it_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/a/benchmarks/run_ops.py", "--shapes", "2x8"])
+    command = ["/a/benchmarks/run_ops.py", "--output", "/some/folder", "--shapes", "2x8", "--output=/another"]
+    monkeypatch.setattr(sys, "argv", command)
     setting = Setting.here(harness.hardware(), libraries=("flax",))
     assert setting.command == "python benchmarks/run_ops.py --shapes 2x8"
     assert list(setting.versions) == ["Python", "jax", "flax"]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.causal_conv1d.arguments import Activation
-from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.register_math import Registers, loop, sigmoid, total
+from pallas_kernels.common.rounding import ceil_div
 from pallas_kernels.common.warpgroup import THREADS, Warpgroup, widen
 
 # Neighbouring threads that walk the same tokens of neighbouring channels.

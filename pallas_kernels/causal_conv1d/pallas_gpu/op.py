@@ -19,9 +19,9 @@ from pallas_kernels.causal_conv1d.outside_kernels import (
 from pallas_kernels.causal_conv1d.pallas_gpu import kernel
 from pallas_kernels.causal_conv1d.pallas_gpu.kernel import COLUMNS, RUNS, Thread, Walk, runs_of_row
 from pallas_kernels.common.array_types import Arrays
-from pallas_kernels.common.channels import ceil_div
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.common.devices import cuda_compute_capability, target_platform
+from pallas_kernels.common.rounding import ceil_div
 from pallas_kernels.common.segments import count_segments
 from pallas_kernels.common.warpgroup import Warpgroup, launch
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.channels import round_up
+from pallas_kernels.common.rounding import round_up
 from pallas_kernels.common.tpu_tiles import LANES, SPAN, SUBLANES, choose_tiles
 
 # The most of a block.

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.channels import ceil_div
+from pallas_kernels.common.rounding import ceil_div
 from pallas_kernels.common.warpgroup import LANES, THREADS, WARPS
 
 # Tokens between two stored states, and states of a channel that are worked on together. Both are powers of two that

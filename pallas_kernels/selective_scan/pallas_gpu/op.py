@@ -15,16 +15,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.arguments import Arguments
 from pallas_kernels.common.array_types import Arrays
-from pallas_kernels.common.channels import (
-    gradient_of_matrix,
-    group_count,
-    pad_channels,
-    per_group,
-    round_up,
-    unpad_channels,
-)
+from pallas_kernels.common.channels import gradient_of_matrix, group_count, pad_channels, per_group, unpad_channels
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode, not_differentiable
 from pallas_kernels.common.devices import cuda_compute_capability, target_platform
+from pallas_kernels.common.rounding import round_up
 from pallas_kernels.common.segments import segment_starts
 from pallas_kernels.common.warpgroup import launch
 from pallas_kernels.selective_scan.arguments import (

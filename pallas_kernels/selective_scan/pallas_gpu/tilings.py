@@ -9,7 +9,7 @@ once, which costs one more pass over the sequence, and those in between do best 
 
 import dataclasses
 
-from pallas_kernels.common.channels import ceil_div
+from pallas_kernels.common.rounding import ceil_div
 from pallas_kernels.selective_scan.pallas_gpu.geometry import CHUNK, SLICE, Tiling
 
 # Blocks that an H100 runs at once: in each of its 132 multiprocessors, registers and shared memory have room for four

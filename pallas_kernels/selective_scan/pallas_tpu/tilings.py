@@ -7,7 +7,7 @@ paid once for all of them. `python benchmarks/run_tpu_static.py --variants` make
 
 import dataclasses
 
-from pallas_kernels.common.channels import ceil_div, round_up
+from pallas_kernels.common.rounding import ceil_div, round_up
 from pallas_kernels.common.tpu_tiles import LANES, SPAN, choose_tiles
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
 

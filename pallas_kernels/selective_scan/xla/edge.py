@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Arrays
-from pallas_kernels.common.channels import group_count, per_group, round_up
+from pallas_kernels.common.channels import group_count, per_group
 from pallas_kernels.common.discretization import step_size, zero_order_hold_gain
+from pallas_kernels.common.rounding import round_up
 from pallas_kernels.common.segments import segment_starts
 from pallas_kernels.selective_scan.arguments import EdgeState, FinalStateArguments, InitialCotangentArguments
 

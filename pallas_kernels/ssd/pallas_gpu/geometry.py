@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.common.rounding import ceil_div
+
 # Tokens of a chunk, and channels of a head of the kernels: one warpgroup's tensor core instruction has 64 rows. A wider
 # head is several of these, since the channels of a state are independent.
 CHUNK = 64
@@ -41,7 +43,7 @@ class Geometry:
     @property
     def chunks_per_part(self) -> int:
         """Chunks of every part but the last, which may have fewer."""
-        return -(-self.chunks // self.parts)
+        return ceil_div(self.chunks, self.parts)
 
     @property
     def group_heads(self) -> int:
@@ -60,6 +62,6 @@ class Geometry:
 
 def choose_parts(batch: int, heads: int, chunks: int) -> int:
     """Parts that fill the multiprocessors without a second round, each but the last of the same number of chunks."""
-    blocks = -(-batch * heads // 2)
+    blocks = ceil_div(batch * heads, 2)
     parts = max(1, min(_PROCESSORS // blocks, chunks))
-    return -(-chunks // -(-chunks // parts))
+    return ceil_div(chunks, ceil_div(chunks, parts))

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Arrays
-from pallas_kernels.common.channels import round_up
 from pallas_kernels.common.checks import decline_symbolic_sizes
 from pallas_kernels.common.derivatives import differentiable_op, no_forward_mode
 from pallas_kernels.common.devices import cuda_compute_capability, target_platform
 from pallas_kernels.common.register_math import LN_2
+from pallas_kernels.common.rounding import round_up
 from pallas_kernels.common.segments import segment_starts
 from pallas_kernels.ssd.arguments import DecayingAttentionArguments, SSDOutput
 from pallas_kernels.ssd.pallas_gpu.decays import chunk_vectors, ends
