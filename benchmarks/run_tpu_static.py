@@ -10,7 +10,6 @@ times the passes of their loops; memory is bounded by its bytes. XLA's operation
 import concurrent.futures
 import dataclasses
 import functools
-import math
 import multiprocessing
 import os
 import re
@@ -31,32 +30,32 @@ from harness import Results, Setting
 from mamba_jax import chips
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.pods.hlo import compiled_instructions
-from pallas_kernels.causal_conv1d.pallas_tpu import geometry as convolution
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
-from pallas_kernels.common.rounding import round_up
-from pallas_kernels.common.tpu_tiles import LANES, SPAN
 from pallas_kernels.manifests import MANIFESTS
 from pallas_kernels.selective_scan.arguments import ScanArguments
 from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
-from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, choose_geometry, generation
+from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, generation
 from tpu_schedules import Schedule, read_schedule
+from tpu_work import DIRECTIONS, Work, works_of
 
 MEGABYTE = 1e6
 # Names of units in the table and in the compiler's listing.
-UNITS = {"VALU": "VALU", "EUP": "EUP", "stores": "VSTORE", "loads": "VLOAD", "XLU": "XLU"}
-DIRECTIONS = ("forward", "backward")
+UNITS = {"VALU": "VALU", "EUP": "EUP", "stores": "VSTORE", "loads": "VLOAD", "XLU": "XLU", "MXU": "MATMUL"}
 OpName = Literal[
     "selective_scan",
     "selective_scan_final_state",
     "selective_scan_initial_cotangent",
     "causal_conv1d",
     "selective_state_update",
+    "ssd",
 ]
 WORKLOAD = "mamba_130m"
 
 
 def _shape(op: OpName) -> str:
     """Sizes of the workload of an op; the edge states have those of the scan."""
+    if op == "ssd":
+        return "4x2048x24x64x128"
     manifest = MANIFESTS.get(op, MANIFESTS["selective_scan"])
     return manifest.shape_text(manifest.workload(WORKLOAD))
 
@@ -70,15 +69,18 @@ KERNELS = {
     "selective_scan_final_state": {"forward": "selective_scan_pallas_tpu_edge"},
     "selective_scan_initial_cotangent": {"backward": "selective_scan_pallas_tpu_edge"},
     "causal_conv1d": {direction: f"causal_conv1d_pallas_tpu_{direction}" for direction in DIRECTIONS},
+    "ssd": {direction: f"ssd_pallas_tpu_{direction}" for direction in DIRECTIONS},
 }
 NOTES = (
-    "Sizes are batch x length x channels x states or width (of the update: batch x channels x states); sequences are "
+    "Sizes are batch x length x channels x states or width (of the update: batch x channels x states; of `ssd` batch x "
+    "length x heads x channels of a head x states, in one group); sequences are "
     "bfloat16; D, z, dt_bias, softplus; bias and SiLU. Forward + backward; of the state update forward only; the edge "
     "states (final state, initial cotangent) are one pass each. The scan's forward kernel writes the states that its "
-    "backward kernel starts from. Nothing was run.",
+    "backward kernel starts from, and so does that of `ssd`. Nothing was run.",
     "Mcycles: millions of cycles of a core. A step: cycles for a token and 1024 channels. Then what the vector unit, "
-    "the exponential unit, stores, loads, exchanges between lanes and the memory would take by themselves. Over bound: "
-    "the larger of schedule and memory, over the largest of vector unit, exponential unit and memory.",
+    "the exponential unit, stores, loads, exchanges between lanes, matrix products and the memory would take by "
+    "themselves. Over bound: the larger of schedule and memory, over the largest of vector unit, exponential unit, "
+    "matrix products and memory.",
 )
 
 
@@ -143,75 +145,10 @@ class Program:
     temporaries: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a kernel runs through.
-
-    Attributes:
-        steps: of its grid.
-        spans: of tokens in a step.
-        size: tokens times channels, in units of 1024.
-        memory: bytes that it reads and writes; the last axis of an array takes whole registers.
-        last_loop: how often the last loop runs, by step and span; 1 unless it is for the last block only.
-    """
-
-    steps: int
-    spans: int
-    size: float
-    memory: int
-    last_loop: float = 1.0
-
-
-def scan_work(op: str, shape: tuple[int, ...], chip: Generation) -> dict[str, Work]:
-    """The kernels of the selective scan and of its edge states."""
-    batch, length, channels, states = shape
-    sizes = {"batch": batch, "length": length, "groups": 1, "channels": channels, "states": states}
-    geometry = choose_geometry(chip, **sizes)
-    arrays = {
-        "selective_scan_final_state": {"forward": {"sequence": 2, "matrices": 1, "state": 1}},
-        "selective_scan_initial_cotangent": {"backward": {"sequence": 3, "matrices": 1, "state": 1}},
-    }.get(op) or {
-        "forward": {"sequence": 4, "matrices": 1, "checkpoints": 1, "state": 1},
-        "backward": {"sequence": 7, "matrices": 1, "checkpoints": 1, "dmatrices": 1, "state": 3},
-    }
-    return {
-        direction: Work(
-            steps=math.prod(geometry.grid),
-            spans=geometry.tiling.tokens // SPAN,
-            size=batch * length * channels / 1024,
-            memory=sum(
-                count * array_bytes(geometry.shape(kind), 2 if kind in ("sequence", "matrices") else 4)
-                for kind, count in kinds.items()
-            ),
-            last_loop=1 / geometry.blocks if op == "selective_scan" and direction == "backward" else 1.0,
-        )
-        for direction, kinds in arrays.items()
-    }
-
-
-def convolution_work(shape: tuple[int, ...]) -> dict[str, Work]:
-    """The kernels of the convolution."""
-    batch, length, channels, width = shape
-    geometry = convolution.choose_geometry(batch=batch, length=length, channels=channels, width=width)
-    return {
-        direction: Work(
-            steps=math.prod(geometry.grid),
-            spans=geometry.spans,
-            size=batch * length * channels / 1024,
-            memory=sequences * array_bytes(geometry.shape("sequence"), 2),
-        )
-        for direction, sequences in zip(DIRECTIONS, (2, 3), strict=True)
-    }
-
-
-def array_bytes(shape: tuple[int, ...], item: int) -> int:
-    """Bytes of an array."""
-    *leading, last = shape
-    return math.prod(leading) * round_up(last, LANES) * item
-
-
 def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Generation) -> tuple[Callable, tuple]:
     """Forward + backward of an op, or the state update, and the shapes of its arguments."""
+    if op == "ssd":
+        return ssd_program(shape, implementation)
     *leading, channels, last = shape
     sizes = {"B": leading[0], "L": leading[-1], "E": channels, "N": last, "K": last, "G": 1}
     arrays = {
@@ -233,6 +170,27 @@ def program_of(op: str, shape: tuple[int, ...], implementation: str, chip: Gener
 
     def both(arrays, cotangent):
         y, vjp = jax.vjp(lambda arrays: run(**arrays).y, arrays)
+        return y, vjp(cotangent)
+
+    return both, (arrays, arrays["x"])
+
+
+def ssd_program(shape: tuple[int, ...], implementation: str) -> tuple[Callable, tuple]:
+    """Forward + backward of `ssd` on sequences as a convolution leaves them: heads, or groups, side by side."""
+    batch, length, heads, width, states = shape
+    sequences = {"x": heads * width, "dt": heads, "B": states, "C": states}
+    arrays = {name: jax.ShapeDtypeStruct((batch, length, size), jnp.bfloat16) for name, size in sequences.items()}
+    arrays |= {name: jax.ShapeDtypeStruct((heads,), jnp.float32) for name in ("A", "D", "dt_bias")}
+
+    def run(arrays):
+        inputs = arrays | {"x": arrays["x"].reshape(batch, length, heads, width)}
+        inputs |= {name: arrays[name][:, :, None] for name in ("B", "C")}
+        return pallas_kernels.ssd(**inputs, dt_softplus=True, implementation=implementation).y.reshape(
+            batch, length, -1
+        )
+
+    def both(arrays, cotangent):
+        y, vjp = jax.vjp(run, arrays)
         return y, vjp(cotangent)
 
     return both, (arrays, arrays["x"])
@@ -294,7 +252,7 @@ def kernel_figures(chip: Chip, schedule: Schedule, work: Work) -> dict[str, floa
     bytes_per_second = chips.CHIPS[chip.kind].memory_bytes_per_second
     assert bytes_per_second is not None, chip.kind
     memory = work.memory / bytes_per_second * chip.cores.clock_hz
-    least = max(unit["VALU"], unit["EUP"], memory)
+    least = max(unit["VALU"], unit["EUP"], unit["MATMUL"], memory)
     return {
         "milliseconds": 1e3 * max(cycles, memory) / chip.cores.clock_hz,
         "Mcycles": cycles / 1e6,
@@ -329,7 +287,7 @@ def compile_all(op: OpName, name: str, options: Options, results: Results) -> No
     tried = ("", *options.variants) if op == "selective_scan" else ("",)
     for variant in tried if op in KERNELS and "pallas_tpu" in options.implementations else ():
         changed = varied(entry, variant)
-        works = convolution_work(shape) if op == "causal_conv1d" else scan_work(op, shape, changed)
+        works = works_of(op, chip.kind, shape, changed)
         label = "pallas_tpu"
         if op == "selective_scan":
             label += f", up to {changed.tiles} tiles, {changed.tokens} tokens{'' if variant else ' (chosen)'}"

@@ -52,7 +52,8 @@ class Chip:
 # Google's Cloud TPU documentation. These give links both ways, the network of v5e for 256 chips (6.4 Tb/s), and peak,
 # links, network and memory of TPU7x for a chip, which is two devices. Cycles of kernels are those of
 # benchmarks/results/tpu_static_2026-11-24.md, and for the state at an edge the mean of both directions in
-# tpu_static_edge_states_2026-11-24.md.
+# tpu_static_edge_states_2026-11-24.md; of state-space duality, tpu_static_ssd_2026-11-26.md and, for v4,
+# tpu_static_ssd_v4_2026-11-26.md, whose heads have 64 channels and 128 states.
 CHIPS = {
     "NVIDIA A100-SXM4-40GB": Chip(peak_flops=312e12, memory_bytes_per_second=1555e9),
     "NVIDIA A100-SXM4-80GB": Chip(peak_flops=312e12, memory_bytes_per_second=2039e9),
@@ -74,6 +75,8 @@ CHIPS = {
                 "selective_scan_pallas_tpu_edge": 80.5,
                 "causal_conv1d_pallas_tpu_forward": 13.5,
                 "causal_conv1d_pallas_tpu_backward": 30.1,
+                "ssd_pallas_tpu_forward": 29.2,
+                "ssd_pallas_tpu_backward": 60.8,
             },
         ),
     ),
@@ -92,6 +95,8 @@ CHIPS = {
                 "selective_scan_pallas_tpu_edge": 33.2,
                 "causal_conv1d_pallas_tpu_forward": 8.1,
                 "causal_conv1d_pallas_tpu_backward": 17.3,
+                "ssd_pallas_tpu_forward": 14.3,
+                "ssd_pallas_tpu_backward": 34.1,
             },
         ),
     ),
@@ -110,6 +115,8 @@ CHIPS = {
                 "selective_scan_pallas_tpu_edge": 34.7,
                 "causal_conv1d_pallas_tpu_forward": 8.2,
                 "causal_conv1d_pallas_tpu_backward": 17.8,
+                "ssd_pallas_tpu_forward": 15.0,
+                "ssd_pallas_tpu_backward": 35.4,
             },
         ),
     ),

@@ -1,6 +1,7 @@
 """The platform that the function being traced is meant for."""
 
 import re
+from collections.abc import Mapping
 
 import jax
 
@@ -20,6 +21,11 @@ def target_device_kind() -> str:
     """Name of the kind of device that the computation being traced is meant for, such as "TPU v5 lite"."""
     abstract_device = jax.sharding.get_abstract_mesh().abstract_device
     return str(jax.local_devices()[0].device_kind if abstract_device is None else abstract_device.device_kind)
+
+
+def entry_of_kind[Entry](table: Mapping[str, Entry], device_kind: str, *, default: str) -> Entry:
+    """The first entry of a table whose key is part of the kind of device; that of `default` if there is none."""
+    return next((entry for part, entry in table.items() if part in device_kind), table[default])
 
 
 # By a word of the name, for GPUs that programs are compiled for where there is none to ask.

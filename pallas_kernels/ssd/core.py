@@ -20,8 +20,9 @@ _dispatch = Dispatcher[SSDOutput](
         "reference": Backend(f"{_HERE}.reference", _FUNCTION),
         "xla": Backend(f"{_HERE}.xla.op", _FUNCTION),
         "pallas_gpu": Backend(f"{_HERE}.pallas_gpu.op", _FUNCTION),
+        "pallas_tpu": Backend(f"{_HERE}.pallas_tpu.op", _FUNCTION),
     },
-    platform_order={"gpu": ("pallas_gpu", "xla")},
+    platform_order={"gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")},
 )
 IMPLEMENTATIONS = tuple(_dispatch.implementations)
 

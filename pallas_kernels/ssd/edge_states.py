@@ -1,4 +1,4 @@
-r"""What a run of tokens does to the states at its two edges, without outputs: equation 15 of README.md.
+r"""What a run of tokens does to the states at its two edges, without outputs: equation 16 of README.md.
 
 With l_jk the sum of the logarithms of the decays after token j, up to and with token k, the tokens 1..L leave behind,
 from a zero state,

@@ -46,13 +46,13 @@ def _core(*, implementation: str, **arrays: jax.Array) -> SSDOutput:
 CORE = Op(name="ssd", function=_core)
 
 
-def check_values_and_gradients(call: Call) -> None:
+def check_values_and_gradients(call: Call, implementation: str = "pallas_gpu") -> None:
     """Outputs and every gradient of the core are within `LIMIT` of the reference; twice gives the same bits."""
     core = as_decaying_attention(SSDArguments.of(**call.arrays, **call.integers, **call.static))
     operands, integers = core.operands()
     core_call = Call(operands.arrays(), integers, {})
     cotangents = op_contract.cotangents_of(CORE, core_call)
-    run = op_contract.compiled(CORE, core_call, "pallas_gpu")
+    run = op_contract.compiled(CORE, core_call, implementation)
     results, again = (run(core_call.arrays, cotangents) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, results, again)
     expected_outputs, expected_gradients = op_contract.in_double_precision(CORE, core_call)
@@ -61,6 +61,12 @@ def check_values_and_gradients(call: Call) -> None:
     for name, (actual, expected) in pairs.items():
         error = np.linalg.norm(np.asarray(actual, np.float64) - expected)
         assert error <= LIMIT * np.linalg.norm(expected), f"{name}: {error / np.linalg.norm(expected):.2e}"
+
+
+def narrowed(call: Call) -> Call:
+    """The call with its sequences in bfloat16."""
+    narrow = {key: call.arrays[key].astype(jnp.bfloat16) for key in ("x", "B", "C")}
+    return dataclasses.replace(call, arrays=call.arrays | narrow)
 
 
 def test_values_and_gradients() -> None:
@@ -76,9 +82,7 @@ def test_values_and_gradients_of_larger_calls(spec: SSDSpec) -> None:
 @slow_interpreted
 @pytest.mark.parametrize("name", test_ssd.EXTREMES)
 def test_extreme_decays(name: str) -> None:
-    call = test_ssd.EXTREMES[name]()
-    narrow = {key: call.arrays[key].astype(jnp.bfloat16) for key in ("x", "B", "C")}
-    check_values_and_gradients(dataclasses.replace(call, arrays=call.arrays | narrow))
+    check_values_and_gradients(narrowed(test_ssd.EXTREMES[name]()))
 
 
 @slow_interpreted

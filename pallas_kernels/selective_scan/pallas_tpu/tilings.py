@@ -7,6 +7,7 @@ paid once for all of them. `python benchmarks/run_tpu_static.py --variants` make
 
 import dataclasses
 
+from pallas_kernels.common.devices import entry_of_kind
 from pallas_kernels.common.rounding import ceil_div, round_up
 from pallas_kernels.common.tpu_tiles import LANES, SPAN, choose_tiles
 from pallas_kernels.selective_scan.pallas_tpu.geometry import SLICE, Geometry, Tiling
@@ -48,7 +49,7 @@ GENERATIONS = {
 
 def generation(device_kind: str) -> Generation:
     """The entry of a device by its kind, such as "TPU v5 lite"; of v5e if there is none."""
-    return next((entry for part, entry in GENERATIONS.items() if part in device_kind), _V5E)
+    return entry_of_kind(GENERATIONS, device_kind, default="v5 lite")
 
 
 def choose_geometry(chip: Generation, *, batch: int, length: int, groups: int, channels: int, states: int) -> Geometry:
