@@ -72,7 +72,7 @@ def walk(geometry: Geometry, kind: Walk, inputs: Arrays, *, interpreted: bool) -
 
     Returns:
         "final" (parts B H WIDTH, N), the state after each part, "y" like "v", and "checkpoints"
-        (B chunks H WIDTH, N).
+        (B chunks H WIDTH, N). A walk with neither outputs nor checkpoints leaves out its last part.
     """
     rows, states = geometry.batch * geometry.heads * WIDTH, geometry.states
     outputs = {"final": jax.ShapeDtypeStruct((geometry.parts * rows, states), jnp.float32)}
@@ -115,6 +115,10 @@ def _kernel(geometry: Geometry, kind: Walk, interpreted: bool, refs: Arrays) -> 
     part, warpgroup = jax.lax.axis_index("part"), jax.lax.axis_index("warpgroup")
     first = part * geometry.chunks_per_part
     count = jnp.minimum(geometry.chunks - first, geometry.chunks_per_part)
+    if not (kind.outputs or kind.checkpoints):
+        # Such a walk is for the states between parts: nothing comes after the last one.
+        last = 0 if kind.reverse else geometry.parts - 1
+        count = jnp.where(part == last, 0, count)
 
     def chunk(i):
         return first + (count - 1 - i if kind.reverse else i)
