@@ -67,6 +67,8 @@ UNCHUNKED_ELEMENTS = 2**29
 # An update takes less time than starting a program: on a GPU so many are timed in one loop.
 UPDATES = 200
 OPS_OF_A_TOKEN = ("selective_state_update", "ssd_state_update")
+# Distributions of other libraries, by the name of their module: compared where they are installed.
+PEERS = {"jla": "jax-linear-attention", "mamba2_jax": "mamba2-jax"}
 NOTES = (
     "Times are the best of repeated runs on a CPU; on a GPU the median of runs that follow each other without a pause, "
     "launches included. CPU ms is processor time over all threads. Temporaries are what the compiled program allocates "
@@ -174,6 +176,14 @@ def peer_ssd(*, sums_over_heads: bool, D, dt_bias, **arrays):
     return ssd(arrays["x"], dt, arrays["A"], arrays["B"], arrays["C"], d=D, grouped_key_grads=sums_over_heads)[0]
 
 
+def peer_ssd_of_heads(*, chunk: int, D, dt_bias, **arrays):
+    """Mamba-2's recurrence in the package mamba2-jax, whose default is a chunk of 256; B and C are for each head."""
+    forward = importlib.import_module("mamba2_jax.modeling").ssd_forward
+    x, dt, A = (arrays[name] for name in ("x", "dt", "A"))
+    B, C = (jnp.repeat(arrays[name], x.shape[2] // arrays[name].shape[2], axis=2) for name in ("B", "C"))
+    return forward(x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias[None, None], dt_min=0.0, dt_max=math.inf)[0]
+
+
 def edge_state(edge, implementation, *, x, dt, A, B, C, D, z, dt_bias):
     """The state at one edge of a sequence; for the cotangent x stands for that of y."""
     common = {"dt_bias": dt_bias, "dt_softplus": True, "implementation": implementation}
@@ -219,13 +229,28 @@ def candidates(op: str, static: Mapping[str, Any], elements: int, options: Optio
             functions[f"{names[0]}, {edge} alone"] = functools.partial(edge_state, edge, names[0])
         if not on_accelerator or elements <= UNCHUNKED_ELEMENTS:
             functions["unchunked associative_scan"] = unchunked_associative_scan
-        if on_accelerator and importlib.util.find_spec("jla"):
+        if on_accelerator and "jla" in installed_peers():
             functions["jax-linear-attention"] = peer_scan
-    if op == "ssd" and on_accelerator and importlib.util.find_spec("jla"):
+    return functions | (peers_of_ssd(on_accelerator) if op == "ssd" else {})
+
+
+def installed_peers() -> dict[str, str]:
+    """Those of `PEERS` that can be imported."""
+    return {module: name for module, name in PEERS.items() if importlib.util.find_spec(module)}
+
+
+def peers_of_ssd(on_accelerator: bool) -> dict[str, Callable]:
+    """What other libraries have for `ssd`: on an accelerator kernels, which have a choice, elsewhere plain JAX."""
+    functions: dict[str, Callable] = {}
+    peers = installed_peers()
+    if "jla" in peers and on_accelerator:
         for summed, where in ((True, "in its kernel"), (False, "after it")):
-            functions[f"jax-linear-attention, heads summed {where}"] = functools.partial(
-                peer_ssd, sums_over_heads=summed
-            )
+            functions[f"{PEERS['jla']}, heads summed {where}"] = functools.partial(peer_ssd, sums_over_heads=summed)
+    elif "jla" in peers:
+        functions[PEERS["jla"]] = functools.partial(peer_ssd, sums_over_heads=False)
+    if "mamba2_jax" in peers and not on_accelerator:
+        for chunk in (64, 128, 256):
+            functions[f"{PEERS['mamba2_jax']}, chunk {chunk}"] = functools.partial(peer_ssd_of_heads, chunk=chunk)
     return functions
 
 
@@ -295,7 +320,10 @@ def main() -> None:
         chosen = calls(options)
         harness.select_platform(options.device)
         target = options.compile_for
-        setting = Setting.here(f"{target.stem}, compiled for and not run" if target else harness.hardware())
+        setting = Setting.here(
+            f"{target.stem}, compiled for and not run" if target else harness.hardware(),
+            libraries=tuple(installed_peers().values()),
+        )
         results = Results(options.output, setting)
         for op, specs in chosen.items():
             for spec in specs:

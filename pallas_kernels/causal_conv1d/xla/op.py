@@ -42,6 +42,9 @@ def _convolve(
     segments: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output and final window."""
+    # Where layers are scanned, weights are slices of a stack. On a CPU a loop that slices while it computes runs
+    # without vector instructions, several times as long.
+    weight, bias = jax.lax.optimization_barrier((weight, bias))
     width, length = weight.shape[0], x.shape[1]
     weight = weight.astype(jnp.float32)
     # Widened before it is used, so that all contributions to the gradient of x add up in float32.
