@@ -36,6 +36,7 @@ from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
 from mamba_jax.models import parameters
 from mamba_jax.models.flops import flops_per_token, model_flops_utilization
+from mamba_jax.models.head import Head
 from mamba_jax.models.loss import next_token_loss
 from mamba_jax.sharding import make_mesh, put_batch
 from mamba_jax.training.config import ProgramConfig
@@ -211,7 +212,8 @@ def parts(options: Options) -> dict[str, tuple[Callable, tuple, int]]:
     def convolve(x, weight, bias):
         return causal_conv1d(x, weight, bias, activation="silu").y
 
-    def loss(hidden, head):
+    def loss(hidden, matrix):
+        head = Head(matrix=matrix)
         count, mask = jnp.float32(targets.size), jnp.ones(sequence, bool)
         return next_token_loss(hidden, head, targets, mask, normalizer=count, z_loss=0.0, chunk=options.loss_chunk).loss
 

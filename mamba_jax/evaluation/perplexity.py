@@ -108,7 +108,7 @@ def _summed_loss(definition: ModelDefinition, loss_chunk: int, params: Params, b
     model = definition.merge(params)
     output = next_token_loss(
         model.hidden(batch.tokens, segment_ids=batch.segment_ids).hidden,
-        model.unembedding,
+        model.head,
         batch.targets,
         batch.loss_mask,
         normalizer=jnp.ones((), jnp.float32),

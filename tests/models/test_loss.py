@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mamba_jax.config import MeshConfig
+from mamba_jax.models.head import Head
 from mamba_jax.models.loss import LossOutput, next_token_loss
 from mamba_jax.sharding import make_mesh
 from tests.programs import temporary_bytes
@@ -24,6 +25,7 @@ class Problem:
     unembedding: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
+    logit_cap: float | None
     loss: float
     loss_error: float
     gradients: tuple[np.ndarray, np.ndarray]
@@ -31,8 +33,15 @@ class Problem:
 
 
 def make_problem(
-    vocab: int, *, z_loss: float = 0.0, batch: int = 2, length: int = 13, dim: int = 8, counted: float = 0.7
+    vocab: int,
+    *,
+    z_loss: float = 0.0,
+    logit_cap: float | None = None,
+    batch: int = 2,
+    length: int = 13,
+    counted: float = 0.7,
 ) -> Problem:
+    dim = 8
     rng = np.random.default_rng(vocab)
     # Representable in bfloat16, so that the same problem serves both dtypes.
     hidden = np.asarray(jnp.asarray(rng.normal(size=(batch, length, dim)), jnp.bfloat16), np.float32)
@@ -42,7 +51,8 @@ def make_problem(
     tokens = max(mask.sum(), 1)
 
     h, w = hidden.astype(np.float64), unembedding.astype(np.float64)
-    logits = h @ w.T
+    logits = h @ w.T if logit_cap is None else logit_cap * np.tanh(h @ w.T / logit_cap)
+    slope = 1.0 if logit_cap is None else 1 - (logits / logit_cap) ** 2
     partition = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     is_target = np.arange(vocab) == targets[..., None]
     target_logit = np.where(is_target, logits, 0).sum(-1)
@@ -50,19 +60,23 @@ def make_problem(
     probability = np.exp(logits - partition[..., None])
     factor = (1 + 2 * z_loss * partition)[..., None]
     weight = (mask / tokens)[..., None]
-    dlogits = (probability * factor - is_target) * weight
+    dlogits = (probability * factor - is_target) * weight * slope
 
     # A dot product of n terms errs by at most n epsilon times the sum of the terms' magnitudes; a logit has `dim`, the
     # partition's sum at most `vocab` terms in a tree, whose depth counts, and every logarithm, exponential, difference
     # and product adds a few epsilon of its own.
     logit_error = EPSILON * (dim * (np.abs(h) @ np.abs(w).T).max() + np.log2(vocab) + 8 * (1 + np.abs(partition).max()))
+    # The slope of a cap is at most 1, and changes by at most twice the relative error of its logit.
+    relative = 2 * logit_error / logit_cap + 4 * EPSILON if logit_cap is not None else 0.0
     dlogits_error = (probability * factor * 3 * (logit_error + 4 * EPSILON) + is_target * 4 * EPSILON) * weight
+    dlogits_error += np.abs(probability * factor - is_target) * weight * relative
     sums = batch * length
     return Problem(
         hidden=hidden,
         unembedding=unembedding,
         targets=targets,
         mask=mask,
+        logit_cap=logit_cap,
         loss=loss,
         loss_error=(2 * logit_error + sums * EPSILON * loss) * (1 + 2 * z_loss * np.abs(partition).max()),
         gradients=(dlogits @ w, np.einsum("btv,btd->vd", dlogits, h)),
@@ -79,7 +93,13 @@ def run(problem: Problem, *, z_loss: float = 0.0, chunk: int, dtype: str = "floa
     def loss(hidden: jax.Array, unembedding: jax.Array) -> tuple[jax.Array, LossOutput]:
         normalizer = jnp.sum(problem.mask, dtype=jnp.float32)
         output = next_token_loss(
-            hidden, unembedding, problem.targets, problem.mask, normalizer=normalizer, z_loss=z_loss, chunk=chunk
+            hidden,
+            Head(matrix=unembedding, logit_cap=problem.logit_cap),
+            problem.targets,
+            problem.mask,
+            normalizer=normalizer,
+            z_loss=z_loss,
+            chunk=chunk,
         )
         return output.loss, output
 
@@ -93,7 +113,15 @@ def run(problem: Problem, *, z_loss: float = 0.0, chunk: int, dtype: str = "floa
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize(("vocab", "chunk"), [(7, 5), (1000, 13), (1000, 1), (50280, 4), (50280, 100)])
 def test_equals_plain_log_softmax(vocab: int, chunk: int, z_loss: float) -> None:
-    problem = make_problem(vocab, z_loss=z_loss)
+    check_problem(make_problem(vocab, z_loss=z_loss), z_loss=z_loss, chunk=chunk)
+
+
+def test_capped_logits() -> None:
+    # Half of the logits are beyond the cap.
+    check_problem(make_problem(100, z_loss=1e-2, logit_cap=2.0), z_loss=1e-2, chunk=5)
+
+
+def check_problem(problem: Problem, *, z_loss: float, chunk: int) -> None:
     output, gradients = run(problem, z_loss=z_loss, chunk=chunk)
     assert abs(float(output.loss) - problem.loss) <= problem.loss_error
     assert problem.loss_error < 1e-4 * problem.loss
@@ -161,8 +189,9 @@ def test_parts_add_up_to_the_whole() -> None:
     normalizer = jnp.sum(problem.mask, dtype=jnp.float32)
 
     def part(rows: slice) -> float:
-        arrays = (problem.hidden[rows], problem.unembedding, problem.targets[rows], problem.mask[rows])
-        output = next_token_loss(*map(jnp.asarray, arrays), normalizer=normalizer, z_loss=0.0, chunk=5)
+        head = Head(matrix=jnp.asarray(problem.unembedding))
+        arrays = (jnp.asarray(problem.hidden[rows]), head, problem.targets[rows], problem.mask[rows])
+        output = next_token_loss(*arrays, normalizer=normalizer, z_loss=0.0, chunk=5)
         return float(output.loss)
 
     whole = part(slice(None))
@@ -190,7 +219,8 @@ def test_logits_of_the_batch_never_exist() -> None:
         targets = jnp.zeros((batch, length), jnp.int32)
         mask = jnp.ones((batch, length), bool)
         one = jnp.ones((), jnp.float32)
-        return next_token_loss(hidden, unembedding, targets, mask, normalizer=one, z_loss=0.0, chunk=chunk).loss
+        head = Head(matrix=unembedding)
+        return next_token_loss(hidden, head, targets, mask, normalizer=one, z_loss=0.0, chunk=chunk).loss
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1)))
     arguments = (jnp.zeros((batch, length, dim)), jnp.zeros((vocab, dim)))

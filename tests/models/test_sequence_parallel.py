@@ -220,7 +220,7 @@ def loss_program(config: ModelConfig, mesh: MeshConfig, batch: Any) -> tuple[Any
         model = definition.merge(params)
         hidden = model.hidden(tokens, None, segment_ids=ids).hidden
         normalizer = jnp.float32(tokens.size)
-        head = model.unembedding
+        head = model.head
         return next_token_loss(hidden, head, targets, mask, normalizer=normalizer, z_loss=1e-3, chunk=8).loss
 
     arguments = jax.device_put(params, shardings), put_batch(devices, batch)
