@@ -21,7 +21,7 @@ from mamba_jax.generation.text import complete
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.language_model import LMOutput
 from mamba_jax.models.parameters import ModelDefinition, Params, define
-from mamba_jax.models.state import LMState
+from mamba_jax.models.state import LMState, with_room
 
 # Token ids or document numbers, in rows of equal length.
 Ids = Int[jax.Array | np.ndarray, "B L"] | list[list[int]]
@@ -83,19 +83,32 @@ class Model:
             raise InputError("this checkpoint has no tokenizer: give token ids, or load a folder with tokenizer.json")
         return open_tokenizer(self._tokenizer_config)
 
-    def __call__(self, tokens: Ids, state: LMState | None = None, *, segment_ids: Ids | None = None) -> LMOutput:
+    def __call__(
+        self,
+        tokens: Ids,
+        state: LMState | None = None,
+        *,
+        segment_ids: Ids | None = None,
+        max_length: int | None = None,
+    ) -> LMOutput:
         """Logits of the next token at every position, and the state after the last; compiled once for each shape.
 
         Args:
             tokens: ids in [0, vocab_size), (B, L); nested lists and NumPy arrays are accepted, too.
             state: `output.state` of the call with the previous tokens; None starts a sequence.
             segment_ids: document number of each token, (B, L); None means one document per row.
+            max_length: most tokens of a document that the state that comes out shall have room for, for models with
+                attention; where their state is too small, logits are NaN. None leaves its size as it is, that of the
+                tokens of the first call.
 
         Returns:
             `logits`, (B, L, V) with V the padded vocabulary, and `state`.
         """
         ids = None if segment_ids is None else jnp.asarray(segment_ids)
-        return _forward(self.definition, self.params, jnp.asarray(tokens), state, ids)
+        output = _forward(self.definition, self.params, jnp.asarray(tokens), state, ids)
+        if max_length is None:
+            return output
+        return dataclasses.replace(output, state=with_room(self.config, output.state, max_length))
 
     def generate(
         self,

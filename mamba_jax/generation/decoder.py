@@ -13,7 +13,7 @@ from mamba_jax.errors import InputError
 from mamba_jax.generation.sampling import Sampling, sample
 from mamba_jax.models.language_model import LanguageModel
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.models.state import LMState
+from mamba_jax.models.state import LMState, init_state, with_room
 
 
 # Not checked at construction: JAX also builds these classes around shapes and shardings.
@@ -53,10 +53,11 @@ class Decoder:
     """Reads prompts and draws tokens, one step at a time, for callers with a loop of their own, such as servers.
 
     Each method is compiled once for each shape of its arrays. Sampling settings, lengths and keys are arrays, so new
-    values of them do not compile anything. Each token takes the same time and memory however many came before.
+    values of them do not compile anything. Each token takes the same time and memory however many came before, for
+    attention without a window that of `max_length` tokens.
 
     Example:
-        decoder = Decoder(definition, params)
+        decoder = Decoder(definition, params, max_length=4096)
         sampling = Sampling.of([SamplingConfig(temperature=0.7), SamplingConfig(top_k=40)])
         read = decoder.prefill(prompts, lengths)
         token = decoder.draw(read.logits, sampling, key)
@@ -68,10 +69,16 @@ class Decoder:
     Args:
         definition: the model to run.
         params: its parameters.
+        max_length: most tokens of a row, prompt included. A model with attention needs it; where more of a row would
+            have to be remembered, logits are NaN. None is any number.
+
+    Raises:
+        InputError: attention without a window, and no `max_length`.
     """
 
-    def __init__(self, definition: ModelDefinition, params: Params) -> None:
-        self.definition, self.params = definition, params
+    def __init__(self, definition: ModelDefinition, params: Params, *, max_length: int | None = None) -> None:
+        self.definition, self.params, self.max_length = definition, params, max_length
+        jax.eval_shape(lambda: init_state(definition.config, 1, max_length=max_length))
 
     def prefill(
         self, tokens: Int[jax.Array | np.ndarray, "B L"], lengths: Int[jax.Array | np.ndarray, " B"] | None = None
@@ -83,13 +90,18 @@ class Decoder:
             lengths: number of tokens in each prompt, (B,), from 1 to L; None means L for all.
 
         Raises:
-            InputError: L is 0, or a length is outside of 1 .. L.
+            InputError: L is 0 or more than `max_length`, or a length is outside of 1 .. L.
         """
         if tokens.shape[1] == 0:
             raise InputError("the prompt has no tokens: give at least one")
         if lengths is not None:
             check_lengths(np.asarray(lengths), tokens.shape[1])
-        return _prefill(self.definition, self.params, tokens, lengths)
+        if self.max_length is not None and tokens.shape[1] > self.max_length:
+            raise InputError(
+                f"the prompts have {tokens.shape[1]} tokens, but the decoder's max_length is {self.max_length}: raise "
+                "it"
+            )
+        return _prefill(self.definition, self.max_length, self.params, tokens, lengths)
 
     def draw(self, logits: Float[jax.Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> Int[jax.Array, " B"]:
         """Draws a token for every row from logits (B, V); see `sample`."""
@@ -115,7 +127,9 @@ def check_lengths(lengths: Int[np.ndarray, " B"], longest: int) -> None:
         raise InputError(f"a prompt has {wrong[0]} tokens, but rows hold 1 to {longest}: mend its length")
 
 
-def read_prompts(model: LanguageModel, tokens: jax.Array, lengths: jax.Array | None) -> Prefilled:
+def read_prompts(
+    model: LanguageModel, tokens: jax.Array, lengths: jax.Array | None, *, max_length: int | None
+) -> Prefilled:
     """`Decoder.prefill` as a function to be called inside a jitted one, for tokens (B, L) and lengths (B,) or None.
 
     Prompts of different lengths are moved to the right, so that all end at the same position. The padding in front of a
@@ -129,12 +143,19 @@ def read_prompts(model: LanguageModel, tokens: jax.Array, lengths: jax.Array | N
         from_left = jnp.arange(length)[None] - (length - lengths)[:, None]
         moved = jnp.take_along_axis(tokens, jnp.maximum(from_left, 0), axis=1)
         read = model.hidden(moved, segment_ids=(from_left >= 0).astype(jnp.int32))
-    return Prefilled(logits=model.unembed(read.hidden[:, -1:])[:, 0], state=read.state)
+    state = read.state if max_length is None else with_room(model.config, read.state, max_length)
+    return Prefilled(logits=model.unembed(read.hidden[:, -1:])[:, 0], state=state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(definition: ModelDefinition, params: Params, tokens: jax.Array, lengths: jax.Array | None) -> Prefilled:
-    return read_prompts(definition.merge(params), tokens, lengths)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill(
+    definition: ModelDefinition,
+    max_length: int | None,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array | None,
+) -> Prefilled:
+    return read_prompts(definition.merge(params), tokens, lengths, max_length=max_length)
 
 
 @functools.partial(jax.jit, static_argnums=0)

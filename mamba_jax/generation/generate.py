@@ -28,7 +28,8 @@ def generate(
     """Continues a batch of prompts.
 
     Only the recurrent state is carried from token to token, so time and memory per token do not depend on how many came
-    before. Other values of `sampling` and `lengths` do not compile a new program; another `num_tokens` does.
+    before; that of attention has room for all tokens from the start. Other values of `sampling` and `lengths` do not
+    compile a new program; another `num_tokens` does.
 
     Args:
         definition: the model to run.
@@ -98,7 +99,8 @@ def _generate(
     """Reads prompts and draws ids (B, num_tokens) in one program; -1 stands where the highest logit is not finite."""
     model = definition.merge(params)
     draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size, allowed=allowed_V)
-    read = read_prompts(model, *prompt)
+    # The last token is drawn, and never read.
+    read = read_prompts(model, *prompt, max_length=prompt[0].shape[1] + num_tokens - 1)
     keys = jax.random.split(key, num_tokens)
     first_B = draw(read.logits, keys[0])
 

@@ -16,8 +16,17 @@ from mamba_jax.sharding import Axis, constrain
 LMState = dict[str, Any]
 
 
-def declare(config: ModelConfig, *, batch_size: int) -> LMState:
-    """The state of a model as a tree of `StateArray`."""
+def declare(config: ModelConfig, *, batch_size: int, max_length: int | None = None) -> LMState:
+    """The state of a model as a tree of `StateArray`.
+
+    Args:
+        config: the model's.
+        batch_size: B, rows.
+        max_length: most tokens of a document that it has to hold; only a model with attention asks for it.
+
+    Raises:
+        InputError: attention without a window, and no `max_length`.
+    """
 
     def stacked(stack: Stack, array: StateArray) -> StateArray:
         return StateArray(
@@ -30,21 +39,40 @@ def declare(config: ModelConfig, *, batch_size: int) -> LMState:
     return {
         stack.name: jax.tree.map(
             functools.partial(stacked, stack),
-            stack.mixer.mixer().declare_state(stack.mixer, config.setting, batch_size=batch_size),
+            stack.mixer.mixer().declare_state(
+                stack.mixer, config.setting, batch_size=batch_size, max_length=max_length
+            ),
         )
         for stack in config.stacks
     }
 
 
-def init_state(config: ModelConfig, batch_size: int) -> LMState:
-    """The state before any token."""
-    declared = declare(config, batch_size=batch_size)
+def init_state(config: ModelConfig, batch_size: int, *, max_length: int | None = None) -> LMState:
+    """The state before any token; arguments as in `declare`."""
+    declared = declare(config, batch_size=batch_size, max_length=max_length)
     return jax.tree.map(lambda array: jnp.full(array.shape, array.initial, array.dtype), declared)
+
+
+def _declare_any(config: ModelConfig) -> LMState:
+    """What does not depend on sizes: axes, dtypes and initial values."""
+    return declare(config, batch_size=1, max_length=1)
+
+
+def with_room(config: ModelConfig, state: LMState, max_length: int) -> LMState:
+    """The state with room for documents of up to `max_length` tokens, those so far included.
+
+    What comes out of a call without a state has room for the tokens of that call; states of fixed size stay as they
+    are. Where attention would need more than its state holds, the model's output is NaN.
+    """
+    return {
+        stack.name: stack.mixer.mixer().grow_state(stack.mixer, state[stack.name], max_length)
+        for stack in config.stacks
+    }
 
 
 def state_axes(config: ModelConfig) -> LMState:
     """Logical axes of every array of the state, as a tuple in its place."""
-    return jax.tree.map(lambda array: array.axes, declare(config, batch_size=1))
+    return jax.tree.map(lambda array: array.axes, _declare_any(config))
 
 
 def reset_rows(config: ModelConfig, state: LMState, rows: Bool[jax.Array, " B"]) -> LMState:
@@ -54,7 +82,7 @@ def reset_rows(config: ModelConfig, state: LMState, rows: Bool[jax.Array, " B"])
         shape = [-1 if axis == Axis.BATCH else 1 for axis in declared.axes]
         return jnp.where(rows.reshape(shape), jnp.asarray(declared.initial, leaf.dtype), leaf)
 
-    return jax.tree.map(reset, state, declare(config, batch_size=1))
+    return jax.tree.map(reset, state, _declare_any(config))
 
 
 def finite_rows(config: ModelConfig, state: LMState) -> LMState:
@@ -66,7 +94,7 @@ def finite_rows(config: ModelConfig, state: LMState) -> LMState:
             is_right |= leaf == declared.initial
         return jnp.all(is_right, axis=[dim for dim, axis in enumerate(declared.axes) if axis != Axis.BATCH])
 
-    rows = jax.tree.leaves(jax.tree.map(finite, state, declare(config, batch_size=1)))
+    rows = jax.tree.leaves(jax.tree.map(finite, state, _declare_any(config)))
     return reset_rows(config, state, ~functools.reduce(jnp.logical_and, rows)) if rows else state
 
 

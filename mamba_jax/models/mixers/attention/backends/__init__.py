@@ -1,0 +1,1 @@
+"""Implementations of the attention itself, all of the same arguments; see `attend`."""
