@@ -40,11 +40,11 @@ from pallas_kernels.common.ahead_of_time import tpu_devices
 def test_rules_have_a_field_per_axis() -> None:
     assert {field.name for field in dataclasses.fields(ShardingRules)} == {axis.value for axis in Axis}
     assert RULES.spec((Axis.EMBED, None, Axis.INNER)) == PartitionSpec(("fsdp", "sequence"), None, "tensor")
-    assert RULES.spec(((Axis.BATCH, Axis.LENGTH), None)) == PartitionSpec(("data", "fsdp", "sequence"), None)
+    assert RULES.spec(((Axis.BATCH, Axis.LENGTH), None)) == PartitionSpec(("data", "fsdp", "expert", "sequence"), None)
 
 
 def test_mesh_fills_the_open_axis() -> None:
-    sizes = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    sizes = {"data": 2, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 2}
     assert dict(make_mesh(MeshConfig(fsdp=2, tensor=2)).shape) == sizes
     assert make_mesh(MeshConfig(data=1, sequence=-1)).shape["sequence"] == 8
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
@@ -55,7 +55,7 @@ def test_mesh_fills_the_open_axis() -> None:
     [MeshConfig(tensor=3), MeshConfig(data=2, fsdp=2, tensor=4), MeshConfig(data=1), MeshConfig(sequence=16)],
 )
 def test_mesh_that_does_not_fit_is_refused(config: MeshConfig) -> None:
-    sizes = f"data={config.data} x fsdp={config.fsdp} x sequence={config.sequence} x tensor={config.tensor}"
+    sizes = " x ".join(f"{name}={size}" for name, size in dataclasses.asdict(config).items())
     with pytest.raises(InputError, match=f"mesh {sizes} does not fit 8 devices"):
         make_mesh(config)
 
@@ -82,18 +82,18 @@ class FakeDevice:
 @pytest.mark.parametrize(
     ("sizes", "owners", "expected"),
     [
-        pytest.param((4, 2, 1, 1), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 4), (1, 4), (2, 4), (3, 4)], id="batch"),
-        pytest.param((2, 1, 4, 1), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)], id="shared rows"),
-        pytest.param((1, 1, 8, 1), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 1), (0, 1)], id="one row"),
-        pytest.param((8, 1, 1, 1), [0, 0, 1, 1, 0, 0, 1, 1], [(0, 1), (0, 1)], id="rows that are not neighbours"),
-        pytest.param((8, 1, 1, 1), [0, 1, 0, 1, 2, 3, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)], id="blocks"),
+        pytest.param((4, 1, 2, 1, 1), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 4), (1, 4), (2, 4), (3, 4)], id="batch"),
+        pytest.param((2, 1, 1, 4, 1), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)], id="shared rows"),
+        pytest.param((1, 1, 1, 8, 1), [0, 0, 0, 0, 1, 1, 1, 1], [(0, 1), (0, 1)], id="one row"),
+        pytest.param((8, 1, 1, 1, 1), [0, 0, 1, 1, 0, 0, 1, 1], [(0, 1), (0, 1)], id="rows that are not neighbours"),
+        pytest.param((8, 1, 1, 1, 1), [0, 1, 0, 1, 2, 3, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)], id="blocks"),
     ],
 )
 def test_processes_supply_the_rows_of_their_devices(
     sizes: tuple[int, ...], owners: list[int], expected: list[tuple[int, int]]
 ) -> None:
     devices = [FakeDevice(id=index, process_index=owner) for index, owner in enumerate(owners)]
-    mesh = Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "sequence", "tensor"))
+    mesh = Mesh(np.array(devices).reshape(sizes), ("data", "fsdp", "expert", "sequence", "tensor"))
     assert [process_rows(mesh, process) for process in range(len(expected))] == expected
 
 
@@ -161,7 +161,7 @@ def test_constrain_splits_activations_under_a_mesh_only() -> None:
         y, uneven = split(x), split(x[:, :, :5])
     assert y.addressable_shards[0].data.shape == (2, 4, 3)
     assert uneven.addressable_shards[0].data.shape == (2, 4, 5)
-    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"), "sequence")
+    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp", "expert"), "sequence")
 
 
 def test_rules_leave_axes_that_are_not_ours_alone() -> None:
@@ -169,7 +169,8 @@ def test_rules_leave_axes_that_are_not_ours_alone() -> None:
     kinds = {"data": AxisType.Auto, "pipe": AxisType.Auto, "tensor": AxisType.Explicit}
     mesh = jax.make_mesh((2, 2, 2), tuple(kinds), axis_types=tuple(kinds.values()))
     rules = RULES.within(mesh)
-    assert rules == ShardingRules(batch=("data",), length=(), embed=(), inner=(), heads=(), vocab=())
+    none = dict.fromkeys(("length", "embed", "inner", "heads", "kv_heads", "expert", "vocab"), ())
+    assert rules == ShardingRules(batch=("data",), **none)
     assert RULES.within(make_mesh(MeshConfig())) == RULES
     x = jnp.zeros((8, 4, 6))
     with jax.set_mesh(mesh):

@@ -15,8 +15,9 @@ from mamba_jax.models.parameters import define
 def flops_per_token(config: ModelConfig, *, length: int) -> float:
     """Operations of forward and backward pass for one token, without recomputation.
 
-    6 for every element of a parameter that is multiplied (the table of an untied embedding is only read), and what the
-    mixers count besides.
+    6 for every element of a parameter that a token is multiplied with (the table of an untied embedding is only read,
+    and most experts are passed by), and what the mixers count besides: among it, for every layer, the parameters of a
+    block that layers share.
 
     Args:
         config: config of the model.
@@ -27,7 +28,12 @@ def flops_per_token(config: ModelConfig, *, length: int) -> float:
     params = dict(define(config).params)
     if not config.tie_embeddings:
         params.pop("embedding")
+    for name in config.shared_blocks:
+        params.pop(f"shared_{name}")
     multiplied = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    multiplied -= sum(
+        stack.repeats * stack.mixer.mixer().idle_parameters(stack.mixer, config.setting) for stack in config.stacks
+    )
     mixed = sum(
         stack.repeats * stack.mixer.mixer().flops_per_token(stack.mixer, config.setting, length=length)
         for stack in config.stacks

@@ -16,6 +16,8 @@ class Axis(enum.StrEnum):
     EMBED = "embed"
     INNER = "inner"
     HEADS = "heads"
+    KV_HEADS = "kv_heads"
+    EXPERT = "expert"
     STATE = "state"
     CONV = "conv"
     DT_RANK = "dt_rank"
@@ -25,6 +27,9 @@ class Axis(enum.StrEnum):
 
 # What a dimension means: one axis; several axes flattened into one dimension, the first varying slowest; or no axis.
 type Logical = Axis | tuple[Axis, ...] | None
+
+# Dimensions that every device holds whole where they do not divide evenly; any other must divide.
+WHOLE_IF_UNEVEN = frozenset({Axis.KV_HEADS})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +41,13 @@ class ShardingRules:
     the mesh axis "sequence" as well as over "fsdp".
     """
 
-    batch: tuple[str, ...] = ("data", "fsdp")
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
     length: tuple[str, ...] = ("sequence",)
     embed: tuple[str, ...] = ("fsdp", "sequence")
     inner: tuple[str, ...] = ("tensor",)
     heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    expert: tuple[str, ...] = ("expert",)
     state: tuple[str, ...] = ()
     conv: tuple[str, ...] = ()
     dt_rank: tuple[str, ...] = ()

@@ -11,12 +11,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mamba_jax.errors import InputError
-from mamba_jax.sharding.axes import RULES, Axis
+from mamba_jax.sharding.axes import RULES, WHOLE_IF_UNEVEN, Axis
 from mamba_jax.sharding.config import MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp, sequence, tensor) mesh over `devices`; None takes all devices of all processes.
+    """The (data, fsdp, expert, sequence, tensor) mesh over `devices`; None takes all devices of all processes.
 
     Between TPU slices there is only the slow data-centre network, so the axis that crosses from slice to slice is the
     one that communicates least, the data axis.
@@ -44,9 +44,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise InputError(
             f"mesh {given}: the data axis of {sizes[0]} cannot be split over {slices} slices: make mesh.data a multiple"
         )
-    # A TPU torus has two or three sides and the mesh four axes, so a side may have to be divided between mesh axes.
+    # A TPU torus has two or three sides and the mesh five axes, so a side may have to be divided between mesh axes.
     if slices > 1:
-        within, joined = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+        within, joined = (sizes[0] // slices, *sizes[1:]), (slices, *(1,) * (len(sizes) - 1))
         grid = mesh_utils.create_hybrid_device_mesh(within, joined, devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -134,6 +134,8 @@ def put_batch[T](mesh: Mesh, batch: T) -> T:
 def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | None], *, name: str) -> NamedSharding:
     """Sharding of a parameter, after checking that every split dimension divides evenly.
 
+    Heads of keys and values stay whole where they do not.
+
     Args:
         mesh: the device mesh.
         shape: the parameter's shape.
@@ -143,6 +145,10 @@ def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[Axis | N
     Raises:
         InputError: a dimension is not a multiple of the devices it is split over.
     """
+    axes = [
+        None if axis in WHOLE_IF_UNEVEN and dim % RULES.parts(mesh, axis) else axis
+        for dim, axis in zip(shape, axes, strict=True)
+    ]
     for dim, axis in zip(shape, axes, strict=True):
         parts = RULES.parts(mesh, axis)
         if dim % parts:

@@ -57,13 +57,48 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.tensordot(x, kernel, axes=1, out_sharding=PartitionSpec(*x_spec[:-1], *outputs))
 
 
+def product_of_groups(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The product x W of each group with its W, (..., H, I) by (H, I, *O), as (..., H, *O) in float32 (or float64).
+
+    Under explicit mesh axes the result is split like x in all but its last dimensions, over which it is whole.
+    """
+    lead, outputs = "abcdef"[: x.ndim - 2], "uvwxyz"[: kernel.ndim - 2]
+    equation, dtype = f"{lead}hi,hi{outputs}->{lead}h{outputs}", jnp.promote_types(x.dtype, jnp.float32)
+    if not jax.typeof(x).sharding.mesh.explicit_axes:
+        return jnp.einsum(equation, x, kernel, preferred_element_type=dtype)
+    *split, _ = jax.typeof(x).sharding.spec
+    whole_outputs = [None] * len(outputs)
+    kernel = jax.reshard(kernel, PartitionSpec(split[-1], None, *whole_outputs))
+    return jnp.einsum(
+        equation, x, kernel, preferred_element_type=dtype, out_sharding=PartitionSpec(*split, *whole_outputs)
+    )
+
+
+def placed_like(x: jax.Array, leader: jax.Array) -> jax.Array:
+    """An array that is to be added to another one of as many dimensions, split like that one by explicit mesh axes."""
+    kind = jax.typeof(leader).sharding
+    if not kind.mesh.explicit_axes:
+        return x
+    return jax.reshard(
+        x, PartitionSpec(*(None if dim == 1 else part for dim, part in zip(x.shape, kind.spec, strict=True)))
+    )
+
+
+def whole(x: jax.Array, dim: int) -> jax.Array:
+    """The array, gathered along a dimension that explicit mesh axes split."""
+    kind = jax.typeof(x).sharding
+    if kind.spec[dim] is None:
+        return x
+    return jax.reshard(x, PartitionSpec(*(None if at == dim else part for at, part in enumerate(kind.spec))))
+
+
 def in_groups(x: jax.Array, size: int) -> jax.Array:
     """(..., E) as (..., E / size, size). A dimension whose groups explicit mesh axes would cut is gathered first."""
     kind = jax.typeof(x).sharding
     axes = kind.spec[-1]
     names = axes if isinstance(axes, tuple) else (axes,) * (axes is not None)
     if x.shape[-1] // size % math.prod(kind.mesh.shape[name] for name in names):
-        x = jax.reshard(x, PartitionSpec(*kind.spec[:-1], None))
+        x = whole(x, x.ndim - 1)
     return x.reshape(*x.shape[:-1], -1, size)
 
 
@@ -131,6 +166,31 @@ def per_shard[*Outputs](
     return (jax.jit(mapped) if mesh.explicit_axes else mapped)(present)
 
 
+def on_own_tokens(
+    function: Callable[..., jax.Array], tokens: Mapping[str, jax.Array], whole: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Calls a function that works on every token alone, where explicit mesh axes say how tokens are split.
+
+    Without such axes the function is called as it is, and may call `per_shard` itself.
+
+    Args:
+        function: called with keyword arguments; its result is (B, L, ...), one for each token.
+        tokens: arguments (B, L, ...), all split as the first one is in these two dimensions.
+        whole: arguments that every device needs whole.
+    """
+    mesh = jax.typeof(next(iter(tokens.values()))).sharding.mesh
+    if not mesh.explicit_axes:
+        return function(**tokens, **whole)
+    split = PartitionSpec(*jax.typeof(next(iter(tokens.values()))).sharding.spec[:2])
+    specs = dict.fromkeys(tokens, split) | dict.fromkeys(whole, PartitionSpec())
+    there = {name: jax.reshard(array, specs[name]) for name, array in {**tokens, **whole}.items()}
+    mapped = jax.shard_map(
+        lambda arrays: function(**arrays), in_specs=(specs,), out_specs=split, axis_names=set(mesh.explicit_axes)
+    )
+    # Outside of jit JAX maps over all axes of a mesh only.
+    return (jax.jit(mapped) if mesh.auto_axes else mapped)(there)
+
+
 def parts(axis: Axis, size: int) -> int:
     """Number of parts into which `per_shard` splits a dimension with this axis and size; 1 without a mesh."""
     mesh, rules = _current()
@@ -146,6 +206,26 @@ def shard_number(axis: Axis) -> jax.Array:
 def shard_count(axis: Axis) -> int:
     """Inside `per_shard`: number of parts that the dimensions with this axis are split into."""
     return jax.lax.axis_size(RULES.mesh_axes(axis))
+
+
+def gathered[T](tree: T, axis: Axis, *, dim: int = 0) -> T:
+    """Inside `per_shard`: the arrays of all devices along `axis`, one after the other along the dimension `dim`."""
+    names = RULES.mesh_axes(axis)
+    return jax.tree.map(lambda array: jax.lax.all_gather(array, names, axis=dim, tiled=True), tree)
+
+
+def summed[T](tree: T, axis: Axis) -> T:
+    """Inside `per_shard`: the sum of the arrays of all devices along `axis`, on each of them."""
+    return jax.lax.psum(tree, RULES.mesh_axes(axis))
+
+
+def scattered_sum[T](tree: T, axis: Axis) -> T:
+    """Inside `per_shard`: the sum of the arrays along `axis`, of which each device has its part of the first dimension.
+
+    It undoes `gathered`: what devices computed from all rows goes back to the device that gave them.
+    """
+    mesh_axes = RULES.mesh_axes(axis)
+    return jax.tree.map(lambda array: jax.lax.psum_scatter(array, mesh_axes, tiled=True), tree)
 
 
 def from_shard[T](tree: T, axis: Axis, *, before: int) -> T:

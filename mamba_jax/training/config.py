@@ -238,6 +238,9 @@ class ProgramConfig(Config):
             length % windows == 0,
             f"data.seq_len ({length}) must be divisible by train.windows ({windows}): change one of them",
         )
+        if self.order == "streams":
+            for stack in self.model.stacks:
+                stack.mixer.check_endless()
         self._check_recipe()
 
     def _check_recipe(self) -> None:

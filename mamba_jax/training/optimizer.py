@@ -86,7 +86,8 @@ def matrix_dimensions(definition: ModelDefinition) -> Params:
 
     These are the layers' parameters with weight decay, except convolutions, which are one filter per channel. Behind
     the dimension of the layers, the first dimension is the input and the last the output. Dimensions in between count
-    separate matrices, each of which is orthogonalised alone, such as those of x and z in the input projection.
+    separate matrices, each of which is orthogonalised alone, such as those of x and z in the input projection; so does
+    one of experts, before the input.
 
     Args:
         definition: the model; it says which parameters decay and what their dimensions mean.
@@ -98,7 +99,7 @@ def matrix_dimensions(definition: ModelDefinition) -> Params:
     def dimensions(leaf: Any, decay: bool, axes: tuple[Axis | None, ...]) -> Any:
         if not decay or axes[0] != Axis.LAYERS or Axis.CONV in axes:
             return optax.MaskedNode()
-        return MuonDimensionNumbers(reduction_axis=1, output_axis=len(leaf.shape) - 1)
+        return MuonDimensionNumbers(reduction_axis=2 if axes[1] == Axis.EXPERT else 1, output_axis=len(leaf.shape) - 1)
 
     return jax.tree.map(dimensions, definition.params, definition.decay, definition.axes)
 

@@ -114,6 +114,6 @@ def check_rows(mesh: Mesh, name: str, rows: int) -> None:
     shards = batch_shards(mesh)
     if rows % shards:
         raise InputError(
-            f"{name} = {rows} sequences cannot be split over {shards} batch shards (mesh data x fsdp): "
+            f"{name} = {rows} sequences cannot be split over {shards} batch shards (mesh data x fsdp x expert): "
             "change the batch or the mesh"
         )

@@ -35,9 +35,10 @@ class StepMetrics:
     """The metrics of a step, each a float32 scalar.
 
     Attributes:
-        loss: cross_entropy + z_loss.
+        loss: cross_entropy + z_loss + balance_loss.
         cross_entropy: nats per counted token.
         z_loss: weighted log-partition penalty.
+        balance_loss: weighted penalties of experts that are used unevenly; 0 without experts.
         grad_norm: global norm of the gradient before clipping.
         learning_rate: learning rate of this update; the schedule counts updates, so skipped steps do not advance it.
         skipped: number of skipped steps in the whole run so far, this one included.
@@ -47,6 +48,7 @@ class StepMetrics:
     loss: Float[jax.Array | np.ndarray, ""]
     cross_entropy: Float[jax.Array | np.ndarray, ""]
     z_loss: Float[jax.Array | np.ndarray, ""]
+    balance_loss: Float[jax.Array | np.ndarray, ""]
     grad_norm: Float[jax.Array | np.ndarray, ""]
     learning_rate: Float[jax.Array | np.ndarray, ""]
     skipped: Float[jax.Array | np.ndarray, ""]
@@ -78,7 +80,10 @@ def make_train_step(
     """The jitted training step; call it under `jax.set_mesh`. It donates the state that it is given.
 
     With accumulation over several microbatches, their gradients are summed. The loss of each is divided by the number
-    of counted tokens of the whole batch, so the sum is the gradient of the undivided batch.
+    of counted tokens of the whole batch, so the sum is the gradient of the undivided batch. A penalty on experts is the
+    mean over microbatches, and over windows, of the penalty of each; devices make no difference to it. It is a product
+    of means over tokens, so the mean over parts of a batch is not that of the undivided batch: it asks for even shares
+    in each part, which is a little more than even shares overall.
 
     A step whose loss or gradient is not finite, or whose gradient is a spike, leaves parameters, moments and average
     as they were; see `FaultsConfig`. A finite gradient keeps them finite: `ProgramConfig` refuses recipes whose
@@ -121,9 +126,7 @@ def make_train_step(
             return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
 
         metrics = StepMetrics(
-            loss=parts.loss,
-            cross_entropy=parts.cross_entropy,
-            z_loss=parts.z_loss,
+            **vars(parts),
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(state.step - state.skips.total), jnp.float32),
             skipped=skips.total.astype(jnp.float32),
@@ -179,8 +182,7 @@ def _whole_batch(
         losses, gradient, recurrent = loss_and_gradient(*part, normalizer)
         return jax.tree.map(jnp.add, total, (losses, gradient)), recurrent
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (LossOutput(loss=zero, cross_entropy=zero, z_loss=zero), jax.tree.map(jnp.zeros_like, state.params))
+    start = (LossOutput.zero(), jax.tree.map(jnp.zeros_like, state.params))
     split = _microbatches(batch, parts), None if recurrent is None else split_rows(config.model, recurrent, parts)
     (losses, gradient), recurrent = jax.lax.scan(accumulate, start, split)
     return losses, gradient, None if recurrent is None else join_rows(config.model, recurrent)
@@ -210,13 +212,15 @@ def _loss_and_gradient(
         output = model.hidden(batch.tokens, recurrent, segment_ids=batch.segment_ids)
         loss = next_token_loss(
             output.hidden,
-            model.unembedding,
+            model.head,
             batch.targets,
             batch.loss_mask,
             normalizer=normalizer,
             z_loss=config.z_loss,
             chunk=config.loss_chunk,
         )
+        if output.penalty is not None:
+            loss = loss.with_penalty(output.penalty / (config.accumulation_steps * config.windows))
         return loss, output.state
 
     def loss_function(params: Params) -> tuple[jax.Array, tuple[LossOutput, LMState | None]]:
@@ -240,7 +244,7 @@ def _over_windows(
     """
     windows = _windows(batch, config.windows)
     if recurrent is None:
-        recurrent = init_state(config.model, batch.tokens.shape[0])
+        recurrent = init_state(config.model, batch.tokens.shape[0], max_length=config.seq_len)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry: tuple[LMState, LossOutput], window: LMBatch) -> tuple[tuple[LMState, LossOutput], None]:
@@ -252,8 +256,7 @@ def _over_windows(
         )
         return (constrain_state(config.model, state), jax.tree.map(jnp.add, total, parts)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (constrain_state(config.model, recurrent), LossOutput(loss=zero, cross_entropy=zero, z_loss=zero))
+    start = (constrain_state(config.model, recurrent), LossOutput.zero())
     (state, parts), _ = jax.lax.scan(step, start, windows)
     return parts, state
 

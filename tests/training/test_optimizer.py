@@ -16,6 +16,7 @@ from mamba_jax.config import (
     Mamba1Config,
     MeshConfig,
     ModelConfig,
+    MoeConfig,
     OptimizerConfig,
     WarmupStableDecaySchedule,
 )
@@ -147,6 +148,17 @@ def test_which_parameters_muon_updates() -> None:
         "layers/mixer/x_proj/kernel": (1, 2),
         "layers/mixer/dt_proj/kernel": (1, 2),
         "layers/mixer/out_proj/kernel": (1, 2),
+    }
+
+
+def test_every_expert_is_a_matrix_of_its_own() -> None:
+    mixer = MoeConfig(num_experts=2, hidden_dim=8)
+    dims = matrix_dimensions(parameters.define(ModelConfig(vocab_size=24, d_model=16, num_layers=2, mixer=mixer)))
+    found = by_name(dims, is_leaf=lambda node: isinstance(node, tuple))
+    assert {name: tuple(dims) for name, dims in found.items() if not isinstance(dims, optax.MaskedNode)} == {
+        "layers/mixer/router/kernel": (1, 2),
+        "layers/mixer/experts/up_proj": (2, 4),
+        "layers/mixer/experts/down_proj": (2, 3),
     }
 
 
