@@ -73,6 +73,19 @@ def inverse_softplus_of_step(dt_min: float, dt_max: float, floor: float) -> Init
     return initialize
 
 
+def inverse_softplus_of_decay(low: float, high: float, *, power: float) -> Initializer:
+    """Lambda with exp(-power softplus(Lambda)) uniform in [low, high], which lies between 0 and 1.
+
+    Source: arXiv 2402.19427, section 2.4.
+    """
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        rate = -jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high)) / power
+        return (rate + jnp.log(-jnp.expm1(-rate))).astype(dtype)
+
+    return initialize
+
+
 def log_decay(kind: Literal["s4d_real", "constant", "random"]) -> Initializer:
     """A_log of shape (E, N), where A = -exp(A_log).
 

@@ -6,10 +6,10 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from mamba_jax.models import initializers
-from mamba_jax.models.initializers import Initializer, ones
+from mamba_jax.models.initializers import Initializer
 from mamba_jax.models.lookup import look_up
 from mamba_jax.models.mixers.declaration import Setting
-from mamba_jax.sharding import Axis, constrain, in_context, product
+from mamba_jax.sharding import Axis, constrain, in_context, placed_like, product
 
 
 def parameter(
@@ -64,7 +64,7 @@ class Linear(nnx.Module):
         y = product(x.astype(self.compute_dtype), read(self.kernel).astype(self.compute_dtype))
         if self.has_bias:
             bias = read(self.bias).astype(self.compute_dtype)
-            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            y = y + placed_like(bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape), y)
         return y
 
 
@@ -105,15 +105,20 @@ def rms_normalized(x: Float[jax.Array, "..."], *, eps: float) -> Float[jax.Array
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale, with float32 statistics (arXiv 1910.07467)."""
+    """y = x / sqrt(mean(x^2) + eps) * (offset + scale), with float32 statistics (arXiv 1910.07467).
 
-    def __init__(self, dim: int, *, eps: float, param_dtype: str, rngs: nnx.Rngs) -> None:
-        self.scale = parameter(rngs, ones, (dim,), (Axis.EMBED,), dtype=param_dtype, decay=False)
-        self.eps = eps
+    Offset and scale are 1 together at first.
+    """
+
+    def __init__(self, dim: int, *, eps: float, offset: float = 0.0, param_dtype: str, rngs: nnx.Rngs) -> None:
+        init = initializers.constant(1.0 - offset)
+        self.scale = parameter(rngs, init, (dim,), (Axis.EMBED,), dtype=param_dtype, decay=False)
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[jax.Array, "B L D"], *, dtype: str) -> Float[jax.Array, "B L D"]:
         """Normalises the last dimension and rounds the result to `dtype`."""
-        return (rms_normalized(x, eps=self.eps) * read(self.scale).astype(jnp.float32)[None, None]).astype(dtype)
+        scale = read(self.scale).astype(jnp.float32)[None, None]
+        return (rms_normalized(x, eps=self.eps) * (scale + self.offset if self.offset else scale)).astype(dtype)
 
 
 class Embedding(nnx.Module):

@@ -5,10 +5,12 @@ the rules of `mamba_jax.sharding` say which devices share it. A mixer knows neit
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import pallas_kernels
 from mamba_jax import sharding
@@ -63,8 +65,15 @@ class ShardedOp[Output]:
         if self.split is not None and sequence_parallel.is_split(arrays["x"].shape[1], past=past):
             function, without_length = self.split, {}
 
-        # Where groups do not divide evenly their members must stay whole as well, so both have one axis.
-        groups = {"G": AXES[members_of_groups("".join(table.outputs.values()))]}
+        # Groups lie with their members, so both have one axis.
+        members = members_of_groups("".join(table.outputs.values()))
+        present = {name: array for name, array in arrays.items() if array is not None}
+        axis = AXES[members]
+        assert axis is not None
+        groups, parts = {"G": axis}, sharding.parts(axis, table.sizes(present)[members])
+        for name, array in present.items():
+            if "G" in (letters := table.letters(name, array)):
+                arrays[name] = _groups_for_parts(array, letters.index("G"), parts)
 
         def axes(letters: str) -> tuple[Axis | None, ...]:
             return tuple((AXES | groups | without_length)[letter] for letter in letters)
@@ -76,6 +85,16 @@ class ShardedOp[Output]:
         given = {name: axes(table.letters(name, array)) for name, array in arrays.items() if array is not None}
         outputs = per_shard(run, arrays, given, [axes(letters) for letters in table.outputs.values()])
         return table.returns(**dict(zip(table.outputs, outputs, strict=True)))
+
+
+def _groups_for_parts(array: jax.Array, dim: int, parts: int) -> jax.Array:
+    """The array with each of its groups as often, one after the other, as makes their number divide over `parts`.
+
+    Members that divide over both divide over the new number too, and each keeps what its group had.
+    """
+    groups = array.shape[dim]
+    repeats = math.lcm(groups, parts) // groups
+    return array if repeats == 1 else jnp.repeat(array, repeats, axis=dim)
 
 
 causal_conv1d = ShardedOp(pallas_kernels.causal_conv1d, sequence_parallel.convolve)

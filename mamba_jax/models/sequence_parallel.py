@@ -41,6 +41,7 @@ from pallas_kernels import (
     ssd_initial_cotangent,
 )
 from pallas_kernels.common.derivatives import differentiable_op
+from pallas_kernels.common.discretization import step_size
 
 Decay = Callable[[jax.Array], jax.Array]
 
@@ -90,14 +91,12 @@ def scan(*, implementation: str | None = None, **given: Any) -> ScanOutput:
     Args:
         implementation: see `selective_scan`.
         **given: arguments of `selective_scan`: those with a length hold this shard's tokens, `initial_state` is that
-            before the whole sequence, and the step size goes through the softplus.
+            before the whole sequence.
 
     Returns:
         Output of the shard, and the state after the last shard, on every device.
     """
-    arguments = ScanArguments.of(**given)
-    assert arguments.dt_softplus
-    output = _scan(implementation, arguments)
+    output = _scan(implementation, ScanArguments.of(**given))
     return ScanOutput(y=output.y, final_state=from_last(output.final_state, Axis.LENGTH))
 
 
@@ -108,13 +107,17 @@ def _scan_outputs(implementation: str | None, arguments: ScanArguments) -> ScanO
 
 def _scan_forward(implementation: str | None, arguments: ScanArguments) -> tuple[ScanOutput, Any]:
     """The output of the shard and the state after it, and what the backward pass needs: the scan's vjp and s."""
-    options = {"discretization": arguments.discretization, "dt_softplus": True, "implementation": implementation}
+    options = {
+        "discretization": arguments.discretization,
+        "dt_softplus": arguments.dt_softplus,
+        "implementation": implementation,
+    }
     operands, integers = arguments.operands()
     arrays = operands.arrays()
     left_behind = selective_scan_final_state(
-        **{name: arrays[name] for name in ("x", "dt", "A", "B", "dt_bias")}, **integers, **options
+        **{name: arrays[name] for name in ("x", "dt", "A", "B", "dt_bias") if name in arrays}, **integers, **options
     )
-    s_BE = elapsed(arrays["dt"], arrays["dt_bias"])
+    s_BE = elapsed(arrays["dt"], arrays.get("dt_bias"), dt_softplus=arguments.dt_softplus)
     decay = _decay(arguments.A)
     entering = entering_state(left_behind, s_BE, arguments.segment_ids, arguments.initial_state, decay=decay)
 
@@ -136,7 +139,7 @@ def _scan_backward(
         cotangents.y,
         **{name: arrays[name] for name in ("dt", "A", "C", "z", "dt_bias") if name in arrays},
         **integers,
-        dt_softplus=True,
+        dt_softplus=arguments.dt_softplus,
         implementation=implementation,
     )
     decay = _decay(arguments.A)
@@ -213,15 +216,18 @@ def _decay(A_EN: jax.Array) -> Decay:
     return lambda s_BE: jnp.exp(s_BE[:, :, None] * A_EN[None])
 
 
-def elapsed(dt: Float[jax.Array, "B L C"], dt_bias: Float[jax.Array, " C"]) -> Float[jax.Array, "B C"]:
-    """Sum of the shard's step sizes, s = sum_t softplus(dt_t + dt_bias), (B, C), in float32 or more; see the module.
+def elapsed(
+    dt: Float[jax.Array, "B L C"], dt_bias: Float[jax.Array, " C"] | None, *, dt_softplus: bool
+) -> Float[jax.Array, "B C"]:
+    """Sum of the shard's step sizes, s = sum_t step_t, (B, C), in float32 or more; see the module.
 
     Args:
         dt: (B, L, C) step size before bias and softplus, of C channels or heads.
-        dt_bias: (C,) bias.
+        dt_bias: (C,) bias; None is none.
+        dt_softplus: the step is softplus(dt + dt_bias), not dt + dt_bias.
     """
-    dtype = jnp.promote_types(dt.dtype, jnp.float32)
-    return jnp.sum(jax.nn.softplus(dt.astype(dtype) + dt_bias.astype(dtype)[None, None]), axis=1)
+    bias = None if dt_bias is None else dt_bias[None, None]
+    return jnp.sum(step_size(dt, bias, dt_softplus=dt_softplus), axis=1)
 
 
 def halo(

@@ -1,0 +1,1 @@
+"""The recurrent block of Griffin, whose recurrence is the real-gated linear recurrent unit (RG-LRU)."""
