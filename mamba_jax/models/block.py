@@ -5,30 +5,27 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.layers import RMSNorm
-from mamba_jax.models.mixers.declaration import MixerConfig, Setting
+from mamba_jax.models.mixers.declaration import MixerConfig
+from mamba_jax.models.mixers.mixer import BlockInput, MixerOutput
 from mamba_jax.sharding import Axis, constrain
 
 
 class Block(nnx.Module):
     """Pre-norm residual block: r + mixer(norm(r)), with the residual stream r in float32."""
 
-    def __init__(self, mixer: MixerConfig, setting: Setting, *, norm_eps: float, rngs: nnx.Rngs) -> None:
-        self.norm = RMSNorm(setting.d_model, eps=norm_eps, param_dtype=setting.param_dtype, rngs=rngs)
+    def __init__(self, mixer: MixerConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.norm = RMSNorm(
+            model.d_model, eps=model.norm_eps, offset=model.norm_offset, param_dtype=model.param_dtype, rngs=rngs
+        )
         build: Any = mixer.mixer()
-        self.mixer = build(mixer, **dataclasses.asdict(setting), rngs=rngs)
-        self.compute_dtype = setting.compute_dtype
+        self.mixer = build(mixer, **dataclasses.asdict(model.setting), rngs=rngs)
 
-    def __call__(
-        self,
-        residual_BLD: Float[jax.Array, "B L D"],
-        state: Any = None,
-        segment_ids_BL: Int[jax.Array, "B L"] | None = None,
-    ) -> tuple[Float[jax.Array, "B L D"], Any]:
-        """Returns the residual stream after the block, and the mixer's state after the last token."""
-        normed_BLD = self.norm(residual_BLD, dtype=self.compute_dtype)
-        update = self.mixer.advance(normed_BLD, state, segment_ids_BL)
-        residual_BLD = residual_BLD + update.y.astype(residual_BLD.dtype)
-        return constrain(residual_BLD, Axis.BATCH, Axis.LENGTH, None), update.state
+    def __call__(self, given: BlockInput, state: Any = None) -> tuple[Float[jax.Array, "B L D"], MixerOutput]:
+        """Returns the residual stream after the block, and what the mixer gave."""
+        update = self.mixer.advance_in_block(given, self.norm, state)
+        residual_BLD = given.residual + update.y.astype(given.residual.dtype)
+        return constrain(residual_BLD, Axis.BATCH, Axis.LENGTH, None), update

@@ -1,12 +1,14 @@
 """What a language model is made of."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from mamba_jax.config_base import Config, Kinds, require
 from mamba_jax.models.mixers import DEFAULT_MIXER, MIXERS
 from mamba_jax.models.mixers.declaration import DType as DType
-from mamba_jax.models.mixers.declaration import MixerConfig, Setting
+from mamba_jax.models.mixers.declaration import MixerConfig, Setting, SharedConfig
+from mamba_jax.models.pattern import repeating_units, spelled_out
 from pallas_kernels.common.rounding import round_up
 
 
@@ -31,8 +33,8 @@ class Unit(Config):
 class Hybrid(Config):
     """Blocks of several mixers: units that repeat, one after the other.
 
-    Three Mamba blocks and one of attention, six times over, are `Hybrid(units=(Unit(mixers=(m, m, m, attention),
-    repeats=6),))`.
+    Three Mamba blocks and one of attention, six times over, are `Hybrid.of_pattern("(MMMA)*6", M=mamba, A=attention)`,
+    or in full `Hybrid(units=(Unit(mixers=(mamba, mamba, mamba, attention), repeats=6),))`.
 
     Attributes:
         kind: discriminator between this and a single mixer.
@@ -41,6 +43,24 @@ class Hybrid(Config):
 
     kind: Literal["hybrid"] = "hybrid"
     units: tuple[Unit, ...]
+
+    @classmethod
+    def of_pattern(cls, pattern: str, **mixers: MixerConfig) -> "Hybrid":
+        """The blocks that a pattern spells out, such as "(MMMA)*6" or "M*2(AF)*3"; see `spelled_out`.
+
+        Args:
+            pattern: letters, patterns in parentheses, and after either of them `*` and how often it comes.
+            **mixers: what each letter stands for.
+
+        Raises:
+            InputError: the text is no pattern, or has a letter that stands for nothing.
+        """
+        return cls.of_blocks(spelled_out(pattern, mixers))
+
+    @classmethod
+    def of_blocks(cls, mixers: Sequence[MixerConfig]) -> "Hybrid":
+        """Blocks with these mixers, in order, as the units that repeat in them: those are compiled once."""
+        return cls(units=tuple(Unit(mixers=unit, repeats=repeats) for unit, repeats in repeating_units(mixers)))
 
     def _check(self) -> None:
         require(len(self.units) > 0, "Hybrid.units is empty: give at least one Unit")
@@ -77,6 +97,9 @@ class ModelConfig(Config):
         vocab_multiple: embedding rows are padded up to a multiple of this; padded ids are never sampled.
         tie_embeddings: the head shares the embedding's weights.
         norm_eps: epsilon of every RMSNorm.
+        norm_offset: what every RMSNorm's scale is added to: 1 for models whose stored scales lie around zero.
+        embedding_scale: factor on the embedded tokens.
+        logit_cap: c of logits c tanh(logits / c); None leaves them as they are.
         embedding_std: standard deviation of the embedding's normal initialiser.
         rescale_residual: divide the output projections' initial weights by sqrt(num_layers).
         param_dtype: dtype parameters are stored and updated in.
@@ -93,6 +116,9 @@ class ModelConfig(Config):
     vocab_multiple: int = 8
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
     embedding_std: float = 0.02
     rescale_residual: bool = True
     param_dtype: DType = "float32"
@@ -102,6 +128,7 @@ class ModelConfig(Config):
     def _check(self) -> None:
         """Refuses sizes that are not positive, too many ids, and units that do not add up to `num_layers` blocks."""
         self._require_positive("vocab_size", "d_model", "num_layers", "vocab_multiple", "norm_eps", "embedding_std")
+        self._require_positive("embedding_scale", "logit_cap")
         require(
             self.padded_vocab_size < 2**31, f"ModelConfig.vocab_size must stay below 2**31 ids, got {self.vocab_size}"
         )
@@ -111,6 +138,7 @@ class ModelConfig(Config):
             f"ModelConfig.num_layers is {self.num_layers}, but the units of its mixer make {sum(blocks)} blocks: "
             "change one of them",
         )
+        _ = self.shared_blocks
 
     @property
     def padded_vocab_size(self) -> int:
@@ -148,6 +176,22 @@ class ModelConfig(Config):
     def stacks(self) -> tuple[Stack, ...]:
         """All stacks of `units`."""
         return tuple(stack for unit in self.units for stack in unit)
+
+    @property
+    def shared_blocks(self) -> dict[str, SharedConfig]:
+        """The blocks that several layers share, by name.
+
+        Raises:
+            InputError: two of a name differ.
+        """
+        found: dict[str, SharedConfig] = {}
+        for shared in (shared for stack in self.stacks for shared in stack.mixer.shared_blocks()):
+            require(
+                found.setdefault(shared.name, shared) == shared,
+                f"{type(shared).__name__}.name={shared.name!r} names two blocks that differ: make them equal, or give "
+                "them two names",
+            )
+        return found
 
     @property
     def least_part(self) -> int:

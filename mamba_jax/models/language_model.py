@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from mamba_jax.models import initializers
 from mamba_jax.models.block import Block
 from mamba_jax.models.config import ModelConfig, Stack
+from mamba_jax.models.head import Head, capped
 from mamba_jax.models.layers import Embedding, RMSNorm, read
+from mamba_jax.models.mixers.mixer import BlockInput
 from mamba_jax.models.state import LMState
 from mamba_jax.sharding import Axis, constrain
 
@@ -30,10 +32,12 @@ class HiddenOutput:
     Attributes:
         hidden: (B, L, D) after the final norm, in the compute dtype.
         state: after the last token.
+        penalty: sum of what the blocks add to the training loss, float32; None if no mixer adds anything.
     """
 
     hidden: Float[jax.Array, "B L D"]
     state: LMState
+    penalty: Float[jax.Array, ""] | None
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +58,8 @@ class LanguageModel(nnx.Module):
     """A language model; one call serves training, prefill and decoding.
 
     Blocks that repeat are stacked on a leading axis and run by `jax.lax.scan`, so that compile time does not depend on
-    depth. Parameters of a model of one mixer are under `layers`, those of a hybrid under `layers_0`, `layers_1`, ...
+    depth. Parameters of a model of one mixer are under `layers`, those of a hybrid under `layers_0`, `layers_1`, ...,
+    and those of a block that layers share under `shared_` and its name.
 
     Source: arXiv 2312.00752, section 3.4 and appendix E.2.
     """
@@ -66,7 +71,10 @@ class LanguageModel(nnx.Module):
         self.embedding = Embedding(vocab, dim, initializer=init, param_dtype=dtype, rngs=rngs)
         for stack in config.stacks:
             setattr(self, stack.name, _build(stack, config, rngs))
-        self.norm_f = RMSNorm(dim, eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        for name, shared in config.shared_blocks.items():
+            norm = {"norm_eps": config.norm_eps, "norm_offset": config.norm_offset}
+            setattr(self, f"shared_{name}", shared.block()(shared, config.setting, **norm, rngs=rngs))
+        self.norm_f = RMSNorm(dim, eps=config.norm_eps, offset=config.norm_offset, param_dtype=dtype, rngs=rngs)
         if not config.tie_embeddings:
             head_init = initializers.fan_in(dim)
             self.lm_head = Embedding(vocab, dim, initializer=head_init, param_dtype=dtype, rngs=rngs)
@@ -100,27 +108,51 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[jax.Array | np.ndarray, "B L"] | None = None,
     ) -> HiddenOutput:
         """The model without its head; arguments as in `__call__`."""
+        embedded_BLD = self.embedded(jnp.asarray(tokens))
         segment_ids_BL = None if segment_ids is None else jnp.asarray(segment_ids)
-        residual_BLD = constrain(self.embedding(jnp.asarray(tokens)), Axis.BATCH, Axis.LENGTH, None)
+        residual_BLD = embedded_BLD
         after: LMState = {}
+        penalties = []
         for unit in self.config.units:
             before = tuple(None if state is None else state[stack.name] for stack in unit)
-            residual_BLD, states = self._run_unit(unit, residual_BLD, before, segment_ids_BL)
-            after |= {stack.name: stack_state for stack, stack_state in zip(unit, states, strict=True)}
+            residual_BLD, outputs = self._run_unit(unit, residual_BLD, before, (embedded_BLD, segment_ids_BL))
+            after |= {stack.name: state for stack, (state, _) in zip(unit, outputs, strict=True)}
+            penalties += [jnp.sum(penalty_R) for _, penalty_R in outputs if penalty_R is not None]
         hidden_BLD = self.norm_f(residual_BLD, dtype=self.config.compute_dtype)
-        return HiddenOutput(hidden=hidden_BLD, state=after)
+        penalty = jnp.sum(jnp.stack(penalties)) if penalties else None
+        return HiddenOutput(hidden=hidden_BLD, state=after, penalty=penalty)
+
+    def embedded(self, tokens: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
+        """The vectors of tokens as they enter the residual stream, float32."""
+        vectors_BLD = self.embedding(tokens)
+        scale = self.config.embedding_scale
+        return constrain(vectors_BLD if scale == 1 else scale * vectors_BLD, Axis.BATCH, Axis.LENGTH, None)
 
     def _run_unit(
-        self, unit: tuple[Stack, ...], residual_BLD: jax.Array, states: Any, segment_ids_BL: jax.Array | None
+        self, unit: tuple[Stack, ...], residual_BLD: jax.Array, states: Any, beside: tuple[jax.Array, jax.Array | None]
     ) -> tuple[jax.Array, Any]:
-        """The residual stream and the states of the unit's stacks after all rounds through its blocks."""
+        """The residual stream after all rounds through the unit's blocks; for each stack, its states and penalties.
+
+        Args:
+            unit: the blocks of a round.
+            residual_BLD: before the first round.
+            states: before the tokens, for each of the unit's stacks.
+            beside: the embedded tokens, and their documents.
+        """
         graphs, params = zip(*(nnx.split(getattr(self, stack.name)) for stack in unit), strict=True)
+        shared = {name: nnx.split(getattr(self, f"shared_{name}")) for name in self.config.shared_blocks}
 
         def run_round(residual_BLD: jax.Array, blocks: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             after = []
             for graph, params, state in zip(graphs, *blocks, strict=True):
-                residual_BLD, block_state = nnx.merge(graph, params)(residual_BLD, state, segment_ids_BL)
-                after.append(block_state)
+                given = BlockInput(
+                    residual=residual_BLD,
+                    embedded=beside[0],
+                    segment_ids=beside[1],
+                    shared={name: nnx.merge(*parts) for name, parts in shared.items()},
+                )
+                residual_BLD, update = nnx.merge(graph, params)(given, state)
+                after.append((update.state, update.penalty))
             return residual_BLD, tuple(after)
 
         if self.config.remat != "none":
@@ -130,21 +162,21 @@ class LanguageModel(nnx.Module):
 
     def unembed(self, hidden: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L V"]:
         """The head: float32 logits over the padded vocabulary."""
-        weights = self.unembedding.astype(hidden.dtype)
+        weights = self.head.matrix.astype(hidden.dtype)
         logits = jnp.einsum("bld,vd->blv", hidden, weights, preferred_element_type=jnp.float32)
-        return constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB)
+        return capped(constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB), self.head.logit_cap)
 
     @property
-    def unembedding(self) -> Float[jax.Array, "V D"]:
-        """The head's matrix (V, D), V the padded vocabulary, in the parameter dtype."""
-        head = self.embedding if self.config.tie_embeddings else self.lm_head
-        return read(head.table)
+    def head(self) -> Head:
+        """The head, which may share the embedding's table."""
+        table = self.embedding.table if self.config.tie_embeddings else self.lm_head.table
+        return Head(matrix=read(table), logit_cap=self.config.logit_cap)
 
 
 def _build(stack: Stack, config: ModelConfig, rngs: nnx.Rngs) -> Block:
     """The blocks of a stack, their parameters stacked on a leading axis."""
 
     def build(key: jax.Array) -> Block:
-        return Block(stack.mixer, config.setting, norm_eps=config.norm_eps, rngs=nnx.Rngs(params=key))
+        return Block(stack.mixer, config, rngs=nnx.Rngs(params=key))
 
     return nnx.vmap(build)(jax.random.split(rngs.params(), stack.repeats))

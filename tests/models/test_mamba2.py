@@ -12,10 +12,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mamba_jax.config import Mamba2Config, MeshConfig, ModelConfig
 from mamba_jax.errors import InputError
+from mamba_jax.models import ops
 from mamba_jax.models.mixers.mamba2.mixer import Mamba2
 from mamba_jax.models.parameters import define, init
 from mamba_jax.models.state import finite_rows, init_state
-from mamba_jax.sharding import Axis, make_mesh
+from mamba_jax.sharding import RULES, Axis, make_mesh
+from tests.programs import text_of
 
 WIDTH = 16
 SMALL = Mamba2Config(state_dim=3, head_dim=4, num_groups=2, conv_width=3)
@@ -25,6 +27,7 @@ CONFIGS = {
     "only the gate": dataclasses.replace(SMALL, use_norm=False, use_bias=True, use_conv_bias=False),
     "everything": dataclasses.replace(
         SMALL,
+        inner_dim=28,
         ssm_dim=16,
         use_bias=True,
         skip="channel",
@@ -173,6 +176,41 @@ def test_heads_over_devices(groups: int) -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("groups", [2, 3])
+def test_groups_that_do_not_divide_over_devices_follow_their_heads(groups: int) -> None:
+    """Two groups that devices share, and three that they cut: a device computes its heads alone."""
+    rng = np.random.default_rng(0)
+    sizes = {"x": "BLHP", "dt": "BLH", "A": "H", "B": "BLGN", "C": "BLGN"}
+    lengths = {"B": 1, "L": 3, "H": 12, "P": 5, "G": groups, "N": 2}
+    arrays = {
+        name: jnp.asarray(rng.uniform(0.1, 1, [lengths[letter] for letter in letters]), jnp.float32)
+        for name, letters in sizes.items()
+    }
+    arrays["A"] = -arrays["A"]
+
+    def run(arrays: dict[str, jax.Array]) -> Any:
+        y, vjp = jax.vjp(lambda arrays: ops.ssd(**arrays).y, arrays)
+        return y, vjp(jnp.sin(y))[0]
+
+    expected = jax.jit(run)(arrays)
+    mesh = make_mesh(MeshConfig(data=1, tensor=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = {
+            name: jax.device_put(
+                arrays[name], NamedSharding(mesh, RULES.spec([ops.AXES.get(letter) for letter in letters]))
+            )
+            for name, letters in sizes.items()
+        }
+        program = jax.jit(run).lower(placed).compile()
+    # x is nowhere whole.
+    assert "[1,3,3,5]" in text_of(program)
+    assert "[1,3,12,5]" not in text_of(program)
+    found = program(placed)
+    # Sums of at most 12 heads, 3 tokens and 2 states, in another order.
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=72 * 2.0**-24), found, expected)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_explicit_axes_that_would_cut_heads_and_groups() -> None:
     """Two heads, and two groups of the norm, under an axis of four devices that channels are split over."""
     mixer = make(dataclasses.replace(SMALL, head_dim=16))
@@ -197,6 +235,8 @@ def test_explicit_axes_that_would_cut_heads_and_groups() -> None:
         ({"head_dim": 5}, r"head_dim=5 does not divide the 32 channels: change it, or d_model and expand"),
         ({"num_groups": 3}, "num_groups=3 does not divide the 8 heads"),
         ({"norm_group_size": 5}, "norm_group_size=5 does not divide the 32 channels"),
+        ({"inner_dim": 30}, r"head_dim=4 does not divide the 30 channels: change it, or inner_dim"),
+        ({"inner_dim": 8, "ssm_dim": 16}, "ssm_dim=16 is more than inner_dim = 8: make it less"),
         ({"ssm_dim": 64}, r"ssm_dim=64 is more than expand \* d_model = 32"),
         ({"state_dim": 0}, "state_dim must be positive, got 0"),
         ({"dt_max": 1e-4}, r"dt_max \(0.0001\) must not be below dt_min \(0.001\)"),

@@ -18,6 +18,7 @@ from mamba_jax.errors import InputError
 from mamba_jax.models.block import Block
 from mamba_jax.models.language_model import LanguageModel
 from mamba_jax.models.mixers.mamba1.mixer import Mamba1
+from mamba_jax.models.mixers.mixer import BlockInput
 from mamba_jax.sharding import Axis
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -131,13 +132,13 @@ def test_inside_shard_map() -> None:
 def test_whole_models_under_explicit_axes(small_config) -> None:
     config = small_config(num_layers=1)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    block = Block(config.mixer, config.setting, norm_eps=config.norm_eps, rngs=nnx.Rngs(0))
+    block = Block(config.mixer, config, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(3), (4, 8), 0, config.vocab_size)
 
     @nnx.jit
     def run(model: LanguageModel, block: Block, tokens: jax.Array, x: jax.Array) -> Any:
         gradient = nnx.grad(lambda model: jnp.mean(model(tokens).logits ** 2))(model)
-        return gradient, block(x)[0]
+        return gradient, block(BlockInput(residual=x, embedded=x, segment_ids=None, shared={}))[0]
 
     expected = run(model, block, tokens, X)
     with jax.set_mesh(jax.make_mesh((2, 4), ("rows", "lanes"), axis_types=(EXPLICIT, EXPLICIT))):

@@ -39,7 +39,7 @@ class Ema(Mixer):
         )
 
     @classmethod
-    def declare_state(cls, config: EmaConfig, setting: Setting, *, batch_size: int) -> StateArray:
+    def declare_state(cls, config: EmaConfig, setting: Setting, *, batch_size: int, max_length: int | None) -> Any:
         return StateArray(shape=(batch_size, setting.d_model), dtype="float32", axes=(Axis.BATCH, None))
 
     def advance(self, u_BLD: Any, state: Any = None, segment_ids_BL: Any = None) -> MixerOutput:

@@ -37,10 +37,33 @@ class MixerConfig(Config):
         del d_model
         return dataclasses.asdict(self)
 
+    def shared_blocks(self) -> "tuple[SharedConfig, ...]":
+        """The blocks that this mixer shares with those of other layers; none by default."""
+        return ()
+
+    def check_endless(self) -> None:
+        """Raises an InputError if the mixer's state cannot go on without end; by default it can."""
+
     @classmethod
     def formats(cls) -> "tuple[Format, ...]":
         """The formats in which models of this mixer are published; none by default."""
         return ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedConfig(Config):
+    """The base of the configs of blocks that several layers of a model share.
+
+    Attributes:
+        name: layers that name the same block share its weights.
+    """
+
+    name: str
+
+    @classmethod
+    def block(cls) -> Any:
+        """The block that this configures: built from (config, setting, norm_eps, norm_offset, rngs)."""
+        raise NotImplementedError
 
 
 # Those of the mixers whose folders `mamba_jax.models.mixers` imports, and of whoever registers another.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,10 +28,31 @@ class MixerOutput:
     Attributes:
         y: (B, L, D), in the compute dtype.
         state: after the last token; a tree of arrays as the mixer declares it.
+        penalty: what the mixer adds to the training loss for the given tokens, a float32 scalar; None is nothing.
     """
 
     y: Float[jax.Array, "B L D"]
     state: Any
+    penalty: Float[jax.Array, ""] | None = None
+
+
+# Not checked either: it is built inside of traced functions, whose arrays the model has checked.
+@typing.no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockInput:
+    """What a residual block has for its mixer.
+
+    Attributes:
+        residual: residual stream before the block, (B, L, D), float32.
+        embedded: embedded tokens as they entered the residual stream, (B, L, D).
+        segment_ids: document of each token, (B, L); None is one document.
+        shared: blocks that several layers share, by name.
+    """
+
+    residual: Float[jax.Array, "B L D"]
+    embedded: Float[jax.Array, "B L D"]
+    segment_ids: Int[jax.Array, "B L"] | None
+    shared: Mapping[str, Any]
 
 
 class Mixer(nnx.Module):
@@ -85,10 +107,33 @@ class Mixer(nnx.Module):
         )
 
     @classmethod
-    def declare_state(cls, config: Any, setting: Setting, *, batch_size: int) -> Any:
-        """The state of one mixer as a tree of `StateArray`; by default there is none."""
-        del config, setting, batch_size
+    def declare_state(cls, config: Any, setting: Setting, *, batch_size: int, max_length: int | None) -> Any:
+        """The state of one mixer as a tree of `StateArray`; by default there is none.
+
+        Args:
+            config: the mixer's.
+            setting: the model's.
+            batch_size: B, rows.
+            max_length: most tokens of a document that the state has to hold, for a mixer whose state grows with them;
+                None is any number.
+
+        Raises:
+            InputError: the state would have to hold any number of tokens, each by itself.
+        """
+        del config, setting, batch_size, max_length
         return ()
+
+    @classmethod
+    def grow_state(cls, config: Any, state: Any, max_length: int) -> Any:
+        """The state of a stack of mixers with room for documents of a length; by default it needs none.
+
+        Args:
+            config: the mixer's.
+            state: of the stack, each array with a leading layer axis.
+            max_length: most tokens of a document that it has to hold.
+        """
+        del config, max_length
+        return state
 
     @classmethod
     def flops_per_token(cls, config: Any, setting: Setting, *, length: int) -> float:
@@ -101,6 +146,12 @@ class Mixer(nnx.Module):
         """
         del config, setting, length
         return 0.0
+
+    @classmethod
+    def idle_parameters(cls, config: Any, setting: Setting) -> int:
+        """Elements of a mixer's parameters that a token is not multiplied with: those of experts it is not sent to."""
+        del config, setting
+        return 0
 
     @classmethod
     def least_part(cls, config: Any) -> int:
@@ -138,16 +189,46 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
-    def checked_input(self, u: Any) -> jax.Array:
-        """The input as an array under the mesh of the context, once its shape and dtype are right."""
+    def advance_in_block(self, given: BlockInput, norm: Any, state: Any) -> MixerOutput:
+        """What a residual block adds to its stream: `advance` of the normalised stream, unless a mixer says otherwise.
+
+        Args:
+            given: what the block has.
+            norm: the block's norm.
+            state: from the call on the tokens before; None is the start of a sequence.
+        """
+        return self.advance(norm(given.residual, dtype=self.setting.compute_dtype), state, given.segment_ids)
+
+    def checked_input(self, u: Any, *, width: int | None = None) -> jax.Array:
+        """The input as an array under the mesh of the context, once its shape and dtype are right.
+
+        Args:
+            u: the input.
+            width: its channels; None means D.
+        """
         u, name = in_context(jnp.asarray(u)), type(self).__name__
-        if u.ndim != 3 or u.shape[-1] != self.setting.d_model or 0 in u.shape:
-            raise InputError(
-                f"{name}: the input has shape {u.shape}, expected non-empty (B, L, {self.setting.d_model})"
-            )
+        width = width or self.setting.d_model
+        if u.ndim != 3 or u.shape[-1] != width or 0 in u.shape:
+            raise InputError(f"{name}: the input has shape {u.shape}, expected non-empty (B, L, {width})")
         if not jnp.issubdtype(u.dtype, jnp.floating):
             raise InputError(f"{name}: the input has dtype {u.dtype}, expected a floating one")
         return u
+
+
+class TokenMixer(Mixer):
+    """A mixer that acts on every token alone: without a state, and the same for documents, windows and streams.
+
+    A subclass defines `on_tokens`.
+    """
+
+    def advance(self, u_BLD: Any, state: Any = None, segment_ids_BL: Any = None) -> MixerOutput:
+        """See `Mixer.advance`."""
+        del state, segment_ids_BL
+        return self.on_tokens(self.checked_input(u_BLD))
+
+    def on_tokens(self, u_BLD: Float[jax.Array, "B L D"]) -> MixerOutput:
+        """The output (B, L, D) in the compute dtype, with an empty state."""
+        raise NotImplementedError
 
 
 def _dtype_name(mixer: str, argument: str, dtype: DTypeLike) -> DType:

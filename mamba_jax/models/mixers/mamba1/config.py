@@ -38,8 +38,9 @@ class Mamba1Config(MixerConfig):
         discretization: how B is discretised: "euler" is dt * B as in the released code, "zoh" the exact zero-order hold
             (exp(dt A) - 1) / A * B of the paper's equation 4.
         a_init: "s4d_real" is A_n = -(n + 1), "constant" is -1/2, "random" is -exp(normal).
-        selection_norm_eps: RMSNorm, without weights, of what B, C and the projection to dt are made of, with this
-            epsilon, as in FalconMamba (arXiv 2410.05355); None is none.
+        selection_norm_eps: RMSNorm of B, C and what dt is projected from, with this epsilon; None is none.
+        selection_norm_weights: these norms have weights, as in Jamba (arXiv 2403.19887, section 6.4); in FalconMamba
+            (arXiv 2410.05355) they have none.
         scan_implementation: backend of the selective scan; None lets the platform decide.
     """
 
@@ -61,6 +62,7 @@ class Mamba1Config(MixerConfig):
     discretization: Literal["euler", "zoh"] = "euler"
     a_init: Literal["s4d_real", "constant", "random"] = "s4d_real"
     selection_norm_eps: float | None = None
+    selection_norm_weights: bool = False
     scan_implementation: ScanName | None = None
 
     def _check(self) -> None:
@@ -69,6 +71,10 @@ class Mamba1Config(MixerConfig):
         self._require_positive("selection_norm_eps")
         require(
             self.dt_max >= self.dt_min, f"Mamba1Config.dt_max ({self.dt_max}) must not be below dt_min ({self.dt_min})"
+        )
+        require(
+            self.selection_norm_eps is not None or not self.selection_norm_weights,
+            "Mamba1Config.selection_norm_weights=True without a norm: give selection_norm_eps, such as 1e-6",
         )
         require(
             len(set(self.selective)) == len(self.selective),

@@ -108,6 +108,11 @@ class Mamba1(Mixer):
             compute_dtype=self.setting.compute_dtype,
             rngs=rngs,
         )
+        if config.selection_norm_weights:
+            dtype = self.setting.param_dtype
+            for name in config.selective:
+                scale = parameter(rngs, initializers.ones, (dims[name],), (None,), dtype=dtype, decay=False)
+                setattr(self, f"{name}_scale", scale)
 
     def _init_dynamics(self, shape: tuple[int, int], *, rngs: nnx.Rngs) -> None:
         """Creates A_log (E, N), D (E,), and B and C where they do not depend on the input; `shape` is (E, N)."""
@@ -121,8 +126,11 @@ class Mamba1(Mixer):
             self.C = parameter(rngs, initializers.normal(1.0), shape, axes, dtype=dtype, decay=False)
 
     @classmethod
-    def declare_state(cls, config: Mamba1Config, setting: Setting, *, batch_size: int) -> Mamba1State:
+    def declare_state(
+        cls, config: Mamba1Config, setting: Setting, *, batch_size: int, max_length: int | None
+    ) -> Mamba1State:
         """See `Mixer.declare_state`."""
+        del max_length
         return declare(config, setting, batch_size=batch_size)
 
     @classmethod
@@ -183,10 +191,17 @@ class Mamba1(Mixer):
         offsets = np.cumsum(self.split_dims)[:-1].tolist()
         parts = dict(zip(chosen, jnp.split(self.x_proj(x_BLE), offsets, axis=-1), strict=True)) if chosen else {}
         if (eps := self.config.selection_norm_eps) is not None:
-            parts = {name: layers.rms_normalized(part, eps=eps).astype(part.dtype) for name, part in parts.items()}
+            parts = {name: self._normalized(name, part, eps=eps) for name, part in parts.items()}
         dt_BLE = self.dt_proj(parts["dt"]) if "dt" in parts else jnp.zeros_like(x_BLE)
         matrices = {name: parts[name] if name in parts else read(getattr(self, name)) for name in ("B", "C")}
         return {"dt": ops.constrain(dt_BLE, "BLE"), "dt_bias": read(self.dt_proj.bias), "dt_softplus": True, **matrices}
+
+    def _normalized(self, name: str, part: jax.Array, *, eps: float) -> jax.Array:
+        """B, C or what dt is projected from, after its norm."""
+        normed = layers.rms_normalized(part, eps=eps)
+        if self.config.selection_norm_weights:
+            normed *= read(getattr(self, f"{name}_scale")).astype(jnp.float32)[None, None]
+        return normed.astype(part.dtype)
 
     def _dynamics(self) -> dict[str, Any]:
         A_EN = -jnp.exp(read(self.A_log).astype(jnp.float32))

@@ -16,7 +16,6 @@ from mamba_jax.models import published
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.mamba1.config import Mamba1Config
 from mamba_jax.models.published import Tensor, refuse_unsupported
-from mamba_jax.models.published import tensor_of_layer as _layer
 
 # Value that a key must have, if it is there, for the model to be a Mamba-1 as this library computes it.
 _HF_REQUIRED = {"hidden_act": "silu"}
@@ -52,7 +51,7 @@ def _mixer(config: ModelConfig, *fixed: str) -> Mamba1Config:
     """The mixer, if a published layout can express it; `fixed` are further fields that one has no key for."""
     mixer, default = config.mixer, Mamba1Config()
     assert isinstance(mixer, Mamba1Config)
-    for name in ("use_conv", "use_gate", "selective", "discretization", *fixed):
+    for name in ("use_conv", "use_gate", "selective", "discretization", "selection_norm_weights", *fixed):
         if getattr(mixer, name) != getattr(default, name):
             raise InputError(
                 f"the published layouts cannot express model.mixer.{name}={getattr(mixer, name)!r}; "
@@ -112,43 +111,58 @@ def _to_original(config: ModelConfig) -> dict[str, Any]:
     return published.to_original(config, chosen)
 
 
-def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a layer's mixer, by their paths in it."""
-    mixer = _mixer(config)
-    model, state, width = config.d_model, mixer.state_dim, mixer.conv_width
-    inner, rank = mixer.channels(model), mixer.rank(model)
+def tensors_of_mixer(mixer: Mamba1Config, model: int, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a mixer, by their paths in it.
+
+    Args:
+        mixer: its config.
+        model: D.
+        prefix: what their names begin with.
+    """
+    state, width, inner, rank = mixer.state_dim, mixer.conv_width, mixer.channels(model), mixer.rank(model)
+
+    def stored(name: str, *shape: int, **ways: Any) -> Tensor:
+        return Tensor(name=prefix + name, shape=shape, **ways)
+
     transpose = {"to_file": np.transpose, "from_file": np.transpose}
     tensors = {
-        "in_proj/kernel": _layer(
-            "mixer.in_proj.weight",
+        "in_proj/kernel": stored(
+            "in_proj.weight",
             2 * inner,
             model,
             to_file=lambda w: w.reshape(w.shape[0], 2 * inner).T,
             from_file=lambda w: w.T.reshape(w.shape[1], 2, inner),
         ),
-        "conv1d/weight": _layer(
-            "mixer.conv1d.weight",
+        "conv1d/weight": stored(
+            "conv1d.weight",
             inner,
             1,
             width,
             to_file=lambda w: w.T[:, None],
             from_file=lambda w: w.reshape(inner, width).T,
         ),
-        "x_proj/kernel": _layer("mixer.x_proj.weight", rank + 2 * state, inner, **transpose),
-        "dt_proj/kernel": _layer("mixer.dt_proj.weight", inner, rank, **transpose),
-        "dt_proj/bias": _layer("mixer.dt_proj.bias", inner),
-        "A_log": _layer("mixer.A_log", inner, state),
-        "D": _layer("mixer.D", inner),
-        "out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
+        "x_proj/kernel": stored("x_proj.weight", rank + 2 * state, inner, **transpose),
+        "dt_proj/kernel": stored("dt_proj.weight", inner, rank, **transpose),
+        "dt_proj/bias": stored("dt_proj.bias", inner),
+        "A_log": stored("A_log", inner, state),
+        "D": stored("D", inner),
+        "out_proj/kernel": stored("out_proj.weight", model, inner, **transpose),
     }
     if mixer.use_conv_bias:
-        tensors["conv1d/bias"] = _layer("mixer.conv1d.bias", inner)
+        tensors["conv1d/bias"] = stored("conv1d.bias", inner)
     if mixer.use_bias:
-        tensors["in_proj/bias"] = _layer(
-            "mixer.in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner)
+        tensors["in_proj/bias"] = stored(
+            "in_proj.bias", 2 * inner, to_file=np.ravel, from_file=lambda b: b.reshape(2, inner)
         )
-        tensors["out_proj/bias"] = _layer("mixer.out_proj.bias", model)
+        tensors["out_proj/bias"] = stored("out_proj.bias", model)
+    if mixer.selection_norm_weights:
+        for name, size in (("dt", rank), ("B", state), ("C", state)):
+            tensors[f"{name}_scale"] = stored(f"{name.lower()}_layernorm.weight", size)
     return tensors
+
+
+def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
+    return tensors_of_mixer(_mixer(config), config.d_model, "backbone.layers.{}.mixer.")
 
 
 FORMATS = (

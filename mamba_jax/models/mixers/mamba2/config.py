@@ -24,7 +24,8 @@ class Mamba2Config(MixerConfig):
         head_dim: P, channels of a head.
         num_groups: G, groups of heads that share B and C.
         conv_width: K, taps of the short causal convolution over x, B and C.
-        expand: inner channels are expand * d_model.
+        expand: inner channels are expand * d_model, unless `inner_dim` says how many they are.
+        inner_dim: inner channels; None means expand * d_model.
         ssm_dim: channels that go through the recurrence, the others through a SwiGLU; None means all.
         dt_min: smallest initial step size.
         dt_max: largest initial step size.
@@ -50,6 +51,7 @@ class Mamba2Config(MixerConfig):
     num_groups: int = 1
     conv_width: int = 4
     expand: int = 2
+    inner_dim: int | None = None
     ssm_dim: int | None = None
     dt_min: float = 0.001
     dt_max: float = 0.1
@@ -71,7 +73,7 @@ class Mamba2Config(MixerConfig):
     def _check(self) -> None:
         """Refuses sizes that are not positive, and pairs of limits that are not in order."""
         self._require_positive("state_dim", "head_dim", "num_groups", "conv_width", "expand", "ssm_dim", "norm_eps")
-        self._require_positive("dt_min", "dt_init_floor", "dt_upper_limit", "conv_init", "norm_group_size")
+        self._require_positive("dt_min", "dt_init_floor", "dt_upper_limit", "conv_init", "norm_group_size", "inner_dim")
         for low, high in (("dt_min", "dt_max"), ("dt_lower_limit", "dt_upper_limit")):
             least, greatest = getattr(self, low), getattr(self, high)
             require(
@@ -89,9 +91,13 @@ class Mamba2Config(MixerConfig):
         return Mamba2
 
     def decisive(self, d_model: int) -> dict[str, Any]:
-        """All but how random weights are drawn, and the backend."""
-        free = ("dt_min", "dt_max", "dt_init_floor", "a_init_range", "conv_init", "ssd_implementation")
-        derived = {"ssm_dim": self.channels(d_model), "norm_group_size": self.group_size(d_model)}
+        """All but how random weights are drawn, how widths are arrived at, and the backend."""
+        free = ("expand", "dt_min", "dt_max", "dt_init_floor", "a_init_range", "conv_init", "ssd_implementation")
+        derived = {
+            "inner_dim": self.inner_channels(d_model),
+            "ssm_dim": self.channels(d_model),
+            "norm_group_size": self.group_size(d_model),
+        }
         fields = dataclasses.asdict(self) | derived
         return {name: value for name, value in fields.items() if name not in free}
 
@@ -102,17 +108,20 @@ class Mamba2Config(MixerConfig):
 
         return FORMATS
 
+    def inner_channels(self, d_model: int) -> int:
+        """Channels inside the mixer."""
+        return self.expand * d_model if self.inner_dim is None else self.inner_dim
+
     def channels(self, d_model: int) -> int:
         """E, channels that go through the recurrence.
 
         Raises:
             InputError: they do not divide into heads, heads not into groups, or channels not into groups of the norm.
         """
-        inner = self.expand * d_model
+        inner = self.inner_channels(d_model)
         channels = inner if self.ssm_dim is None else self.ssm_dim
-        require(
-            channels <= inner, f"Mamba2Config.ssm_dim={channels} is more than expand * d_model = {inner}: make it less"
-        )
+        of_what = "expand * d_model" if self.inner_dim is None else "inner_dim"
+        require(channels <= inner, f"Mamba2Config.ssm_dim={channels} is more than {of_what} = {inner}: make it less")
         self._require_divisor("head_dim", self.head_dim, channels, "channels")
         self._require_divisor("num_groups", self.num_groups, channels // self.head_dim, "heads")
         if self.norm_group_size is not None:
@@ -122,12 +131,13 @@ class Mamba2Config(MixerConfig):
     def _require_divisor(self, name: str, divisor: int, number: int, what: str) -> None:
         require(
             number % divisor == 0,
-            f"Mamba2Config.{name}={divisor} does not divide the {number} {what}: change it, or d_model and expand",
+            f"Mamba2Config.{name}={divisor} does not divide the {number} {what}: change it, or "
+            f"{'d_model and expand' if self.inner_dim is None else 'inner_dim'}",
         )
 
     def gated_channels(self, d_model: int) -> int:
         """Channels that go through the SwiGLU instead."""
-        return self.expand * d_model - self.channels(d_model)
+        return self.inner_channels(d_model) - self.channels(d_model)
 
     def heads(self, d_model: int) -> int:
         """H, heads of the recurrence."""

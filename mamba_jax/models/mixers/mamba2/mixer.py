@@ -113,8 +113,11 @@ class Mamba2(Mixer):
             self.initial_state = own(initializers.zeros, shape, (*axes, None, Axis.STATE))
 
     @classmethod
-    def declare_state(cls, config: Mamba2Config, setting: Setting, *, batch_size: int) -> Mamba2State:
+    def declare_state(
+        cls, config: Mamba2Config, setting: Setting, *, batch_size: int, max_length: int | None
+    ) -> Mamba2State:
         """See `Mixer.declare_state`."""
+        del max_length
         return declare(config, setting, batch_size=batch_size)
 
     @classmethod
@@ -143,7 +146,8 @@ class Mamba2(Mixer):
         segment_ids = None if segment_ids_BL is None else jnp.asarray(segment_ids_BL)
         u_BLD = self.checked_input(u_BLD)
         zx_BL2E = self.in_proj(u_BLD)
-        z_BLE, x_BLE = (ops.constrain(zx_BL2E[:, :, index], "BLE") for index in range(2))
+        # Unlike indices, whose gradients are padded and added, these parts are joined again in one pass.
+        z_BLE, x_BLE = (ops.constrain(jnp.squeeze(part, 2), "BLE") for part in jax.lax.split(zx_BL2E, (1, 1), axis=2))
         x = self.conv1d(x_BLE, None if state is None else state.conv_window, segment_ids)
         BC_BL2GN = self.BC_proj(u_BLD)
         BC_BLM = BC_BL2GN.reshape(*BC_BL2GN.shape[:2], -1)

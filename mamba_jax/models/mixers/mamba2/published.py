@@ -4,7 +4,8 @@ The layouts differ as those of Mamba-1 do. Both store one input projection, with
 z, x, B, C, dt], and one convolution of [x, B, C]: a parameter of ours is some of their rows.
 """
 
-import itertools
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,6 @@ from mamba_jax.models import published
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.published import Tensor, refuse_unsupported
-from mamba_jax.models.published import tensor_of_layer as _layer
 
 # Value that a key must have, if it is there, for the model to be a Mamba-2 as this library computes it.
 _HF_REQUIRED = {"model_type": "mamba2", "hidden_act": "silu"}
@@ -71,11 +71,25 @@ def _mixer(config: ModelConfig, fixed: tuple[str, ...] = ()) -> Mamba2Config:
             f"the published layouts cannot express model.mixer.norm_group_size={mixer.norm_group_size}; only models "
             f"with {group_size}, the channels of a group, can be exported"
         )
-    return mixer
+    expand, rest = divmod(mixer.inner_channels(config.d_model), config.d_model)
+    if rest:
+        raise InputError(
+            f"the published layouts cannot express model.mixer.inner_dim={mixer.inner_dim}; only models with a "
+            f"multiple of d_model={config.d_model} can be exported"
+        )
+    return dataclasses.replace(mixer, expand=expand, inner_dim=None)
 
 
-def _limits(content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Our two limits of the step size; `transformers` writes infinity as an object, others as a number."""
+def limits_from(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Our two limits of the step size; `transformers` writes infinity as an object, others as a number.
+
+    Args:
+        content: of the file.
+        key: of a list of both; without it there is no field.
+
+    Raises:
+        InputError: it is no such list.
+    """
     if key not in content:
         return {}
     limits = content[key]
@@ -92,10 +106,16 @@ def _from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
     fields = published.from_hf(content, tied=False)
     own = {ours: content[key] for key, ours in _HF_MIXER_KEYS.items() if key in content}
     # A file that does not say it means 8 groups, as `transformers` does, and ours is 1.
-    mixer = {"kind": "mamba2", "num_groups": 8, **own, **_limits(content, "time_step_limit")}
+    mixer = {"kind": "mamba2", "num_groups": 8, **own, **limits_from(content, "time_step_limit")}
     # Files may have a key `norm_before_gate`; `transformers` does not read it, and always gates first.
     norm = {"norm_eps": fields["norm_eps"], "norm_before_gate": False}
     return fields | {"mixer": mixer | norm}
+
+
+def limits_to_hf(mixer: Mamba2Config) -> list[Any]:
+    """The limits of the step size as `transformers` writes them."""
+    high = mixer.dt_upper_limit
+    return [mixer.dt_lower_limit, {"__float__": "Infinity"} if high is None else high]
 
 
 def _check_hf(content: Mapping[str, Any], config: ModelConfig) -> None:
@@ -110,12 +130,11 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
             f"the layout 'hf' has one epsilon for all norms, the model has norm_eps={config.norm_eps} and "
             f"mixer.norm_eps={mixer.norm_eps}: make them equal"
         )
-    low, high = mixer.dt_lower_limit, mixer.dt_upper_limit
     return {
         "architectures": ["Mamba2ForCausalLM"],
         **_HF_REQUIRED,
         **{key: getattr(mixer, name) for key, name in _HF_MIXER_KEYS.items()},
-        "time_step_limit": [low, {"__float__": "Infinity"} if high is None else high],
+        "time_step_limit": limits_to_hf(mixer),
         "num_heads": mixer.heads(config.d_model),
         **published.to_hf(config),
     }
@@ -128,7 +147,7 @@ def _from_original(content: Mapping[str, Any]) -> dict[str, Any]:
     mixer = {ours: ssm[key] for key, ours in _ORIGINAL_MIXER_KEYS.items() if key in ssm}
     if "D_has_hdim" in ssm:
         mixer["skip"] = "channel" if ssm["D_has_hdim"] else "head"
-    return fields | {"mixer": {"kind": "mamba2", **mixer, **_limits(ssm, "dt_limit")}}
+    return fields | {"mixer": {"kind": "mamba2", **mixer, **limits_from(ssm, "dt_limit")}}
 
 
 def _to_original(config: ModelConfig) -> dict[str, Any]:
@@ -146,13 +165,11 @@ def _to_original(config: ModelConfig) -> dict[str, Any]:
     return published.to_original(config, {"layer": "Mamba2", **chosen})
 
 
-def _parts(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """First and last row but one of parts that follow each other."""
-    ends = itertools.accumulate(sizes.values())
-    return {name: (end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+def _stored(prefix: str, name: str, *shape: int, **ways: Any) -> Tensor:
+    return Tensor(name=prefix + name, shape=shape, **ways)
 
 
-def _of_projections(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
+def _of_projections(mixer: Mamba2Config, model: int, prefix: str) -> dict[str, Tensor]:
     """Those of the input projection, by their paths in the mixer."""
     channels, gated = mixer.channels(model), mixer.gated_channels(model)
     shapes: dict[str, tuple[int, ...]] = {
@@ -161,12 +178,13 @@ def _of_projections(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
         "BC_proj": (2, mixer.num_groups, mixer.state_dim),
         "dt_proj": (mixer.heads(model),),
     }
-    parts = _parts({name: math.prod(shape) for name, shape in shapes.items()})
+    parts = published.rows_of({name: math.prod(shape) for name, shape in shapes.items()})
     total = parts["dt_proj"][1]
     tensors = {}
     for name in shapes if gated else list(shapes)[1:]:
-        tensors[f"{name}/kernel"] = _layer(
-            "mixer.in_proj.weight",
+        tensors[f"{name}/kernel"] = _stored(
+            prefix,
+            "in_proj.weight",
             total,
             model,
             rows=parts[name],
@@ -174,8 +192,9 @@ def _of_projections(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
             from_file=lambda w, shape=shapes[name]: w.T.reshape(model, *shape),
         )
         if mixer.use_bias:
-            tensors[f"{name}/bias"] = _layer(
-                "mixer.in_proj.bias",
+            tensors[f"{name}/bias"] = _stored(
+                prefix,
+                "in_proj.bias",
                 total,
                 rows=parts[name],
                 to_file=np.ravel,
@@ -184,14 +203,15 @@ def _of_projections(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _of_convolutions(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
+def _of_convolutions(mixer: Mamba2Config, model: int, prefix: str) -> dict[str, Tensor]:
     """The tensors of both convolutions, which a published file holds in one: the rows of x, then of B and C."""
-    parts = _parts({"conv1d": mixer.channels(model), "BC_conv1d": 2 * mixer.num_groups * mixer.state_dim})
+    parts = published.rows_of({"conv1d": mixer.channels(model), "BC_conv1d": 2 * mixer.num_groups * mixer.state_dim})
     total = parts["BC_conv1d"][1]
     tensors = {}
     for name, rows in parts.items():
-        tensors[f"{name}/weight"] = _layer(
-            "mixer.conv1d.weight",
+        tensors[f"{name}/weight"] = _stored(
+            prefix,
+            "conv1d.weight",
             total,
             1,
             mixer.conv_width,
@@ -200,35 +220,43 @@ def _of_convolutions(mixer: Mamba2Config, model: int) -> dict[str, Tensor]:
             from_file=lambda w: w[:, 0].T,
         )
         if mixer.use_conv_bias:
-            tensors[f"{name}/bias"] = _layer("mixer.conv1d.bias", total, rows=rows)
+            tensors[f"{name}/bias"] = _stored(prefix, "conv1d.bias", total, rows=rows)
     return tensors
 
 
-def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a layer's mixer, by their paths in it."""
-    mixer, model = _mixer(config), config.d_model
+def tensors_of_mixer(mixer: Mamba2Config, model: int, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a mixer, by their paths in it.
+
+    Args:
+        mixer: its config.
+        model: D.
+        prefix: what their names begin with.
+    """
+    stored = functools.partial(_stored, prefix)
     channels, heads = mixer.channels(model), mixer.heads(model)
     inner = channels + mixer.gated_channels(model)
     transpose: dict[str, Callable[[np.ndarray], np.ndarray]] = {"to_file": np.transpose, "from_file": np.transpose}
     tensors = {
-        **_of_projections(mixer, model),
-        **_of_convolutions(mixer, model),
-        "dt_bias": _layer("mixer.dt_bias", heads),
-        "A_log": _layer("mixer.A_log", heads),
-        "D": _layer("mixer.D", heads),
-        "out_proj/kernel": _layer("mixer.out_proj.weight", model, inner, **transpose),
+        **_of_projections(mixer, model, prefix),
+        **_of_convolutions(mixer, model, prefix),
+        "dt_bias": stored("dt_bias", heads),
+        "A_log": stored("A_log", heads),
+        "D": stored("D", heads),
+        "out_proj/kernel": stored("out_proj.weight", model, inner, **transpose),
     }
     if mixer.skip == "channel":
-        tensors["D"] = _layer(
-            "mixer.D", channels, to_file=np.ravel, from_file=lambda D: D.reshape(heads, mixer.head_dim)
-        )
+        tensors["D"] = stored("D", channels, to_file=np.ravel, from_file=lambda D: D.reshape(heads, mixer.head_dim))
     if mixer.use_norm:
-        tensors["norm/scale"] = _layer("mixer.norm.weight", channels)
+        tensors["norm/scale"] = stored("norm.weight", channels)
     if mixer.use_bias:
-        tensors["out_proj/bias"] = _layer("mixer.out_proj.bias", model)
+        tensors["out_proj/bias"] = stored("out_proj.bias", model)
     if mixer.learn_initial_state:
-        tensors["initial_state"] = _layer("mixer.init_states", heads, mixer.head_dim, mixer.state_dim)
+        tensors["initial_state"] = stored("init_states", heads, mixer.head_dim, mixer.state_dim)
     return tensors
+
+
+def _of_mixer(config: ModelConfig) -> dict[str, Tensor]:
+    return tensors_of_mixer(_mixer(config), config.d_model, "backbone.layers.{}.mixer.")
 
 
 FORMATS = (
