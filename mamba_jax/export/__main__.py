@@ -21,7 +21,7 @@ class Arguments:
     Attributes:
         checkpoint: a training run's directory, or a folder with config.json and safetensors.
         out: the folder to write; it must not exist, or be empty.
-        layout: "hf" for transformers' MambaForCausalLM, "original" for the names of the authors' code.
+        layout: "hf" for the class of transformers that has such layers, "original" for the names of the authors' code.
         step: which checkpoint of a training run; None is the newest.
         weights: those of the last update, or their average if the run keeps one.
     """

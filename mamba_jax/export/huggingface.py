@@ -19,7 +19,7 @@ from mamba_jax.export import published_config as configs
 from mamba_jax.export.published_config import format_of
 from mamba_jax.export.weights import StoredTensor, first_few, open_weights
 from mamba_jax.models.config import DType, ModelConfig
-from mamba_jax.models.parameters import Params
+from mamba_jax.models.parameters import Params, define
 from mamba_jax.models.published import Table, Tensor
 
 _HEAD = "lm_head.weight"
@@ -71,14 +71,15 @@ def save(
     table = published.tensors(config)
     flat = traverse_util.flatten_dict(params)
     parts: dict[str, list[tuple[tuple[int, int] | None, np.ndarray]]] = defaultdict(list)
-    for key, tensor in table.items():
+    for key, given in table.items():
         value = np.asarray(flat.pop(key))
-        for number, layer in enumerate(value if key[0] == "layers" else value[None]):
-            parts[tensor.name.format(number)].append((tensor.rows, tensor.to_file(layer)))
+        for tensor in given:
+            for name, part in tensor.parts(value):
+                parts[name].append((tensor.rows, tensor.to_file(part)))
     assert not flat, f"no name for {list(flat)}"
     tensors = {name: _joined(given) for name, given in parts.items()}
     if published.tied_head is not None and config.tie_embeddings:
-        tensors[published.tied_head] = tensors[table["embedding", "table"].name]
+        tensors[published.tied_head] = tensors[table["embedding", "table"][0].name]
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with files.new_folder(path) as folder:
         try:
@@ -135,8 +136,9 @@ def load(path: str | Path) -> LoadedModel:
     dtypes = {tensor.dtype for tensor in stored.values()}
     dtype = cast(DType, dtypes.pop() if len(dtypes) == 1 else "float32")
     try:
-        flat = {key: _read(path, stored, key, tensor, config.num_layers, dtype) for key, tensor in table.items()}
-        if head is not None and not _same(head, stored[table["embedding", "table"].name]):
+        shapes: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(define(config).params)
+        flat = {key: _read(path, stored, given, shapes[key].shape, dtype) for key, given in table.items()}
+        if head is not None and not _same(head, stored[table["embedding", "table"][0].name]):
             raise InputError(f"{path}: {_HEAD} differs from the embedding although the config ties them")
     except MemoryError:
         raise InputError(f"{path} does not fit the memory of this machine: use a larger one") from None
@@ -150,10 +152,12 @@ def _problems(stored: Mapping[str, StoredTensor], table: Table, num_layers: int)
         yield f"{short(num_layers)} layers, but only {len(stored)} tensors"
         return
     used: set[str] = set()
-    for key, tensor in table.items():
-        names = map(tensor.name.format, range(num_layers if key[0] == "layers" else 1))
+    for tensor in (tensor for given in table.values() for tensor in given):
+        if (tensor.members or 0) > len(stored):
+            yield f"{short(tensor.members)} experts, but only {len(stored)} tensors"
+            return
         # A tensor that several parameters share is told of once.
-        for name in [name for name in names if name not in used]:
+        for name in [name for name in tensor.names() if name not in used]:
             used.add(name)
             if name not in stored:
                 yield f"missing {name}"
@@ -166,24 +170,16 @@ def _problems(stored: Mapping[str, StoredTensor], table: Table, num_layers: int)
 
 
 def _read(
-    path: Path,
-    stored: Mapping[str, StoredTensor],
-    key: tuple[str, ...],
-    tensor: Tensor,
-    num_layers: int,
-    dtype: DType,
+    path: Path, stored: Mapping[str, StoredTensor], given: tuple[Tensor, ...], shape: tuple[int, ...], dtype: DType
 ) -> np.ndarray:
-    """Reads one parameter and stacks its layers one by one, so that at most one layer is in memory twice."""
-    rows = slice(None) if tensor.rows is None else slice(*tensor.rows)
-    if key[0] != "layers":
-        return tensor.from_file(_finite(path, stored, tensor.name)[rows]).astype(dtype, copy=False)
-    result: np.ndarray | None = None
-    for layer in range(num_layers):
-        value = tensor.from_file(_finite(path, stored, tensor.name.format(layer))[rows])
-        if result is None:
-            result = np.empty((num_layers, *value.shape), dtype)
-        result[layer] = value
-    assert result is not None
+    """Reads one parameter tensor by tensor, so that at most one tensor of the file is in memory twice."""
+    result = np.empty(shape, dtype)
+    for tensor in given:
+        rows = slice(None) if tensor.rows is None else slice(*tensor.rows)
+        for name, part in tensor.parts(result):
+            value = tensor.from_file(_finite(path, stored, name)[rows])
+            assert part.shape == value.shape, f"{name} gives {value.shape} for {part.shape}"
+            part[...] = value
     return result
 
 

@@ -6,8 +6,7 @@ from os.path import isdir
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
+from mamba_jax.config_base import nested_fields
 from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError, short
@@ -75,7 +74,7 @@ def _decisive(config: ModelConfig) -> dict[str, Any]:
         units = [[one.decisive(config.d_model) for one in unit.mixers] for unit in mixer.units]
         fields["mixer"] = {"kind": mixer.kind, "units": units}
     fields["padded_vocab_size"] = config.padded_vocab_size
-    return {str(name): value for name, value in flatten_dict(fields, sep=".").items()}
+    return dict(nested_fields(fields))
 
 
 def _other_tokenizer(stored: TokenizerConfig | None, own: TokenizerConfig) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from mamba_jax.config_base import from_json
 from mamba_jax.errors import InputError, short
 from mamba_jax.export.files import read_json
+from mamba_jax.models import layouts
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.declaration import MIXERS
 from mamba_jax.models.published import Format, layer_of_original
@@ -35,7 +36,7 @@ class PublishedConfig:
 
 def formats() -> tuple[Format, ...]:
     """All formats that are known, in the order in which they are asked."""
-    return (*(found for mixer in MIXERS for found in mixer.formats()), *FORMATS)
+    return (*layouts.FORMATS, *(found for mixer in MIXERS for found in mixer.formats()), *FORMATS)
 
 
 def format_of(config: ModelConfig, layout: str) -> Format:
@@ -46,16 +47,28 @@ def format_of(config: ModelConfig, layout: str) -> Format:
         layout: name of the layout, such as "hf".
 
     Raises:
-        InputError: the model's mixers have no published tensor names, or none in this layout.
+        InputError: the model's mixers have no published tensor names, or none in this layout; for a hybrid, why none
+            of the published families can express it.
     """
-    kinds = sorted({stack.mixer.kind for stack in config.stacks})
-    # The tables of tensors know a single stack of blocks, so a hybrid is refused even if all its mixers are of a kind.
     known = [found for found in formats() if found.mixer == config.mixer.kind]
-    if found := next((found for found in known if found.layout == layout), None):
-        return found
+    here = [found for found in known if found.layout == layout]
+    if len(here) == 1 and not here[0].family:
+        return here[0]
+    reasons = []
+    for found in here:
+        try:
+            found.write_config(config)
+        except InputError as error:
+            reasons.append(f"{found.family}: {error}")
+        else:
+            return found
+    if here:
+        raise InputError(f"no family of the layout {layout!r} can express this model ({'; '.join(reasons)})")
     if known:
-        raise InputError(f"unknown layout {layout!r}: choose {' or '.join(repr(found.layout) for found in known)}")
-    raise InputError(f"models of the mixers {', '.join(kinds)} have no published names, so that none can be written")
+        names = sorted({repr(found.layout) for found in known})
+        raise InputError(f"unknown layout {layout!r}: choose {' or '.join(names)}")
+    kinds = ", ".join(sorted({stack.mixer.kind for stack in config.stacks}))
+    raise InputError(f"models of the mixers {kinds} have no published names, so that none can be written")
 
 
 def read(path: Path) -> PublishedConfig:
@@ -74,7 +87,7 @@ def read(path: Path) -> PublishedConfig:
     except KeyError as error:
         raise InputError(f"{path} lacks the key {error}") from None
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(_shortened(f"{path}: {error}")) from None
     config = _validated(fields, path)
     try:
         found.check_config(content, config)
@@ -101,10 +114,14 @@ def _validated(fields: dict[str, Any], path: Path) -> ModelConfig:
     try:
         return from_json(ModelConfig, json.dumps(fields), origin=str(path))
     except InputError as error:
-        text = str(error)
-        raise InputError(text if len(text) <= _MESSAGE else text[:_MESSAGE] + " ...") from None
+        raise InputError(_shortened(str(error))) from None
     except RecursionError:
         raise InputError(f"{path}: a value is nested too deeply") from None
+
+
+def _shortened(text: str) -> str:
+    """A message that may quote a value of any length, such as a list, without the end of it."""
+    return text if len(text) <= _MESSAGE else text[:_MESSAGE] + " ..."
 
 
 def to_json(config: ModelConfig, *, layout: str, extra: Mapping[str, Any]) -> dict[str, Any]:

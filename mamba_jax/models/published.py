@@ -1,37 +1,106 @@
 """How others publish models: the keys of their config files, and the names and orientations of their tensors."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mamba_jax.errors import InputError, short
 from mamba_jax.models.config import ModelConfig
+from mamba_jax.models.mixers.declaration import MixerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """How one parameter is stored.
+    """How a parameter, or a part of it, is stored.
 
     Attributes:
-        name: in the file, with `{}` for the number of the layer.
-        shape: in the file, that of one layer.
+        name: in the file, with `{}` for the number of the layer, and where there are members, one more for theirs.
+        shape: in the file, that of one layer and member.
+        numbers: the file's numbers of the layers that are stacked in the parameter; None if it is not stacked.
+        members: length of the parameter's next dimension, if the file has a tensor for each of its elements, as for
+            experts; None if it has one for all.
+        place: where in the parameter, of one layer and member, the tensor's values lie; () is all of it. Tensors that
+            share a parameter share out its places.
         rows: first row of the file's tensor that belongs to the parameter, and the first one that no longer does;
             None is all of them. Parameters that share a tensor share out its rows.
-        to_file: our array, of one layer, to that of the file.
+        to_file: our array, of one layer and member, to that of the file.
         from_file: the way back.
     """
 
     name: str
     shape: tuple[int, ...]
+    numbers: Sequence[int] | None = None
+    members: int | None = None
+    place: tuple[int | slice, ...] = ()
     rows: tuple[int, int] | None = None
     to_file: Callable[[np.ndarray], np.ndarray] = np.asarray
     from_file: Callable[[np.ndarray], np.ndarray] = np.asarray
 
+    def parts(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Names in the file, and the views of a parameter's array that are stored there, in our orientation."""
+        for layer, number in enumerate([None] if self.numbers is None else self.numbers):
+            of_layer = value if number is None else value[layer]
+            for member in [None] if self.members is None else range(self.members):
+                of_member = of_layer if member is None else of_layer[member]
+                yield self.name_of(number, member), of_member[self.place]
 
-# By the path of the parameter in our tree.
-Table = dict[tuple[str, ...], Tensor]
+    def names(self) -> Iterator[str]:
+        """All names in the file."""
+        for number in [None] if self.numbers is None else self.numbers:
+            for member in [None] if self.members is None else range(self.members):
+                yield self.name_of(number, member)
+
+    def name_of(self, number: int | None, member: int | None) -> str:
+        """The name in the file for a layer's number and a member; None where the tensor has none."""
+        return self.name.format(*(index for index in (number, member) if index is not None))
+
+
+# How a parameter is stored, by its path in our tree: in one tensor or in several.
+Table = dict[tuple[str, ...], tuple[Tensor, ...]]
+
+
+def table_of(tensors: Mapping[str, Tensor | tuple[Tensor, ...]]) -> Table:
+    """A table from paths with slashes, and with tensors for themselves where there is one."""
+    return {tuple(path.split("/")): given if isinstance(given, tuple) else (given,) for path, given in tensors.items()}
+
+
+def rows_of(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """The `rows` of parameters that share a tensor.
+
+    Args:
+        sizes: number of rows of each, in their order there.
+    """
+    ends = itertools.accumulate(sizes.values())
+    return {name: (end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+def stacked(
+    config: ModelConfig,
+    tensors: Callable[[MixerConfig], Mapping[str, Tensor | tuple[Tensor, ...]]],
+    *,
+    blocks_per_layer: int = 1,
+) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors of all blocks, by the paths of the parameters in which blocks are stacked.
+
+    Args:
+        config: of the model.
+        tensors: those of a block with this mixer, by their paths in it.
+        blocks_per_layer: how many blocks of ours are a layer of the file, which counts layers from 0.
+    """
+    found: dict[str, tuple[Tensor, ...]] = {}
+    first = 0
+    for unit in config.units:
+        for place, stack in enumerate(unit):
+            blocks = range(first + place, first + place + stack.repeats * len(unit), len(unit))
+            numbers = blocks if blocks_per_layer == 1 else [block // blocks_per_layer for block in blocks]
+            for path, given in tensors(stack.mixer).items():
+                own = given if isinstance(given, tuple) else (given,)
+                found[f"{stack.name}/{path}"] = tuple(dataclasses.replace(tensor, numbers=numbers) for tensor in own)
+        first += len(unit) * unit[0].repeats
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +109,7 @@ class Format:
 
     Attributes:
         layout: its name; formats of several mixers share one, as "hf" is that of `transformers`.
-        mixer: kind of the mixer.
+        mixer: kind of the mixer, or "hybrid".
         recognises: whether a `config.json` with this content, a JSON object, is one of the format.
         read_config: the content to fields of `ModelConfig` as in our own JSON, which are checked afterwards.
         check_config: what can be told once the model is known: (content, config).
@@ -48,6 +117,7 @@ class Format:
         tensors: how every parameter is stored; the table's size does not depend on the model's.
         tied_head: name under which the embedding is written once more where the head shares it; None if it is not.
         keeps_extra: keys that say nothing of the network go along.
+        family: name of the models, which tells formats of hybrids in the same layout apart.
     """
 
     layout: str
@@ -59,6 +129,7 @@ class Format:
     tensors: Callable[[ModelConfig], Table]
     tied_head: str | None = None
     keeps_extra: bool = False
+    family: str = ""
 
 
 def refuse_unsupported(content: Mapping[str, Any], required: Mapping[str, Any]) -> None:
@@ -72,11 +143,6 @@ def refuse_unsupported(content: Mapping[str, Any], required: Mapping[str, Any]) 
             raise InputError(f"{key}={short(content[key])} is not supported, only {short(value)}")
 
 
-def tensor_of_layer(name: str, *shape: int, **ways: Any) -> Tensor:
-    """A tensor of a layer, as models of the Mamba family name them."""
-    return Tensor(name="backbone.layers.{}." + name, shape=shape, **ways)
-
-
 def backbone(config: ModelConfig, mixer: Mapping[str, Tensor], *, embedding: str) -> Table:
     """All tensors of a model of the Mamba family.
 
@@ -86,19 +152,20 @@ def backbone(config: ModelConfig, mixer: Mapping[str, Tensor], *, embedding: str
         embedding: name of the embedding, which the layouts do not agree on.
     """
     vocab, model = config.padded_vocab_size, config.d_model
-    tensors = {
+    of_block = {"norm/scale": Tensor(name="backbone.layers.{}.norm.weight", shape=(model,))}
+    of_block |= {f"mixer/{path}": tensor for path, tensor in mixer.items()}
+    tensors: dict[str, Tensor | tuple[Tensor, ...]] = {
         "embedding/table": Tensor(name=embedding, shape=(vocab, model)),
         "norm_f/scale": Tensor(name="backbone.norm_f.weight", shape=(model,)),
-        "layers/norm/scale": tensor_of_layer("norm.weight", model),
-        **{f"layers/mixer/{path}": tensor for path, tensor in mixer.items()},
+        **stacked(config, lambda mixer: of_block),
     }
     if not config.tie_embeddings:
         tensors["lm_head/table"] = Tensor(name="lm_head.weight", shape=(vocab, model))
-    return {tuple(path.split("/")): tensor for path, tensor in tensors.items()}
+    return table_of(tensors)
 
 
 # Value that a key of the authors' `config.json` must have, if it is there, for the blocks to be those of this library.
-_ORIGINAL_REQUIRED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
+_ORIGINAL_REQUIRED = {"rms_norm": True}
 
 
 def layer_of_original(content: Mapping[str, Any]) -> Any:
@@ -134,6 +201,13 @@ def from_original(content: Mapping[str, Any], *, known: Collection[str]) -> tupl
     return fields, ssm
 
 
+def _refuse_scales(config: ModelConfig) -> None:
+    """Refuses what no layout of Mamba layers alone has a key for."""
+    for name, only in (("norm_offset", 0.0), ("embedding_scale", 1.0), ("logit_cap", None)):
+        if (value := getattr(config, name)) != only:
+            raise InputError(f"the published layouts of Mamba models cannot express model.{name}={value}, only {only}")
+
+
 def to_original(config: ModelConfig, ssm: Mapping[str, Any]) -> dict[str, Any]:
     """The content of the authors' `config.json`.
 
@@ -144,6 +218,7 @@ def to_original(config: ModelConfig, ssm: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the layout cannot express the model.
     """
+    _refuse_scales(config)
     if config.norm_eps != 1e-5:
         raise InputError(f"the original layout fixes norm_eps at 1e-05, the model has {config.norm_eps}")
     return {
@@ -182,7 +257,12 @@ def from_hf(content: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """What a `config.json` of `transformers` says of a model of the Mamba family, besides the mixer."""
+    """What a `config.json` of `transformers` says of a model of the Mamba family, besides the mixer.
+
+    Raises:
+        InputError: the layout cannot express the model.
+    """
+    _refuse_scales(config)
     return {
         "vocab_size": config.padded_vocab_size,
         "hidden_size": config.d_model,

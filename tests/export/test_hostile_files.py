@@ -166,10 +166,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_one_short_line(folder: Path, kind: str) -> None:
-    change, expected = HOSTILE[kind]
-    change(folder)
+def check_one_short_line(folder: Path, expected: str) -> None:
+    """The folder is refused with this in the message, in little memory."""
     tracemalloc.start()
     with pytest.raises(InputError) as error:
         huggingface.load(folder)
@@ -180,6 +178,36 @@ def test_one_short_line(folder: Path, kind: str) -> None:
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 2500
     assert peak < 32 * 2**20
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_one_short_line(folder: Path, kind: str) -> None:
+    change, expected = HOSTILE[kind]
+    change(folder)
+    check_one_short_line(folder, expected)
+
+
+HYBRIDS: list[tuple[str, dict[str, object], str]] = [
+    ("jamba_tiny", {"num_hidden_layers": 300}, "600 layers, but only 56 tensors"),
+    (
+        "jamba_tiny",
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers=1000000000 is not a number of layers from 1 to 1000",
+    ),
+    ("jamba_tiny", {"num_experts": 10**9}, "1000000000 experts, but only 56 tensors"),
+    ("jamba_tiny", {"num_experts": [4]}, "num_experts=[4] is not a number of experts"),
+    ("jamba_tiny", {"attn_layer_period": 10**400}, "is not a number of layers from 1 to"),
+    ("bamba_tiny", {"attn_layer_indices": list(range(10**5))}, "is not a list of layers from 0 to 2"),
+    ("llama_tiny", {"num_hidden_layers": 300}, "600 layers, but only 20 tensors"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "expected"), HYBRIDS, ids=lambda value: str(value)[:40])
+def test_one_short_line_for_hybrids(tmp_path: Path, name: str, changes: dict[str, object], expected: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN.parent / name, folder)
+    change_config(**changes)(folder)
+    check_one_short_line(folder, expected)
 
 
 def test_many_missing_and_unexpected_tensors_are_counted(folder: Path) -> None:

@@ -28,7 +28,23 @@ from tests.export.conftest import random_model
 GOLDEN = Path("tests/golden/mamba1_tiny")
 
 
-@pytest.fixture(scope="module", params=["mamba1_tiny", "mamba2_tiny"])
+# By how much more than in the first ones a relative change of 2^-24 in every weight moves logits and gradients.
+# (Measured: of the largest logit 5e-7 in mamba2_tiny, 2e-6 in llama_tiny and bamba_tiny, 3.8e-5 in jamba_tiny, 2.5e-5
+# in zamba2_tiny; in numbers, 9e-6 in mamba2_tiny and 1.9e-4 in jamba_tiny. Of a gradient's largest element 5e-6 in
+# mamba2_tiny, 1.7e-4 in jamba_tiny, for a D of zamba2_tiny 2.8e-4.)
+SENSITIVITY = {
+    "mamba1_tiny": (1, 1),
+    "mamba2_tiny": (1, 1),
+    "llama_tiny": (2, 2),
+    "bamba_tiny": (2, 2),
+    "jamba_tiny": (20, 40),
+    "zamba2_tiny": (10, 40),
+    "nemotron_h_tiny": (2, 20),
+    "recurrent_gemma_tiny": (2, 2),
+}
+
+
+@pytest.fixture(scope="module", params=SENSITIVITY)
 def golden_folder(request: pytest.FixtureRequest) -> Path:
     """A small checkpoint with what an independent implementation makes of it."""
     return GOLDEN.parent / request.param
@@ -52,14 +68,16 @@ def golden(golden_folder: Path):
     return config, value, logits, gradient, expected
 
 
-def test_golden_loss_and_logits(golden) -> None:
+def test_golden_loss_and_logits(golden, golden_folder: Path) -> None:
     _, value, logits, _, expected = golden
-    np.testing.assert_allclose(value, expected["loss"][0], rtol=1e-6)
+    np.testing.assert_allclose(value, np.ravel(expected["loss"])[0], rtol=1e-6 * SENSITIVITY[golden_folder.name][0])
     # Logits reach 20, where a float32 rounding is 1e-6: the absolute part alone is ten of them.
-    np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    bound = 1e-5 * SENSITIVITY[golden_folder.name][0]
+    np.testing.assert_allclose(logits, expected["logits"], rtol=bound, atol=bound)
 
 
-def test_golden_gradients(golden, tmp_path) -> None:
+def test_golden_gradients(golden, golden_folder: Path, tmp_path: Path) -> None:
+    bound = 5e-6 * SENSITIVITY[golden_folder.name][1]
     config, _, _, gradient, expected = golden
     huggingface.save(tmp_path / "gradient", config, gradient, layout="hf")
     tensors = load_file(tmp_path / "gradient" / "model.safetensors")
@@ -67,7 +85,7 @@ def test_golden_gradients(golden, tmp_path) -> None:
     for name, tensor in tensors.items():
         reference = expected[f"grad.{name}"]
         # Both sides are float32: some twenty roundings of 6e-8 on the way through two layers and back.
-        assert np.abs(tensor - reference).max() < 5e-6 * np.abs(reference).max(), name
+        assert np.abs(tensor - reference).max() < bound * np.abs(reference).max(), name
 
 
 def test_golden_greedy_continuation(golden, golden_folder: Path) -> None:
@@ -78,7 +96,7 @@ def test_golden_greedy_continuation(golden, golden_folder: Path) -> None:
         parameters.define(config),
         loaded.params,
         jnp.asarray(sequence[:, :13], jnp.int32),
-        num_tokens=24,
+        num_tokens=sequence.shape[1] - 13,
         key=jax.random.key(0),
         sampling=SamplingConfig(temperature=0.0),
     )
@@ -177,7 +195,7 @@ DAMAGE = {
     "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object"),
     "config lacks a key": (_edit_config(hidden_size=None), "lacks the key 'hidden_size'"),
-    "other model": (_edit_config(model_type="llama"), "model_type='llama' is not supported"),
+    "other model": (_edit_config(model_type="gpt2"), "model_type='gpt2' is not supported"),
     "other activation": (_edit_config(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
     "odd width": (_edit_config(intermediate_size=65), "intermediate_size=65 is not supported"),
     "text for a number": (_edit_config(hidden_size="32"), "d_model: Input should be a valid integer, got '32'"),
@@ -241,6 +259,15 @@ def test_models_the_layouts_cannot_express_are_refused(tmp_path, mixer, layout: 
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("change", [{"logit_cap": 30.0}, {"embedding_scale": 2.0}, {"norm_offset": 1.0}], ids=str)
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_scales_of_other_families_are_refused(change, layout: str) -> None:
+    config, _ = random_model()
+    (name,) = change
+    with pytest.raises(InputError, match=f"cannot express model.{name}={change[name]}"):
+        configs.to_json(dataclasses.replace(config, **change), layout=layout, extra={})
+
+
 def test_nothing_is_overwritten(tmp_path) -> None:
     loaded = huggingface.load(GOLDEN)
     (tmp_path / "out").mkdir()
@@ -250,15 +277,13 @@ def test_nothing_is_overwritten(tmp_path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_original_config_refuses_hybrids(tmp_path) -> None:
+def test_original_config_refuses_what_is_unknown(tmp_path) -> None:
     loaded = huggingface.load(GOLDEN)
     content = configs.to_json(loaded.config, layout="original", extra={})
     for change, expected in (
-        ({"attn_layer_idx": [3]}, "attn_layer_idx"),
         ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer='Mamba3'"),
         ({"ssm_cfg": {"headdim": 64}}, "ssm_cfg keys headdim"),
         ({"ssm_cfg": "Mamba1"}, "ssm_cfg='Mamba1' is not a JSON object"),
-        ({"d_intermediate": 64}, "d_intermediate=64"),
         ({"rms_norm": False}, "rms_norm=False"),
     ):
         path = tmp_path / "config.json"

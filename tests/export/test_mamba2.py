@@ -128,8 +128,7 @@ def test_bad_keys_of_the_hf_layout_are_one_line(tmp_path: Path, changes: dict[st
         ({"ssm_cfg": {"layer": "Mamba2", "nheads": 4}}, "ssm_cfg keys nheads are not supported"),
         ({"ssm_cfg": {"layer": "Mamba2", "dt_rank": 4}}, "ssm_cfg keys dt_rank are not supported"),
         ({"ssm_cfg": {"layer": "Mamba4"}}, "ssm_cfg.layer='Mamba4' is not supported"),
-        ({"attn_layer_idx": [9]}, r"attn_layer_idx=\[9\] is not supported"),
-        ({"d_intermediate": 64}, "d_intermediate=64 is not supported"),
+        ({"attn_layer_idx": [9]}, r"attn_layer_idx=\[9\] is not a list of layers from 0 to 0"),
     ],
 )
 def test_bad_keys_of_the_original_layout_are_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -163,6 +162,8 @@ def test_the_hf_layout_gates_first_whatever_the_file_says(tmp_path: Path) -> Non
         ("hf", {"norm_eps": 1e-6}),
         ("original", {"norm_eps": 1e-6}),
         ("original", {"norm_group_size": 4}),
+        ("original", {"inner_dim": 12, "num_groups": 1}),
+        ("hf", {"inner_dim": 12, "num_groups": 1}),
     ],
 )
 def test_models_the_layouts_cannot_express_are_refused(tmp_path: Path, layout: str, changes: dict[str, Any]) -> None:
@@ -171,6 +172,15 @@ def test_models_the_layouts_cannot_express_are_refused(tmp_path: Path, layout: s
         huggingface.save(tmp_path / "model", config, params, layout=layout)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_inner_channels_that_are_a_multiple_of_the_width_are_written_as_that(layout: str) -> None:
+    model = ModelConfig(vocab_size=8, d_model=8, num_layers=1, mixer=dataclasses.replace(SMALL, expand=3, ssm_dim=None))
+    same = dataclasses.replace(model, mixer=dataclasses.replace(SMALL, inner_dim=24, ssm_dim=None))
+    assert configs.to_json(same, layout=layout, extra={}) == configs.to_json(model, layout=layout, extra={})
+    mixers: list[Any] = [config.mixer for config in (same, model)]
+    assert mixers[0].decisive(8) == mixers[1].decisive(8)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,27 @@ import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.config import Mamba1Config, Mamba2Config, ModelConfig, TokenizerConfig
+from mamba_jax.config import Hybrid, Mamba1Config, Mamba2Config, ModelConfig, TokenizerConfig
 from mamba_jax.data.tokenizer import make_tokenizer
 from mamba_jax.export import companions, huggingface
 from mamba_jax.generation.generate import generate
 from mamba_jax.generation.sampling import SamplingConfig
 from mamba_jax.models import parameters
+from mamba_jax.models.mixers import (
+    AttentionConfig,
+    MlpConfig,
+    MoeConfig,
+    RGLRUConfig,
+    SharedBlockConfig,
+    WithSharedConfig,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,10 +57,73 @@ def export(folder: Path, config: ModelConfig, params: parameters.Params, tokeniz
     )
 
 
-MIXERS = {"mamba": Mamba1Config(), "falcon_mamba": Mamba1Config(selection_norm_eps=1e-6), "mamba2": Mamba2Config()}
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
+JAMBA_MAMBA = Mamba1Config(selection_norm_eps=1e-5, selection_norm_weights=True)
+ZAMBA_MAMBA = Mamba2Config(dt_lower_limit=0.001)
 
 
-@pytest.fixture(scope="module", params=MIXERS)
+def _with_shared(name: str) -> WithSharedConfig:
+    attention = dataclasses.replace(ATTENTION, head_dim=32, softmax_scale=0.25)
+    shared = SharedBlockConfig(name=name, attention=attention, mlp=MlpConfig(activation="gelu"))
+    return WithSharedConfig(inner=ZAMBA_MAMBA, shared=shared, adapter_rank=4)
+
+
+MODELS = {
+    "mamba": {"mixer": Mamba1Config()},
+    "falcon_mamba": {"mixer": Mamba1Config(selection_norm_eps=1e-6)},
+    "mamba2": {"mixer": Mamba2Config()},
+    "llama": {"num_layers": 6, "mixer": Hybrid.of_pattern("(AF)*3", A=ATTENTION, F=MlpConfig())},
+    "bamba": {
+        "num_layers": 6,
+        "mixer": Hybrid.of_pattern(
+            "MFAFMF", M=Mamba2Config(), A=dataclasses.replace(ATTENTION, rotary_dims=8), F=MlpConfig()
+        ),
+    },
+    "bamba with wide heads": {
+        "num_layers": 4,
+        "mixer": Hybrid.of_pattern(
+            "MFAF", M=Mamba2Config(num_groups=2), A=dataclasses.replace(ATTENTION, head_dim=32), F=MlpConfig()
+        ),
+    },
+    "jamba": {
+        "num_layers": 8,
+        "mixer": Hybrid.of_pattern(
+            "MFMEAFME",
+            M=JAMBA_MAMBA,
+            A=dataclasses.replace(ATTENTION, rotary_dims=0),
+            F=MlpConfig(),
+            E=MoeConfig(num_experts=4),
+        ),
+    },
+    # Two shared blocks, in turn.
+    "zamba2": {
+        "num_layers": 6,
+        "mixer": Hybrid.of_pattern("MSMTMS", M=ZAMBA_MAMBA, S=_with_shared("block_0"), T=_with_shared("block_1")),
+    },
+    "nemotron_h": {
+        "mixer": Hybrid.of_pattern(
+            "MFMAF",
+            M=Mamba2Config(inner_dim=192, num_groups=3),
+            A=AttentionConfig(rotary_dims=0),
+            F=MlpConfig(activation="relu_squared", gated=False),
+        )
+    },
+    "recurrent_gemma": {
+        "num_layers": 6,
+        "mixer": Hybrid.of_pattern(
+            "RFRFAF",
+            R=RGLRUConfig(num_heads=8),
+            A=AttentionConfig(num_kv_heads=1, window=16, rotary_dims=4, use_output_bias=True),
+            F=MlpConfig(activation="gelu_tanh", use_bias=True),
+        ),
+        "norm_offset": 1.0,
+        "embedding_scale": 8.0,
+        "logit_cap": 30.0,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def theirs(
     request: pytest.FixtureRequest,
     tokenizer_configs: dict[str, TokenizerConfig],
@@ -59,9 +131,16 @@ def theirs(
 ) -> SimpleNamespace:
     """A model of the default config, trained as far as random numbers are, and what `transformers` makes of it."""
     folder = tmp_path_factory.mktemp("exports")
-    config = ModelConfig(vocab_size=257, d_model=64, num_layers=5, mixer=MIXERS[request.param])
+    fields: dict[str, Any] = {"vocab_size": 257, "d_model": 64, "num_layers": 5} | MODELS[request.param]
+    config = ModelConfig(**fields)
     params = parameters.init(config, jax.random.key(0))
-    params["layers"]["mixer"]["out_proj"]["kernel"] *= 5.0
+    for stack in config.stacks:
+        for projection in params[stack.name]["mixer"].keys() & {"out_proj", "down_proj"}:
+            params[stack.name]["mixer"][projection]["kernel"] *= 5.0
+        if "adapter_up" in params[stack.name]["mixer"]:
+            # A fresh one is zero.
+            kernel = params[stack.name]["mixer"]["adapter_up"]["kernel"]
+            params[stack.name]["mixer"]["adapter_up"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
     export(folder / "model", config, params, TokenizerConfig())
     tokenizers = {}
     for name, tokenizer in tokenizer_configs.items():

@@ -42,8 +42,9 @@ def tensors(config: ModelConfig) -> Table:
     table: Table = {}
     shapes: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(define(config).params)
     for path, leaf in shapes.items():
-        first, shape = ("layer{}", leaf.shape[1:]) if path[0] == "layers" else (path[0], leaf.shape)
-        table[path] = Tensor(name=".".join([first, *path[1:]]), shape=shape)
+        numbers = range(config.num_layers) if path[0] == "layers" else None
+        name, shape = ("layer{}", leaf.shape[1:]) if numbers else (path[0], leaf.shape)
+        table[path] = (Tensor(name=".".join([name, *path[1:]]), shape=shape, numbers=numbers),)
     return table
 
 
