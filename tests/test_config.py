@@ -82,6 +82,11 @@ def experiment(**recipe: object) -> c.ExperimentConfig:
     return dataclasses.replace(make_config(), optimizer=optimizer(**recipe))
 
 
+def test_a_mesh_that_was_stored_before_there_was_an_axis_of_experts_is_read() -> None:
+    stored = '{"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}'
+    assert c.from_json(c.MeshConfig, stored, origin="f") == c.MeshConfig(data=2, fsdp=4, expert=1)
+
+
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
@@ -94,6 +99,7 @@ def experiment(**recipe: object) -> c.ExperimentConfig:
         (lambda: c.TextFolderSource(path="t", validation_fraction=1.5), "must lie in [0, 1], got 1.5"),
         (lambda: c.MeshConfig(data=-1, fsdp=-1), "at most one -1"),
         (lambda: c.MeshConfig(sequence=0), "sizes must be positive"),
+        (lambda: c.MeshConfig(expert=0), "got (data, fsdp, expert, sequence, tensor) = (-1, 1, 0, 1, 1)"),
         (lambda: c.CosineSchedule(final_lr=-1e-5), "CosineSchedule.final_lr must not be negative"),
         (lambda: c.WarmupStableDecaySchedule(warmup_fraction=0.6, decay_fraction=0.6), "must not exceed 1, got 1.2"),
         (lambda: optimizer(peak_lr=0.0), "OptimizerConfig.peak_lr must be positive, got 0.0"),
@@ -272,7 +278,7 @@ def test_config_files_that_cannot_be_run(tmp_path: Path, text: str, expected: st
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[a-z]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_committed_configs_load(path: Path) -> None:
     config = load_config(str(path), [])
     assert c.from_json(c.ExperimentConfig, c.to_json(config), origin=path.name) == config
