@@ -148,6 +148,26 @@ def from_json[T: Config](cls: type[T], text: str, *, origin: str) -> T:
         raise InputError(f"{origin}: {problems}") from None
 
 
+def nested_fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a tree of dictionaries, as `dataclasses.asdict` makes of a config, by their dotted names.
+
+    Those of dictionaries in a sequence are numbered: "mixer.units.0.repeats".
+
+    Args:
+        value: the tree.
+        name: what stands before the names.
+    """
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, tuple | list) and any(isinstance(part, dict | tuple | list) for part in value):
+        parts = enumerate(value)
+    else:
+        yield name, value
+        return
+    for own, part in parts:
+        yield from nested_fields(part, f"{name}.{own}" if name else str(own))
+
+
 def _describe(detail: Any) -> str:
     """Turns one error of pydantic's `errors()` into a short text; for an unknown key it suggests a similar one."""
     path = ".".join(str(part) for part in detail["loc"])

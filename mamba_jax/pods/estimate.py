@@ -34,7 +34,8 @@ class StepEstimate:
         kernels: how often a step calls each Pallas kernel.
         flops: floating-point operations of the model, see `flops_per_token`.
         operation_seconds: time of XLA's operations, by the compiler's estimate of cycles; None if the clock is unknown.
-        kernel_seconds: time of the Pallas kernels, by their static schedules; None if there are none for this device.
+        kernel_seconds: time of the Pallas kernels, by their static schedules; None if one of them has none for this
+            device, as those of attention.
     """
 
     devices: int

@@ -24,6 +24,8 @@ KERNELS = (
     "causal_conv1d_pallas_tpu_forward",
     "causal_conv1d_pallas_tpu_backward",
     "selective_scan_pallas_tpu_edge",
+    "ssd_pallas_tpu_forward",
+    "ssd_pallas_tpu_backward",
 )
 _COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
@@ -112,7 +114,8 @@ class Counts:
         collective_lines: the instructions of the collectives.
         transfers: number of transfers between slices, by kind.
         received: bytes that arrive from other slices, by kind.
-        kernel_elements: number of tokens times channels that each Pallas kernel works on.
+        kernel_elements: number of tokens times channels that each of `KERNELS` works on.
+        other_kernels: number of calls of further Pallas kernels, such as those of attention, by name.
     """
 
     def __init__(self) -> None:
@@ -123,6 +126,7 @@ class Counts:
         self.transfers: collections.Counter[str] = collections.Counter()
         self.received: collections.Counter[str] = collections.Counter()
         self.kernel_elements: collections.Counter[str] = collections.Counter()
+        self.other_kernels: collections.Counter[str] = collections.Counter()
 
 
 def count_instructions(text: str, num_slices: int) -> Counts:
@@ -172,6 +176,8 @@ def _count_kernel(counts: Counts, line: str, times: int, types: dict[str, str]) 
     """
     found = re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\((.*?)\)", line)
     if found is None:
+        if other := re.search(r'%([A-Za-z_-]+)\S* = .* custom-call\(.*custom_call_target="tpu_custom_call"', line):
+            counts.other_kernels[other[1]] += times
         return
     name, result, operands = found.groups()
     counts.calls[name] += times

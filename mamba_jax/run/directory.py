@@ -12,10 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
 from mamba_jax.checkpoint import FOLDER, StoredRun, check_path, newest_step, stored_run
-from mamba_jax.config_base import from_json, to_json
+from mamba_jax.config_base import from_json, nested_fields, to_json
 from mamba_jax.errors import InputError, reason
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.files import replacement
@@ -56,7 +54,8 @@ _RECORDS = (
     _CONFIG,
 )
 
-# Fields that may change when a run is resumed: they decide where, how fast and how visibly it runs, not its result.
+# Fields that may change when a run is resumed: they decide where, how fast and how visibly it runs, not its result. The
+# backends of mixers are among them.
 _CHANGEABLE = {
     "name",
     "data.cache_dir",
@@ -65,7 +64,6 @@ _CHANGEABLE = {
     "faults.max_skipped",
     "faults.startup_seconds",
     "model.remat",
-    "model.mixer.scan_implementation",
     "train.run_dir",
     "train.loss_chunk",
     "train.log_every",
@@ -335,9 +333,15 @@ def _stored_run(run_dir: Path) -> StoredRun | None:
 
 
 def _result_changes(stored: ExperimentConfig, current: ExperimentConfig) -> list[str]:
-    old, new = (flatten_dict(dataclasses.asdict(config), sep=".") for config in (stored, current))
+    """What differs between two configs and changes the result, a phrase for each field."""
+    old, new = (dict(nested_fields(dataclasses.asdict(config))) for config in (stored, current))
     return [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in _CHANGEABLE and not name.startswith(_CHANGEABLE_SECTIONS)
+        if old.get(name) != new.get(name) and not _may_change(name)
     ]
+
+
+def _may_change(name: str) -> bool:
+    is_backend = name.startswith("model.mixer.") and name.endswith("_implementation")
+    return is_backend or name in _CHANGEABLE or name.startswith(_CHANGEABLE_SECTIONS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from mamba_jax.checkpoint import Checkpointer
+from mamba_jax.config_base import nested_fields
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.batches import Task
 from mamba_jax.data.pipeline import evaluation_batches, open_source, train_batches
@@ -132,8 +133,8 @@ def _check_runs_here(program: TrainProgram) -> None:
     asked = {
         f"{name}={value!r}": None
         for stack in program.config.model.stacks
-        for name, value in vars(stack.mixer).items()
-        if name.endswith("_implementation") and value is not None
+        for path, value in nested_fields(dataclasses.asdict(stack.mixer))
+        if (name := path.rpartition(".")[2]).endswith("_implementation") and value is not None
     }
     if not asked:
         return

@@ -74,6 +74,14 @@ def test_counts() -> None:
     }
 
 
+def test_kernels_without_a_schedule_are_named() -> None:
+    added = '  %splash_mha_fwd.7 = (bf16[2,64]) custom-call(%p), custom_call_target="tpu_custom_call"'
+    first = next(line for line in PROGRAM.splitlines() if "%selective_scan_pallas_tpu_edge.1" in line)
+    counts = count_instructions(PROGRAM.replace(first, f"{first}\n{added}"), num_slices=2)
+    assert dict(counts.other_kernels) == {"splash_mha_fwd": 3}
+    assert not count_instructions(PROGRAM, num_slices=2).other_kernels
+
+
 def test_sum_over_more_slices_moves_more() -> None:
     # Of 4 slices, a device needs 3 quarters of the terms of its part, and the 3 other parts' sums.
     assert count_instructions(PROGRAM, num_slices=4).received["all-reduce"] == 2 * 3 / 4 * 2 * 128 * 4

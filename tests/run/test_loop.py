@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import signal
 from collections.abc import Callable
@@ -41,7 +42,7 @@ MakeConfig = Callable[..., ExperimentConfig]
 def run(config: ExperimentConfig, hooks: Hooks | None = None) -> TrainResult:
     """Trains on as many devices as the mesh of the config has."""
     mesh = config.mesh
-    num_devices = mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor
+    num_devices = math.prod(dataclasses.astuple(mesh))
     return loop.train(config, devices=jax.devices()[:num_devices], hooks=hooks)
 
 
