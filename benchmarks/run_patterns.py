@@ -95,10 +95,9 @@ def experiment(name: str, *, num_steps: int, peak_lr: float, run_dir: Path) -> E
     config = load_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py"), [])
     pattern, mixers = PATTERNS[name]
     mixer = Hybrid.of_pattern(pattern, **mixers)
-    num_layers = sum(len(unit.mixers) * (unit.repeats or 1) for unit in mixer.units)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, mixer=mixer, num_layers=num_layers),
+        model=dataclasses.replace(config.model, mixer=mixer, num_layers=mixer.num_blocks),
         optimizer=dataclasses.replace(config.optimizer, peak_lr=peak_lr),
         train=dataclasses.replace(config.train, num_steps=num_steps, run_dir=str(run_dir), sample_every=0),
         checkpoint=dataclasses.replace(config.checkpoint, every=num_steps, keep=1),

@@ -20,8 +20,7 @@ def recipe(name: str, *, pattern: str, d_model: int, num_heads: int, **run: Any)
         A=AttentionConfig(num_heads=num_heads, num_kv_heads=1, window=1024),
         F=MlpConfig(hidden_dim=3 * d_model, activation="gelu_tanh"),
     )
-    num_layers = sum(len(unit.mixers) * (unit.repeats or 1) for unit in mixer.units)
-    return mamba_130m.recipe(name, mixer=mixer, d_model=d_model, num_layers=num_layers, **run)
+    return mamba_130m.recipe(name, mixer=mixer, d_model=d_model, num_layers=mixer.num_blocks, **run)
 
 
 def get_config() -> ExperimentConfig:

@@ -30,8 +30,7 @@ def recipe(name: str, *, pattern: str, d_model: int, num_heads: int, **run: Any)
         mlp=MlpConfig(hidden_dim=4 * d_model, activation="gelu"),
     )
     mixer = Hybrid.of_pattern(pattern, M=mamba, S=WithSharedConfig(inner=mamba, shared=shared, adapter_rank=64))
-    num_layers = sum(len(unit.mixers) * (unit.repeats or 1) for unit in mixer.units)
-    return mamba_130m.recipe(name, mixer=mixer, d_model=d_model, num_layers=num_layers, **run)
+    return mamba_130m.recipe(name, mixer=mixer, d_model=d_model, num_layers=mixer.num_blocks, **run)
 
 
 def get_config() -> ExperimentConfig:

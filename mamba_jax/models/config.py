@@ -62,6 +62,11 @@ class Hybrid(Config):
         """Blocks with these mixers, in order, as the units that repeat in them: those are compiled once."""
         return cls(units=tuple(Unit(mixers=unit, repeats=repeats) for unit, repeats in repeating_units(mixers)))
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the units that say how often they come: of all, as in a hybrid of a pattern, or of all but one."""
+        return sum(len(unit.mixers) * unit.repeats for unit in self.units if unit.repeats is not None)
+
     def _check(self) -> None:
         require(len(self.units) > 0, "Hybrid.units is empty: give at least one Unit")
         require(
@@ -160,13 +165,11 @@ class ModelConfig(Config):
         """The blocks: units in order, each a stack for every one of its blocks, all repeated equally often."""
         if isinstance(self.mixer, MixerConfig):
             return ((Stack(name="layers", mixer=self.mixer, repeats=self.num_layers),),)
-        given = sum(len(unit.mixers) * unit.repeats for unit in self.mixer.units if unit.repeats is not None)
+        left = self.num_layers - self.mixer.num_blocks
         names = (f"layers_{index}" for index in range(sum(len(unit.mixers) for unit in self.mixer.units)))
         return tuple(
             tuple(
-                Stack(
-                    name=next(names), mixer=mixer, repeats=unit.repeats or (self.num_layers - given) // len(unit.mixers)
-                )
+                Stack(name=next(names), mixer=mixer, repeats=unit.repeats or left // len(unit.mixers))
                 for mixer in unit.mixers
             )
             for unit in self.mixer.units

@@ -144,13 +144,9 @@ class LanguageModel(nnx.Module):
 
         def run_round(residual_BLD: jax.Array, blocks: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             after = []
+            merged = {name: nnx.merge(*parts) for name, parts in shared.items()}
             for graph, params, state in zip(graphs, *blocks, strict=True):
-                given = BlockInput(
-                    residual=residual_BLD,
-                    embedded=beside[0],
-                    segment_ids=beside[1],
-                    shared={name: nnx.merge(*parts) for name, parts in shared.items()},
-                )
+                given = BlockInput(residual=residual_BLD, embedded=beside[0], segment_ids=beside[1], shared=merged)
                 residual_BLD, update = nnx.merge(graph, params)(given, state)
                 after.append((update.state, update.penalty))
             return residual_BLD, tuple(after)
@@ -162,9 +158,10 @@ class LanguageModel(nnx.Module):
 
     def unembed(self, hidden: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L V"]:
         """The head: float32 logits over the padded vocabulary."""
-        weights = self.head.matrix.astype(hidden.dtype)
+        head = self.head
+        weights = head.matrix.astype(hidden.dtype)
         logits = jnp.einsum("bld,vd->blv", hidden, weights, preferred_element_type=jnp.float32)
-        return capped(constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB), self.head.logit_cap)
+        return capped(constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB), head.logit_cap)
 
     @property
     def head(self) -> Head:

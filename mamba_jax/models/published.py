@@ -41,21 +41,19 @@ class Tensor:
 
     def parts(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Names in the file, and the views of a parameter's array that are stored there, in our orientation."""
-        for layer, number in enumerate([None] if self.numbers is None else self.numbers):
-            of_layer = value if number is None else value[layer]
-            for member in [None] if self.members is None else range(self.members):
-                of_member = of_layer if member is None else of_layer[member]
-                yield self.name_of(number, member), of_member[self.place]
+        for name, index in self._stored():
+            yield name, value[index][self.place]
 
     def names(self) -> Iterator[str]:
         """All names in the file."""
-        for number in [None] if self.numbers is None else self.numbers:
-            for member in [None] if self.members is None else range(self.members):
-                yield self.name_of(number, member)
+        return (name for name, _ in self._stored())
 
-    def name_of(self, number: int | None, member: int | None) -> str:
-        """The name in the file for a layer's number and a member; None where the tensor has none."""
-        return self.name.format(*(index for index in (number, member) if index is not None))
+    def _stored(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names in the file, and the index of the layer and member in the parameter that each stands for."""
+        layers = [((), ())] if self.numbers is None else (((at,), (number,)) for at, number in enumerate(self.numbers))
+        for index, number in layers:
+            for member in [()] if self.members is None else ((at,) for at in range(self.members)):
+                yield self.name.format(*number, *member), (*index, *member)
 
 
 # How a parameter is stored, by its path in our tree: in one tensor or in several.
@@ -143,6 +141,34 @@ def refuse_unsupported(content: Mapping[str, Any], required: Mapping[str, Any]) 
             raise InputError(f"{key}={short(content[key])} is not supported, only {short(value)}")
 
 
+def whole_table(
+    config: ModelConfig,
+    of_block: Callable[[MixerConfig], Mapping[str, Tensor | tuple[Tensor, ...]]],
+    *,
+    norm: str,
+    embedding: str = "model.embed_tokens.weight",
+    blocks_per_layer: int = 1,
+) -> Table:
+    """The table of a model.
+
+    Args:
+        config: of the model.
+        of_block: tensors of a block with a mixer, by their paths in it.
+        norm: name of the last norm's scale.
+        embedding: name of the embedding.
+        blocks_per_layer: see `stacked`.
+    """
+    vocab, model = config.padded_vocab_size, config.d_model
+    tensors: dict[str, Tensor | tuple[Tensor, ...]] = {
+        "embedding/table": Tensor(name=embedding, shape=(vocab, model)),
+        "norm_f/scale": Tensor(name=norm, shape=(model,)),
+        **stacked(config, of_block, blocks_per_layer=blocks_per_layer),
+    }
+    if not config.tie_embeddings:
+        tensors["lm_head/table"] = Tensor(name="lm_head.weight", shape=(vocab, model))
+    return table_of(tensors)
+
+
 def backbone(config: ModelConfig, mixer: Mapping[str, Tensor], *, embedding: str) -> Table:
     """All tensors of a model of the Mamba family.
 
@@ -151,17 +177,9 @@ def backbone(config: ModelConfig, mixer: Mapping[str, Tensor], *, embedding: str
         mixer: the tensors of a layer's mixer, by their paths in it, with slashes.
         embedding: name of the embedding, which the layouts do not agree on.
     """
-    vocab, model = config.padded_vocab_size, config.d_model
-    of_block = {"norm/scale": Tensor(name="backbone.layers.{}.norm.weight", shape=(model,))}
+    of_block = {"norm/scale": Tensor(name="backbone.layers.{}.norm.weight", shape=(config.d_model,))}
     of_block |= {f"mixer/{path}": tensor for path, tensor in mixer.items()}
-    tensors: dict[str, Tensor | tuple[Tensor, ...]] = {
-        "embedding/table": Tensor(name=embedding, shape=(vocab, model)),
-        "norm_f/scale": Tensor(name="backbone.norm_f.weight", shape=(model,)),
-        **stacked(config, lambda mixer: of_block),
-    }
-    if not config.tie_embeddings:
-        tensors["lm_head/table"] = Tensor(name="lm_head.weight", shape=(vocab, model))
-    return table_of(tensors)
+    return whole_table(config, lambda mixer: of_block, norm="backbone.norm_f.weight", embedding=embedding)
 
 
 # Value that a key of the authors' `config.json` must have, if it is there, for the blocks to be those of this library.

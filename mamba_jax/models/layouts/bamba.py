@@ -12,7 +12,7 @@ from mamba_jax.models.mixers.attention.config import AttentionConfig
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mamba2.published import limits_from, limits_to_hf
 from mamba_jax.models.mixers.mlp.config import MlpConfig
-from mamba_jax.models.published import Format, refuse_unsupported
+from mamba_jax.models.published import refuse_unsupported
 
 _REQUIRED = {"hidden_act": "silu"}
 # `transformers` does not read this key of older files, and rotates half of a head.
@@ -139,14 +139,11 @@ def _unexpressed(config: ModelConfig, attention: AttentionConfig, mamba: Mamba2C
     ]
 
 
-FORMAT = Format(
-    layout="hf",
-    mixer="hybrid",
-    family="BambaForCausalLM",
-    recognises=lambda content: content.get("model_type") == "bamba",
+FORMAT = parts.hf_family(
+    "BambaForCausalLM",
+    "bamba",
     read_config=_read,
-    check_config=_check,
     write_config=_write,
     tensors=pairs.tensors,
-    keeps_extra=True,
+    check_config=_check,
 )

@@ -15,7 +15,7 @@ from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.mixers.mamba1.config import Mamba1Config
 from mamba_jax.models.mixers.mlp.config import MlpConfig
 from mamba_jax.models.mixers.moe.config import MoeConfig
-from mamba_jax.models.published import Format, refuse_unsupported
+from mamba_jax.models.published import refuse_unsupported
 
 _REQUIRED = {"hidden_act": "silu"}
 _MAMBA_KEYS = {
@@ -165,14 +165,10 @@ def _unexpressed_after(mixer: MlpConfig | MoeConfig) -> list[str]:
     return [*problems, "Moe with num_experts=1 has no place, only more"] if mixer.num_experts == 1 else problems
 
 
-FORMAT = Format(
-    layout="hf",
-    mixer="hybrid",
-    family="JambaForCausalLM",
-    recognises=lambda content: content.get("model_type") == "jamba",
+FORMAT = parts.hf_family(
+    "JambaForCausalLM",
+    "jamba",
     read_config=_read,
-    check_config=lambda content, config: None,
     write_config=_write,
     tensors=pairs.tensors,
-    keeps_extra=True,
 )

@@ -8,7 +8,7 @@ from mamba_jax.models.layouts import parts
 from mamba_jax.models.mixers.attention.config import AttentionConfig
 from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.mixers.mlp.config import MlpConfig
-from mamba_jax.models.published import Format, Table, Tensor, refuse_unsupported
+from mamba_jax.models.published import Table, Tensor, refuse_unsupported, whole_table
 
 _REQUIRED = {"hidden_act": "silu", "pretraining_tp": 1}
 _LAYER = "model.layers.{}."
@@ -72,17 +72,13 @@ def _tensors(config: ModelConfig) -> Table:
             norm, own = "post_attention_layernorm", parts.mlp_tensors(mixer, config.d_model, f"{_LAYER}mlp.")
         return {"norm/scale": Tensor(name=f"{_LAYER}{norm}.weight", shape=(config.d_model,)), **own}
 
-    return parts.whole_table(config, of_block, norm="model.norm.weight", blocks_per_layer=2)
+    return whole_table(config, of_block, norm="model.norm.weight", blocks_per_layer=2)
 
 
-FORMAT = Format(
-    layout="hf",
-    mixer="hybrid",
-    family="LlamaForCausalLM",
-    recognises=lambda content: content.get("model_type") == "llama",
+FORMAT = parts.hf_family(
+    "LlamaForCausalLM",
+    "llama",
     read_config=_read,
-    check_config=lambda content, config: None,
     write_config=_write,
     tensors=_tensors,
-    keeps_extra=True,
 )

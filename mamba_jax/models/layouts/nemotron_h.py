@@ -19,7 +19,7 @@ from mamba_jax.models.mixers.attention.config import AttentionConfig
 from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mlp.config import MlpConfig
-from mamba_jax.models.published import Format, Table, Tensor, refuse_unsupported
+from mamba_jax.models.published import Table, Tensor, refuse_unsupported, whole_table
 
 _REQUIRED = {
     "attention_bias": False,
@@ -201,22 +201,16 @@ def _tensors(config: ModelConfig) -> Table:
             own = parts.mlp_tensors(mixer, config.d_model, prefix)
         return {"norm/scale": Tensor(name=f"{_LAYER}norm.weight", shape=(config.d_model,)), **own}
 
-    return parts.whole_table(
-        config, of_block, embedding="backbone.embeddings.weight", norm="backbone.norm_f.weight", blocks_per_layer=1
-    )
+    return whole_table(config, of_block, embedding="backbone.embeddings.weight", norm="backbone.norm_f.weight")
 
 
-FORMAT = Format(
-    layout="hf",
-    mixer="hybrid",
-    family="NemotronHForCausalLM",
-    recognises=lambda content: content.get("model_type") == "nemotron_h",
+FORMAT = parts.hf_family(
+    "NemotronHForCausalLM",
+    "nemotron_h",
     read_config=_read,
-    check_config=parts.check_widths,
     write_config=_write,
     tensors=_tensors,
+    check_config=parts.check_widths,
     # `transformers` reads the head from the file even where it is to share the embedding's weights.
     tied_head="lm_head.weight",
-    keeps_extra=True,
 )
-"""How Nemotron-H is published: as `NemotronHForCausalLM` of `transformers`."""

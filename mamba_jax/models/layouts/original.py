@@ -17,7 +17,15 @@ from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.mixers.mamba1.config import Mamba1Config
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mlp.config import MlpConfig
-from mamba_jax.models.published import Format, Table, Tensor, layer_of_original, refuse_unsupported, rows_of
+from mamba_jax.models.published import (
+    Format,
+    Table,
+    Tensor,
+    layer_of_original,
+    refuse_unsupported,
+    rows_of,
+    whole_table,
+)
 from pallas_kernels.common.rounding import round_up
 
 _PURE = {"d_intermediate": 0, "attn_layer_idx": []}
@@ -129,7 +137,7 @@ def _tensors(config: ModelConfig) -> Table:
         norm, own = _of_mixer(mixer, model)
         return {"norm/scale": Tensor(name=f"{_LAYER}{norm}.weight", shape=(model,)), **own}
 
-    return parts.whole_table(
+    return whole_table(
         config,
         of_block,
         embedding="backbone.embedding.weight",

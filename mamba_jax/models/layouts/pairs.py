@@ -11,7 +11,7 @@ from mamba_jax.models.mixers.mamba1.config import Mamba1Config
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mlp.config import MlpConfig
 from mamba_jax.models.mixers.moe.config import MoeConfig
-from mamba_jax.models.published import Table, Tensor
+from mamba_jax.models.published import Table, Tensor, whole_table
 
 _LAYER = "model.layers.{}."
 
@@ -35,7 +35,7 @@ def tensors(config: ModelConfig) -> Table:
         norm, own = _of_mixer(mixer, config.d_model)
         return {"norm/scale": Tensor(name=f"{_LAYER}{norm}.weight", shape=(config.d_model,)), **own}
 
-    return parts.whole_table(config, of_block, norm="model.final_layernorm.weight", blocks_per_layer=2)
+    return whole_table(config, of_block, norm="model.final_layernorm.weight", blocks_per_layer=2)
 
 
 def _of_mixer(mixer: MixerConfig, d_model: int) -> tuple[str, parts.Tensors]:

@@ -18,7 +18,7 @@ from mamba_jax.models.mixers.mamba2 import published as mamba2
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mlp.config import MlpConfig
 from mamba_jax.models.pattern import repeating_units
-from mamba_jax.models.published import Table, Tensor, stacked, table_of
+from mamba_jax.models.published import Format, Table, Tensor
 
 # A file that claims more layers than this is damaged: the largest published models have about a hundred.
 _MOST_LAYERS = 1000
@@ -251,34 +251,6 @@ def model_content(config: ModelConfig, *, eps: str = "rms_norm_eps") -> dict[str
     }
 
 
-def whole_table(
-    config: ModelConfig,
-    of_block: Callable[[MixerConfig], Tensors],
-    *,
-    embedding: str = "model.embed_tokens.weight",
-    norm: str,
-    blocks_per_layer: int,
-) -> Table:
-    """The table of a model.
-
-    Args:
-        config: of the model.
-        of_block: tensors of a block with a mixer, by their paths in it.
-        embedding: name of the embedding.
-        norm: name of the last norm's scale.
-        blocks_per_layer: see `stacked`.
-    """
-    vocab, model = config.padded_vocab_size, config.d_model
-    tensors: dict[str, Tensor | tuple[Tensor, ...]] = {
-        "embedding/table": Tensor(name=embedding, shape=(vocab, model)),
-        "norm_f/scale": Tensor(name=norm, shape=(model,)),
-        **stacked(config, of_block, blocks_per_layer=blocks_per_layer),
-    }
-    if not config.tie_embeddings:
-        tensors["lm_head/table"] = Tensor(name="lm_head.weight", shape=(vocab, model))
-    return table_of(tensors)
-
-
 def matrix(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], **options: Any) -> Tensor:
     """A linear map, stored as (outputs, inputs) with each of them flat, and here as (*inputs, *outputs)."""
     shape = (math.prod(outputs), math.prod(inputs))
@@ -381,3 +353,38 @@ def rotary_content(mixer: AttentionConfig, d_model: int) -> dict[str, Any]:
         # Rounded downwards it would stand for a channel less.
         rope["partial_rotary_factor"] = part if int(channels * part) == rotated else math.nextafter(part, 1.0)
     return {"rope_parameters": rope}
+
+
+def hf_family(
+    name: str,
+    model_type: str,
+    *,
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]],
+    write_config: Callable[[ModelConfig], dict[str, Any]],
+    tensors: Callable[[ModelConfig], Table],
+    check_config: Callable[[Mapping[str, Any], ModelConfig], None] = lambda content, config: None,
+    tied_head: str | None = None,
+) -> Format:
+    """The layout of `transformers` for a family of hybrids.
+
+    Args:
+        name: of its class.
+        model_type: that of its `config.json`.
+        read_config: see `Format`, as for all others.
+        write_config: see `Format`.
+        tensors: see `Format`.
+        check_config: see `Format`.
+        tied_head: see `Format`.
+    """
+    return Format(
+        layout="hf",
+        mixer="hybrid",
+        recognises=lambda content: content.get("model_type") == model_type,
+        read_config=read_config,
+        check_config=check_config,
+        write_config=write_config,
+        tensors=tensors,
+        tied_head=tied_head,
+        keeps_extra=True,
+        family=name,
+    )

@@ -20,7 +20,7 @@ from mamba_jax.models.mixers.attention.config import AttentionConfig
 from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.mixers.mlp.config import MlpConfig
 from mamba_jax.models.mixers.rg_lru.config import RGLRUConfig
-from mamba_jax.models.published import Format, Table, Tensor, refuse_unsupported
+from mamba_jax.models.published import Table, Tensor, refuse_unsupported, whole_table
 
 _REQUIRED = {"hidden_activation": "gelu_pytorch_tanh"}
 _LAYER = "model.layers.{}."
@@ -220,18 +220,14 @@ def _tensors(config: ModelConfig) -> Table:
             own = _of_recurrent(mixer, model, f"{_LAYER}temporal_block.")
         return {"norm/scale": Tensor(name=f"{_LAYER}{part}_pre_norm.weight", shape=(model,)), **own}
 
-    return parts.whole_table(config, of_block, norm="model.final_norm.weight", blocks_per_layer=2)
+    return whole_table(config, of_block, norm="model.final_norm.weight", blocks_per_layer=2)
 
 
-FORMAT = Format(
-    layout="hf",
-    mixer="hybrid",
-    family="RecurrentGemmaForCausalLM",
-    recognises=lambda content: content.get("model_type") == "recurrent_gemma",
+FORMAT = parts.hf_family(
+    "RecurrentGemmaForCausalLM",
+    "recurrent_gemma",
     read_config=_read,
-    check_config=parts.check_widths,
     write_config=_write,
     tensors=_tensors,
-    keeps_extra=True,
+    check_config=parts.check_widths,
 )
-"""How RecurrentGemma is published: as `RecurrentGemmaForCausalLM` of `transformers`."""

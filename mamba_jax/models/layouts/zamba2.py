@@ -19,7 +19,7 @@ from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mamba2.published import tensors_of_mixer
 from mamba_jax.models.mixers.mlp.config import MlpConfig
 from mamba_jax.models.mixers.with_shared.config import SharedBlockConfig, WithSharedConfig
-from mamba_jax.models.published import Format, Table, Tensor, refuse_unsupported, table_of
+from mamba_jax.models.published import Table, Tensor, refuse_unsupported, table_of, whole_table
 
 _REQUIRED = {"hidden_act": "gelu", "use_shared_attention_adapter": False}
 _MAMBA_KEYS = {
@@ -200,7 +200,7 @@ def _tensors(config: ModelConfig) -> Table:
             tensors |= _adapters(mixer, model, _place(mixer, config))
         return tensors
 
-    table = parts.whole_table(config, of_block, norm="model.final_layernorm.weight", blocks_per_layer=1)
+    table = whole_table(config, of_block, norm="model.final_layernorm.weight")
     for path, (tensor, *_) in table.items():
         if path[-2].startswith("adapter"):
             assert tensor.numbers is not None
@@ -251,14 +251,10 @@ def _of_shared(mixer: WithSharedConfig, model: int, config: ModelConfig) -> dict
     return tensors
 
 
-FORMAT = Format(
-    layout="hf",
-    mixer="hybrid",
-    family="Zamba2ForCausalLM",
-    recognises=lambda content: content.get("model_type") == "zamba2",
+FORMAT = parts.hf_family(
+    "Zamba2ForCausalLM",
+    "zamba2",
     read_config=_read,
-    check_config=lambda content, config: None,
     write_config=_write,
     tensors=_tensors,
-    keeps_extra=True,
 )
