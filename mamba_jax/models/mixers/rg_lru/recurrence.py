@@ -8,9 +8,8 @@ This is the selective scan with one state: step r_t, rate A = -8 softplus(Lambda
 input by the step, so it is given i_t x_t sqrt(1 - a_t^2) / r_t. Nothing is lost by this detour. The gradients of r_t
 that come through the step and through the quotient cancel to about half of either where a_t is near 1, since
 sqrt(1 - a^2) grows as sqrt(r); and where a_t is small, what they leave is at most one rounding of the gradient of i_t.
-Measured against float64 over 512 tokens, values and every gradient are as near as those of a float32 recurrence of a_t
-and b_t without quotients, 2e-7 to 8e-7 of their norm for r from 1/2 down to 1e-16 and Lambda down to -16. So every
-backend, the exchange between devices that share a sequence, and the backward pass are those of the scan.
+tests/models/test_rg_lru.py holds values and every gradient to float64, for r down to 1e-15 and Lambda from -16 to 10.
+So every backend, the exchange between devices that share a sequence, and the backward pass are those of the scan.
 
 Source: arXiv 2402.19427, section 2.4.
 """
