@@ -4,6 +4,9 @@ from pallas_kernels.causal_conv1d.api import causal_conv1d
 from pallas_kernels.causal_conv1d.arguments import CONVOLUTION, ConvOutput
 from pallas_kernels.common.arguments import OpTable
 from pallas_kernels.common.derivatives import differentiable
+from pallas_kernels.mamba1_step.api import mamba1_step
+from pallas_kernels.mamba1_step.api import pays as mamba1_step_pays
+from pallas_kernels.mamba1_step.arguments import Mamba1StepOutput, Mamba1Weights
 from pallas_kernels.selective_scan.api import selective_scan
 from pallas_kernels.selective_scan.arguments import FINAL_STATE, INITIAL_COTANGENT, SCAN, ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.edge_states import selective_scan_final_state, selective_scan_initial_cotangent
@@ -31,6 +34,8 @@ __all__ = [
     "TABLES",
     "ConvOutput",
     "DecayingAttentionArguments",
+    "Mamba1StepOutput",
+    "Mamba1Weights",
     "OpTable",
     "SSDArguments",
     "SSDOutput",
@@ -42,6 +47,8 @@ __all__ = [
     "causal_conv1d",
     "decaying_attention",
     "differentiable",
+    "mamba1_step",
+    "mamba1_step_pays",
     "selective_scan",
     "selective_scan_final_state",
     "selective_scan_initial_cotangent",

@@ -27,10 +27,8 @@ from pallas_kernels.selective_scan.triton import op as triton_backend
 from pallas_kernels.selective_scan.triton.op import Tile, Tiling
 from tests.kernels import op_contract
 from tests.kernels.op_contract import Op, make_call, with_arrays
+from tests.kernels.triton_interpreter import HostArray, compiled, interpreted, round_to_nearest
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the process that interprets Triton")
-compiled = pytest.mark.skipif(IS_INTERPRETED, reason="needs Triton's compiler")
 REAL_SPECS = tuple(spec for spec in SPECS if not spec.is_complex)
 UNSEGMENTED = dataclasses.replace(FULL, length=67, has_segments=False)
 # Few and large tiles, because the interpreter takes as long for a small operation as for a large one.
@@ -62,45 +60,6 @@ def op(tiling: Tiling | None = None) -> Op:
     return Op(name="selective_scan", function=functools.partial(run, tiling=tiling))
 
 
-class HostArray:
-    """A NumPy array with what Triton's interpreter asks of a tensor; it is its own storage."""
-
-    def __init__(self, array: np.ndarray | None = None):
-        # Empty until `set_` gives it the array of another one.
-        self.array = np.empty(0) if array is None else array
-
-    @property
-    def dtype(self) -> str:
-        return str(self.array.dtype)
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    def untyped_storage(self) -> "HostArray":
-        return self
-
-    def cpu(self) -> "HostArray":
-        return self
-
-    def new_empty(self, size: int, *, device: str) -> "HostArray":
-        return HostArray()
-
-    def set_(self, storage: "HostArray", *place: int) -> None:
-        self.array = storage.array
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return self.array.size
-
-    def stride(self) -> int:
-        return 1
-
-    def copy_(self, source: "HostArray") -> None:
-        assert source.array is self.array
-
-
 def interpreted_call(kernel, inputs, outputs, constants, *, programs, warps, name):
     """`triton_call.call` in the interpreter. What a kernel does not write is NaN."""
     assert kernel.arg_names == [*inputs, *outputs, *constants]
@@ -125,19 +84,8 @@ def interpreted_call(kernel, inputs, outputs, constants, *, programs, warps, nam
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the kernels in the interpreter, which is made to round to the nearest bfloat16, as a GPU does."""
-    import triton.language as tl  # pyrefly: ignore[missing-import]
-    from triton.runtime.interpreter import (  # pyrefly: ignore[missing-import]
-        InterpreterBuilder,
-        TensorHandle,
-    )
-
-    def round_to_nearest(builder, source, dtype):
-        if dtype.scalar != tl.bfloat16:
-            return builder.cast_impl(source, dtype)
-        return TensorHandle(source.data.astype(jnp.bfloat16).view(np.uint16), dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", round_to_nearest)
+    """Runs the kernels in the interpreter."""
+    round_to_nearest(monkeypatch)
     monkeypatch.setattr(triton_call, "import_kernels", lambda op, module: importlib.import_module(module))
     monkeypatch.setattr(triton_call, "call", interpreted_call)
 

@@ -25,11 +25,26 @@ def causal_conv1d(arguments: ConvArguments) -> ConvOutput:
     past = weight.shape[0] - 1
     if initial_window is None:
         initial_window = jnp.zeros_like(x, shape=(x.shape[0], past, x.shape[2]))
-    segments = None if ids is None else count_segments(ids, past)
-    y, final_window = _convolve(
-        arguments.activation, x, initial_window.astype(x.dtype), weight, arguments.bias, segments
-    )
+    initial_window = initial_window.astype(x.dtype)
+    if x.shape[1] == 1 and ids is None:
+        y, final_window = _convolve_token(arguments.activation, x, initial_window, weight, arguments.bias)
+    else:
+        segments = None if ids is None else count_segments(ids, past)
+        y, final_window = _convolve(arguments.activation, x, initial_window, weight, arguments.bias, segments)
     return ConvOutput(y=y, final_window=final_window)
+
+
+def _convolve_token(
+    activation: Activation | None, x: jax.Array, window: jax.Array, weight: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """`_convolve` of a single token, (B, 1, E): nothing is put together only to be written and read again."""
+    y = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)[None, None, :]
+    taps = [*jnp.split(window, window.shape[1], axis=1), x] if window.shape[1] else [x]
+    for tap, inputs in enumerate(taps):
+        y = y + weight[tap].astype(jnp.float32)[None, None, :] * inputs.astype(jnp.float32)
+    if activation == "silu":
+        y = jax.nn.silu(y)
+    return y.astype(x.dtype), jnp.concatenate([window, x], axis=1)[:, 1:]
 
 
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)

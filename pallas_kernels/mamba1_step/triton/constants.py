@@ -1,0 +1,116 @@
+"""What the Triton kernels of the Mamba-1 step are compiled for."""
+
+import dataclasses
+
+
+def next_power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of a call.
+
+    Attributes:
+        ROWS: batch rows.
+        D: width of the residual stream.
+        E: inner channels.
+        N: states of a channel.
+        R: rank of the step size.
+        K: taps of the convolution.
+    """
+
+    ROWS: int
+    D: int
+    E: int
+    N: int
+    R: int
+    K: int
+
+    @property
+    def selection(self) -> int:
+        """Columns of the x-projection: what dt is projected from, B and C."""
+        return self.R + 2 * self.N
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductConstants(Sizes):
+    """Of a kernel that multiplies a few rows with a matrix; all three attributes in lower case follow.
+
+    Attributes:
+        M: rows of a tile, a power of two.
+        COLUMNS: of a program, a power of two.
+        DEPTH: terms of a sum that are loaded at a time, a power of two.
+        PARTS: into which a sum is cut, one program each; 1 is not at all.
+        EPS: of the norm; read by the in-projection only.
+        HAS_SELECTION: whether the in-projection multiplies its channels with the x-projection too.
+    """
+
+    M: int
+    COLUMNS: int
+    DEPTH: int
+    PARTS: int = 1
+    EPS: float = 0.0
+    HAS_SELECTION: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Of the E channels, for the in-projection and the convolution."""
+        return -(-self.E // self.COLUMNS)
+
+    @property
+    def steps(self) -> int:
+        """Loads of a part of the sum over E."""
+        return -(-self.E // (self.PARTS * self.DEPTH))
+
+    @property
+    def TAPS(self) -> int:
+        """K - 1 taps of the window as a power of two."""
+        return next_power_of_two(max(self.K - 1, 1))
+
+    @property
+    def SELECTION(self) -> int:
+        """Columns of the x-projection as a power of two, at least 16."""
+        return max(next_power_of_two(self.selection), 16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConstants(Sizes):
+    """Of the kernel that advances the recurrence.
+
+    Attributes:
+        M: rows of a program: 1, or a power of two from 16 on.
+        CHANNELS: of a program, a power of two from 16 on.
+        RANK: of the R terms of dt that are loaded at a time, a power of two from 16 on.
+        PARTS: that the x-projection comes in, to be added.
+        Z_STRIDE: from a row of z to the next.
+        Z_OFFSET: of the first row.
+    """
+
+    M: int
+    CHANNELS: int
+    RANK: int
+    PARTS: int
+    Z_STRIDE: int
+    Z_OFFSET: int
+
+    @property
+    def blocks(self) -> int:
+        """Of the E channels."""
+        return -(-self.E // self.CHANNELS)
+
+    @property
+    def P(self) -> int:
+        """PARTS as a power of two."""
+        return next_power_of_two(self.PARTS)
+
+    @property
+    def STATES(self) -> int:
+        """N as a power of two."""
+        return next_power_of_two(self.N)
+
+    @property
+    def ranks(self) -> int:
+        """Loads of the R terms of dt."""
+        return -(-self.R // self.RANK)

@@ -1,0 +1,323 @@
+"""The Mamba-1 step: values in plain JAX, and its Triton kernels interpreted, compiled and refused without a GPU."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import causal_conv1d, selective_state_update
+from pallas_kernels.common.ahead_of_time import tracing_for_kind
+from pallas_kernels.common.arg_spec import BFLOAT16_ROUNDING, allowed_error
+from pallas_kernels.mamba1_step.api import mamba1_step
+from pallas_kernels.mamba1_step.arguments import Mamba1Weights, StepArguments
+from pallas_kernels.mamba1_step.triton import launch
+from pallas_kernels.mamba1_step.triton import op as triton_backend
+from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tile, Tiling, default_tiling
+from tests.kernels.triton_interpreter import HostArray, compiled, interpreted, multiply_bfloat16, round_to_nearest
+
+EPS = 1e-5
+# Sizes that no tile divides.
+D, E, N, R, K = 40, 80, 8, 3, 4
+_TILE = Tile(columns=32, depth=16, stages=1, warps=1)
+ONE = RecurrenceTile(rows=1, channels=32, warps=1)
+SIXTEEN = RecurrenceTile(rows=16, channels=16, warps=1)
+TILINGS = {
+    "parts": Tiling(
+        project_in=_TILE,
+        project_selection=dataclasses.replace(_TILE, columns=16, parts=3),
+        advance=SIXTEEN,
+        project_out=_TILE,
+    ),
+    "one_row": Tiling(
+        project_in=_TILE,
+        project_selection=dataclasses.replace(_TILE, columns=16, parts=3),
+        advance=ONE,
+        project_out=_TILE,
+    ),
+    "selection_in_the_first": Tiling(project_in=_TILE, project_selection=None, advance=ONE, project_out=_TILE),
+}
+
+
+def make_call(*, rows: int, states: int = N, taps: int = K, seed: int = 0) -> dict:
+    """Arguments of a call in double precision, with outputs of the size of their inputs."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(terms: int, *shape: int) -> Any:
+        return rng.normal(size=(terms, *shape)) / np.sqrt(terms)
+
+    drawn: dict[str, Any] = dict(
+        norm_scale=rng.uniform(0.5, 1.5, D),
+        in_proj=matrix(D, 2, E),
+        conv_weight=rng.normal(size=(taps, E)) / 2,
+        conv_bias=rng.normal(size=E) / 4,
+        x_proj=matrix(E, R + 2 * states),
+        dt_proj=matrix(R, E),
+        dt_bias=rng.uniform(-3, 0, E),
+        A=-rng.uniform(0.5, states, (E, states)),
+        D=rng.normal(size=E),
+        out_proj=matrix(E, D),
+    )
+    state = {"residual": rng.normal(size=(rows, D)) * 3, "window": rng.normal(size=(rows, taps - 1, E))}
+    return {**state, "state": rng.normal(size=(rows, E, states)), "weights": Mamba1Weights(**drawn)}
+
+
+def in_dtype(call: dict, dtype: str) -> dict:
+    """A call as a model makes it that computes in `dtype`: matrices and window in it, all else in float32."""
+    narrow = {"in_proj", "x_proj", "dt_proj", "out_proj", "window"}
+
+    def rounded(name: str, array: np.ndarray) -> jax.Array:
+        return jnp.asarray(array, jnp.float32).astype(dtype if name in narrow else "float32")
+
+    weights = {name: rounded(name, array) for name, array in vars(call["weights"]).items()}
+    arrays = {name: rounded(name, array) for name, array in call.items() if name != "weights"}
+    return {**arrays, "weights": Mamba1Weights(**weights)}
+
+
+def exact(call: dict):
+    """The step in double precision, on the very numbers of `call`."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda array: jnp.asarray(np.asarray(array, np.float64)), call)
+        return mamba1_step(**wide, eps=EPS, implementation="xla")
+
+
+def by_kernels(call: dict, tiling: Tiling | None = None):
+    arguments = {name: array for name, array in call.items() if name != "weights"}
+    step = StepArguments.of(**arguments, **vars(call["weights"]), eps=EPS)
+    return triton_backend.mamba1_step(step, tiling=tiling)
+
+
+def check_values(outputs, call: dict, dtype: str) -> None:
+    """Compares with double precision.
+
+    In float32 an output is off by what the longest chain of sums allows. In bfloat16 seven values on the way are
+    rounded, each by at most half an epsilon; products with random signs keep relative errors in norm, and the step
+    size's error grows by at most the exponent's size, about 1. The state's own rounding is that of its dtype.
+    """
+    right = exact(call)
+    if dtype == "float32":
+        for name in ("residual", "window", "state"):
+            allowed = allowed_error(np.asarray(getattr(right, name)), jnp.float32, terms=D + 2 * E + R)
+            error = np.abs(np.asarray(getattr(outputs, name), np.float64) - np.asarray(getattr(right, name)))
+            assert (error <= allowed).all(), (name, (error / allowed).max())
+        return
+    before = {"residual": np.asarray(call["residual"], np.float64), "window": 0, "state": 0}
+    for name, start in before.items():
+        change = np.asarray(getattr(right, name)) - start
+        error = np.asarray(getattr(outputs, name), np.float64) - start - change
+        relative = np.linalg.norm(error) / np.linalg.norm(change)
+        assert relative < 2 * 7 * BFLOAT16_ROUNDING / 2, (name, relative)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_values(dtype: str) -> None:
+    call = in_dtype(make_call(rows=5), dtype)
+    outputs = mamba1_step(**call, eps=EPS)
+    assert outputs.residual.dtype == outputs.state.dtype == jnp.float32
+    assert outputs.window.dtype == call["window"].dtype
+    check_values(outputs, call, dtype)
+
+
+def test_plain_form_is_the_layers_one_by_one() -> None:
+    call = in_dtype(make_call(rows=5), "float32")
+    w, residual = call["weights"], call["residual"]
+    u = residual / jnp.sqrt(jnp.mean(residual**2, axis=-1, keepdims=True) + EPS) * w.norm_scale[None]
+    xz = jnp.einsum("bd,dpe->bpe", u, w.in_proj)
+    convolved = causal_conv1d(
+        xz[:, :1], w.conv_weight, bias=w.conv_bias, initial_window=call["window"], activation="silu"
+    )
+    x = convolved.y[:, 0]
+    dt, B, C = jnp.split(x @ w.x_proj, [R, R + N], axis=-1)
+    scan = selective_state_update(
+        call["state"],
+        x,
+        dt @ w.dt_proj,
+        w.A,
+        B[:, None],
+        C[:, None],
+        D=w.D,
+        z=xz[:, 1],
+        dt_bias=w.dt_bias,
+        dt_softplus=True,
+    )
+    outputs = mamba1_step(**call, eps=EPS)
+    right = {"residual": residual + scan.y @ w.out_proj, "window": convolved.final_window, "state": scan.state}
+    for name, array in right.items():
+        # Both are float32; sums are rounded in another order.
+        np.testing.assert_allclose(getattr(outputs, name), array, rtol=0, atol=1e-5 * float(jnp.abs(array).max()))
+
+
+def test_bad_input_is_named() -> None:
+    call = in_dtype(make_call(rows=2), "float32")
+    wrong = {
+        "expected R [+] 2 N = 19": {"x_proj": call["weights"].x_proj[:, 1:]},
+        r"expected \(D, 2, E\)": {"in_proj": call["weights"].in_proj[:, :1]},
+        "cast them to one dtype": {"out_proj": call["weights"].out_proj.astype(jnp.bfloat16)},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            mamba1_step(**call | {"weights": dataclasses.replace(call["weights"], **change)}, eps=EPS)
+    with pytest.raises(ValueError, match=r"window has shape \(2, 2, 80\)"):
+        mamba1_step(**call | {"window": call["window"][:, 1:]}, eps=EPS)
+
+
+def test_triton_declines() -> None:
+    call = in_dtype(make_call(rows=2), "float32")
+    with pytest.raises(NotImplementedError, match=r"'triton' needs a CUDA GPU of compute capability 8\.0"):
+        by_kernels(call)
+    half = jax.tree.map(lambda array: array.astype(jnp.float16), call)
+    with pytest.raises(NotImplementedError, match="computes in bfloat16 or float32, got float16"):
+        by_kernels(half)
+
+
+def interpreted_run(kernel, inputs, outputs, constants, shape):
+    """`launch.run` in the interpreter. What a kernel does not write is NaN, or what it stands in place of."""
+    assert kernel.arg_names == [*inputs, *outputs, "constants"]
+
+    def start(*arrays):
+        host = {name: HostArray(np.array(array)) for name, array in zip(inputs, arrays, strict=True)}
+        results = {
+            name: host[shape.in_place[name]]
+            if name in shape.in_place
+            else HostArray(np.full(output.shape, np.nan, output.dtype))
+            for name, output in outputs.items()
+        }
+        with np.errstate(all="ignore"):
+            kernel[(shape.programs,)](*host.values(), *results.values(), constants=constants)
+        return [result.array for result in results.values()]
+
+    values = jax.pure_callback(start, list(outputs.values()), *inputs.values())
+    return dict(zip(outputs, values, strict=True))
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the kernels in the interpreter."""
+    round_to_nearest(monkeypatch)
+    multiply_bfloat16(monkeypatch)
+    monkeypatch.setattr(launch, "require_triton", lambda op: None)
+    monkeypatch.setattr(launch, "run", interpreted_run)
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_arithmetic_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", str(Path(__file__)), "-k", "interpreted"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "passed" in result.stdout
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 5, 16, 20])
+@pytest.mark.parametrize("name", TILINGS)
+def test_interpreted_values(name: str, rows: int, dtype: str) -> None:
+    call = in_dtype(make_call(rows=rows), dtype)
+    check_values(by_kernels(call, TILINGS[name]), call, dtype)
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("states", "taps"), [(1, 4), (5, 3), (16, 2), (8, 1)])
+def test_interpreted_other_states_and_taps(states: int, taps: int) -> None:
+    call = in_dtype(make_call(rows=3, states=states, taps=taps), "float32")
+    check_values(by_kernels(call), call, "float32")
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+def test_interpreted_state_in_bfloat16() -> None:
+    call = in_dtype(make_call(rows=3), "bfloat16")
+    call["state"] = call["state"].astype(jnp.bfloat16)
+    outputs = by_kernels(call)
+    assert outputs.state.dtype == jnp.bfloat16
+    check_values(outputs, call, "bfloat16")
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("rows", [16, 20])
+def test_interpreted_rows_are_independent(rows: int) -> None:
+    call = in_dtype(make_call(rows=rows), "bfloat16")
+    other = in_dtype(make_call(rows=rows, seed=1), "bfloat16")
+    mixed = {name: other[name].at[3].set(call[name][3]) for name in ("residual", "window", "state")}
+    alone, among = by_kernels(call), by_kernels(call | mixed)
+    for name in ("residual", "window", "state"):
+        np.testing.assert_array_equal(getattr(alone, name)[3], getattr(among, name)[3])
+
+
+SHAPES = {"130m": (768, 48), "2.8b": (2560, 160)}
+
+
+def shapes_of_call(rows: int, width: int, rank: int) -> dict:
+    """Shapes of a call of a published size in bfloat16."""
+    inner, states = 2 * width, 16
+
+    def single(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def half(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    weights = Mamba1Weights(
+        norm_scale=single(width),
+        in_proj=half(width, 2, inner),
+        conv_weight=single(4, inner),
+        conv_bias=single(inner),
+        x_proj=half(inner, rank + 2 * states),
+        dt_proj=half(rank, inner),
+        dt_bias=single(inner),
+        A=single(inner, states),
+        D=single(inner),
+        out_proj=half(inner, width),
+    )
+    arrays = {"residual": single(rows, width), "window": half(rows, 3, inner), "state": single(rows, inner, states)}
+    return {**arrays, "weights": weights}
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 16, 128])
+@pytest.mark.parametrize("size", SHAPES)
+def test_kernels_compile(size: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels compile for Hopper, without arrays in local memory."""
+    pytest.importorskip("triton")
+    binaries = {}
+
+    def compile_kernel(kernel, inputs, outputs, constants, shape):
+        types = tuple(launch.POINTERS[str(array.dtype)] for array in [*inputs.values(), *outputs.values()])
+        binaries[kernel.__name__] = launch.compiled(kernel, types, constants, shape.warps, shape.stages, 90)
+        return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
+
+    monkeypatch.setattr(launch, "require_triton", lambda op: None)
+    monkeypatch.setattr(launch, "run", compile_kernel)
+    width, rank = SHAPES[size]
+    jax.eval_shape(
+        functools.partial(by_kernels, tiling=default_tiling(rows, width=width)), shapes_of_call(rows, width, rank)
+    )
+    few = {"project_in", "project_selection", "advance", "project_out"}
+    assert binaries.keys() == (few if rows <= 16 else {"convolve", "advance"})
+    for name, binary in binaries.items():
+        assert ".target sm_90" in binary.ptx
+        assert ".local" not in binary.ptx, f"{name} indexes its registers"
+        assert binary.shared <= 227 * 1024, name
+
+
+@compiled
+def test_lowers_for_a_gpu_that_is_not_there() -> None:
+    pytest.importorskip("triton")
+    program = jax.jit(by_kernels)
+    with tracing_for_kind("gpu", "NVIDIA H100 80GB HBM3"):
+        lowered = program.trace(shapes_of_call(1, *SHAPES["130m"])).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@__gpu$xla.gpu.ptx") == 4
