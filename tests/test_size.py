@@ -12,7 +12,7 @@ MAX_MODULES = 16
 MAX_LINES, MAX_ARGUMENTS = 50, 7
 # A kernel is one program for a device: splitting it hides the order of its loads and stores.
 MAX_KERNEL_LINES = 120
-KERNEL_MODULES = {"kernel", "forward", "backward", "edge"}
+KERNEL_MODULES = {"kernel", "forward", "backward", "edge", "products", "recurrence"}
 # The paper's equations have this many terms, and callers pass them by name. Wrappers take the same arguments.
 SIGNATURES_OF_OPS = {
     "selective_scan",

@@ -128,7 +128,7 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
     loaded = load_model(checkpoint, step=request.step, weights=request.weights)
     model = dataclasses.replace(loaded.config, compute_dtype=request.compute_dtype or loaded.config.compute_dtype)
     loaded = dataclasses.replace(loaded, config=model)
-    tokenizer_config = request.tokenizer or loaded.tokenizer or _bytes(loaded, checkpoint)
+    tokenizer_config = request.tokenizer or loaded.tokenizer or byte_tokenizer(loaded, checkpoint)
     tokenizer = open_tokenizer(tokenizer_config)
     if tokenizer.vocab_size > model.padded_vocab_size:
         raise InputError(
@@ -159,13 +159,17 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
     )
 
 
-def _bytes(loaded: LoadedCheckpoint, checkpoint: str) -> TokenizerConfig:
-    """The byte tokenizer, for a checkpoint without a tokenizer file, unless the model has more ids than bytes need."""
+def byte_tokenizer(loaded: LoadedCheckpoint, checkpoint: str) -> TokenizerConfig:
+    """The byte tokenizer, for a checkpoint without a tokenizer file.
+
+    Raises:
+        InputError: the model has more ids than bytes need.
+    """
     rows = loaded.config.padded_vocab_size
     if rows > _MOST_BYTE_ROWS:
         raise InputError(
             f"{checkpoint} holds no tokenizer.json, and with {rows} ids the model does not read bytes: give "
-            "--tokenizer.path FILE"
+            "--tokenizer.path FILE, or put it there"
         )
     return TokenizerConfig()
 

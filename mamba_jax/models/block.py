@@ -3,14 +3,12 @@
 import dataclasses
 from typing import Any
 
-import jax
 from flax import nnx
-from jaxtyping import Float
 
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.layers import RMSNorm
 from mamba_jax.models.mixers.declaration import MixerConfig
-from mamba_jax.models.mixers.mixer import BlockInput, MixerOutput
+from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput
 from mamba_jax.sharding import Axis, constrain
 
 
@@ -24,8 +22,7 @@ class Block(nnx.Module):
         build: Any = mixer.mixer()
         self.mixer = build(mixer, **dataclasses.asdict(model.setting), rngs=rngs)
 
-    def __call__(self, given: BlockInput, state: Any = None) -> tuple[Float[jax.Array, "B L D"], MixerOutput]:
-        """Returns the residual stream after the block, and what the mixer gave."""
-        update = self.mixer.advance_in_block(given, self.norm, state)
-        residual_BLD = given.residual + update.y.astype(given.residual.dtype)
-        return constrain(residual_BLD, Axis.BATCH, Axis.LENGTH, None), update
+    def __call__(self, given: BlockInput, state: Any = None) -> BlockOutput:
+        """The residual stream after the block, and what it carries on."""
+        output = self.mixer.run_block(given, self.norm, state)
+        return dataclasses.replace(output, residual=constrain(output.residual, Axis.BATCH, Axis.LENGTH, None))

@@ -45,6 +45,8 @@ class CausalConv1d(nnx.Module):
     ) -> ConvOutput:
         """Convolves, applies the activation, and returns the window that continues the sequence besides the output."""
         return ops.causal_conv1d(
+            # A kernel's launch takes longer than a single token does, which XLA computes along with its neighbours.
+            implementation="xla" if x_BLE.shape[1] == 1 else None,
             x=x_BLE,
             weight=read(self.weight),
             bias=read(self.bias) if self.has_bias else None,

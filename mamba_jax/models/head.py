@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from mamba_jax.models.storage.matrix import Matrix
+
 
 # Not checked at construction: JAX also builds this class around shapes, shardings and cotangents.
 @typing.no_type_check
@@ -16,11 +18,11 @@ class Head:
     """A linear head: logits = hidden matrix^T, and then c tanh(logits / c) if they are capped (arXiv 2408.00118).
 
     Attributes:
-        matrix: (V, D), V the padded vocabulary, in the parameter dtype.
+        matrix: (V, D), V the padded vocabulary, in the parameter dtype or in int8.
         logit_cap: c; None leaves logits as they are.
     """
 
-    matrix: Float[jax.Array, "V D"]
+    matrix: Matrix
     logit_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 

@@ -13,9 +13,11 @@ from mamba_jax.models import initializers
 from mamba_jax.models.block import Block
 from mamba_jax.models.config import ModelConfig, Stack
 from mamba_jax.models.head import Head, capped
-from mamba_jax.models.layers import Embedding, RMSNorm, read
+from mamba_jax.models.layers import Embedding, RMSNorm
 from mamba_jax.models.mixers.mixer import BlockInput
 from mamba_jax.models.state import LMState
+from mamba_jax.models.storage.matrix import logits_of, read_matrix
+from mamba_jax.models.storage.per_layer import is_unstacked, layer, num_layers, of_layers, stacked, unstacked
 from mamba_jax.sharding import Axis, constrain
 
 _REMAT_POLICIES = {
@@ -59,7 +61,8 @@ class LanguageModel(nnx.Module):
 
     Blocks that repeat are stacked on a leading axis and run by `jax.lax.scan`, so that compile time does not depend on
     depth. Parameters of a model of one mixer are under `layers`, those of a hybrid under `layers_0`, `layers_1`, ...,
-    and those of a block that layers share under `shared_` and its name.
+    and those of a block that layers share under `shared_` and its name. Parameters and state may also have an array for
+    each layer, as `ModelDefinition.unstacked` makes them; then blocks are run one after the other.
 
     Source: arXiv 2312.00752, section 3.4 and appendix E.2.
     """
@@ -141,33 +144,54 @@ class LanguageModel(nnx.Module):
         """
         graphs, params = zip(*(nnx.split(getattr(self, stack.name)) for stack in unit), strict=True)
         shared = {name: nnx.split(getattr(self, f"shared_{name}")) for name in self.config.shared_blocks}
+        is_per_layer = is_unstacked(params)
 
         def run_round(residual_BLD: jax.Array, blocks: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             after = []
             merged = {name: nnx.merge(*parts) for name, parts in shared.items()}
             for graph, params, state in zip(graphs, *blocks, strict=True):
-                given = BlockInput(residual=residual_BLD, embedded=beside[0], segment_ids=beside[1], shared=merged)
-                residual_BLD, update = nnx.merge(graph, params)(given, state)
-                after.append((update.state, update.penalty))
+                given = BlockInput(
+                    residual=residual_BLD,
+                    embedded=beside[0],
+                    segment_ids=beside[1],
+                    shared=merged,
+                    is_generating=is_per_layer,
+                )
+                output = nnx.merge(graph, params)(given, state)
+                residual_BLD = output.residual
+                after.append((output.state, output.penalty))
             return residual_BLD, tuple(after)
 
+        if is_per_layer:
+            return _run_layers(run_round, residual_BLD, params, unstacked(states))
         if self.config.remat != "none":
             policy = _REMAT_POLICIES[self.config.remat]
             run_round = jax.checkpoint(run_round, policy=policy, prevent_cse=False)
-        return jax.lax.scan(run_round, residual_BLD, (params, states))
+        return jax.lax.scan(run_round, residual_BLD, (params, stacked(states)))
 
     def unembed(self, hidden: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L V"]:
         """The head: float32 logits over the padded vocabulary."""
         head = self.head
-        weights = head.matrix.astype(hidden.dtype)
-        logits = jnp.einsum("bld,vd->blv", hidden, weights, preferred_element_type=jnp.float32)
+        logits = logits_of(hidden, head.matrix)
         return capped(constrain(logits, Axis.BATCH, Axis.LENGTH, Axis.VOCAB), head.logit_cap)
 
     @property
     def head(self) -> Head:
         """The head, which may share the embedding's table."""
         table = self.embedding.table if self.config.tie_embeddings else self.lm_head.table
-        return Head(matrix=read(table), logit_cap=self.config.logit_cap)
+        return Head(matrix=read_matrix(table), logit_cap=self.config.logit_cap)
+
+
+def _run_layers(run_round: Any, residual_BLD: jax.Array, params: tuple[Any, ...], states: tuple[Any, ...]) -> Any:
+    """What `jax.lax.scan` gives, for parameters and states with an array for each layer."""
+    outputs = []
+    for index in range(num_layers(params)):
+        residual_BLD, after = run_round(residual_BLD, (layer(params, index), layer(states, index)))
+        outputs.append(after)
+    return residual_BLD, tuple(
+        (of_layers([state for state, _ in rounds]), None if rounds[0][1] is None else jnp.stack([p for _, p in rounds]))
+        for rounds in zip(*outputs, strict=True)
+    )
 
 
 def _build(stack: Stack, config: ModelConfig, rngs: nnx.Rngs) -> Block:

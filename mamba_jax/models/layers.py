@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 
 from mamba_jax.models import initializers
 from mamba_jax.models.initializers import Initializer
-from mamba_jax.models.lookup import look_up
 from mamba_jax.models.mixers.declaration import Setting
-from mamba_jax.sharding import Axis, constrain, in_context, placed_like, product
+from mamba_jax.models.storage.matrix import product_with, read_matrix, rows_of
+from mamba_jax.sharding import Axis, in_context, placed_like
 
 
 def parameter(
@@ -20,6 +20,7 @@ def parameter(
     *,
     dtype: str,
     decay: bool,
+    summed: int | None = None,
 ) -> nnx.Param:
     """A parameter with its metadata.
 
@@ -30,8 +31,11 @@ def parameter(
         axes: logical axis of every dimension.
         dtype: dtype of the value.
         decay: whether weight decay applies.
+        summed: for a matrix that is read by `read_matrix`, and so may be in int8, the dimension that products with it
+            sum over.
     """
-    return nnx.Param(initializer(rngs.params(), shape, jnp.dtype(dtype)), axes=axes, decay=decay)
+    value = initializer(rngs.params(), shape, jnp.dtype(dtype))
+    return nnx.Param(value, axes=axes, decay=decay, summed=summed)
 
 
 def read(param: nnx.Param) -> jax.Array:
@@ -53,7 +57,7 @@ class Linear(nnx.Module):
         compute_dtype: str,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = parameter(rngs, kernel_init, shape, axes, dtype=param_dtype, decay=True)
+        self.kernel = parameter(rngs, kernel_init, shape, axes, dtype=param_dtype, decay=True, summed=0)
         if bias_init is not None:
             self.bias = parameter(rngs, bias_init, shape[1:], axes[1:], dtype=param_dtype, decay=False)
         self.has_bias = bias_init is not None
@@ -61,7 +65,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "... I"]) -> Float[jax.Array, "..."]:
         """Maps (..., I) to (..., O) or (..., O1, O2), in the compute dtype."""
-        y = product(x.astype(self.compute_dtype), read(self.kernel).astype(self.compute_dtype))
+        y = product_with(x, read_matrix(self.kernel), dtype=self.compute_dtype)
         if self.has_bias:
             bias = read(self.bias).astype(self.compute_dtype)
             y = y + placed_like(bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape), y)
@@ -128,10 +132,8 @@ class Embedding(nnx.Module):
         self, vocab_size: int, dim: int, *, initializer: Initializer, param_dtype: str, rngs: nnx.Rngs
     ) -> None:
         axes = (Axis.VOCAB, Axis.EMBED)
-        self.table = parameter(rngs, initializer, (vocab_size, dim), axes, dtype=param_dtype, decay=True)
+        self.table = parameter(rngs, initializer, (vocab_size, dim), axes, dtype=param_dtype, decay=True, summed=1)
 
     def __call__(self, tokens: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
         """Looks up the vectors of `tokens`, in float32."""
-        # Split by the width too, the table would make the partitioner move the vectors instead.
-        table = constrain(read(self.table), Axis.VOCAB, None)
-        return look_up(table, tokens).astype(jnp.float32)
+        return rows_of(read_matrix(self.table), tokens)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mamba_jax.models.head import Head, capped, capped_slope
+from mamba_jax.models.storage.matrix import logits_of
 from mamba_jax.sharding import Axis, constrain, parts
 
 
@@ -110,8 +111,7 @@ def _split(array_BL: jax.Array | np.ndarray, shards: tuple[Axis, ...], chunk: in
 
 
 def _logits_and_partition(how, hidden_SBTD, unembedding_VD):
-    weights_VD = unembedding_VD.astype(hidden_SBTD.dtype)
-    logits_SBTV = jnp.einsum("sbtd,vd->sbtv", hidden_SBTD, weights_VD, preferred_element_type=jnp.float32)
+    logits_SBTV = logits_of(hidden_SBTD, unembedding_VD)
     logits_SBTV = capped(constrain(logits_SBTV, how.shards, None, None, Axis.VOCAB), how.logit_cap)
     return logits_SBTV, jax.nn.logsumexp(logits_SBTV, axis=-1)
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.language_model import LanguageModel
+from mamba_jax.models.storage.per_layer import unstacked
 from mamba_jax.sharding import Axis
 
 Params = dict[str, Any]
@@ -24,12 +25,14 @@ class ModelDefinition:
         params: tree of `jax.ShapeDtypeStruct`, with layers stacked on a leading axis.
         axes: same tree, the logical axes of every parameter.
         decay: same tree, True where weight decay applies.
+        summed: same tree, the dimension that products sum over of matrices that may be in int8; None elsewhere.
     """
 
     config: ModelConfig
     params: Params
     axes: Params
     decay: Params
+    summed: Params
     _graph: Any
     _state: Any
 
@@ -38,6 +41,11 @@ class ModelDefinition:
         state = jax.tree.map(lambda leaf: leaf, self._state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graph, state)
+
+    def unstacked(self, params: Params) -> Params:
+        """The parameters with an array for each layer of a stack, for programs that read one token; see `PerLayer`."""
+        stacks = {stack.name for stack in self.config.stacks}
+        return {name: unstacked(part) if name in stacks else part for name, part in params.items()}
 
 
 @functools.cache
@@ -54,11 +62,15 @@ def define(config: ModelConfig) -> ModelDefinition:
     def axes(path: tuple[str, ...], variable: nnx.Variable) -> tuple[Axis | None, ...]:
         return (Axis.LAYERS, *variable.axes) if path[0] in stacked else variable.axes
 
+    def summed(path: tuple[str, ...], variable: nnx.Variable) -> int | None:
+        return None if variable.summed is None else variable.summed + (path[0] in stacked)
+
     return ModelDefinition(
         config=config,
         params=nnx.to_pure_dict(state),
         axes=tree(axes),
         decay=tree(lambda path, variable: variable.decay),
+        summed=tree(summed),
         _graph=graph,
         _state=state,
     )

@@ -39,22 +39,23 @@ def in_context(array: jax.Array) -> jax.Array:
     return jax.reshard(array, PartitionSpec())
 
 
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The matrix product x W, summed over the last dimension of x and the first of W.
+def product(x: jax.Array, kernel: jax.Array, *, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """The matrix product x W, summed over the last dimension of x and the first of W, as `dtype` or as x and W are.
 
     Under explicit mesh axes JAX asks how the result is split: in its leading dimensions like x, in its output
     dimensions like W, except over mesh axes that x uses already.
     """
     x_spec, kernel_spec = (tuple(jax.typeof(array).sharding.spec) for array in (x, kernel))
     if not any((*x_spec, *kernel_spec)):
-        return jnp.tensordot(x, kernel, axes=1)
+        return jnp.tensordot(x, kernel, axes=1, preferred_element_type=dtype)
     taken = {name for part in x_spec if part is not None for name in (part if isinstance(part, tuple) else (part,))}
     outputs = [
         None if part is None or taken & set(part if isinstance(part, tuple) else (part,)) else part
         for part in kernel_spec[1:]
     ]
     kernel = jax.reshard(kernel, PartitionSpec(x_spec[-1], *outputs))
-    return jnp.tensordot(x, kernel, axes=1, out_sharding=PartitionSpec(*x_spec[:-1], *outputs))
+    out_sharding = PartitionSpec(*x_spec[:-1], *outputs)
+    return jnp.tensordot(x, kernel, axes=1, preferred_element_type=dtype, out_sharding=out_sharding)
 
 
 def product_of_groups(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -189,6 +190,11 @@ def on_own_tokens(
     )
     # Outside of jit JAX maps over all axes of a mesh only.
     return (jax.jit(mapped) if mesh.auto_axes else mapped)(there)
+
+
+def is_split() -> bool:
+    """Whether the mesh of the context splits any array."""
+    return _current()[1] is not None
 
 
 def parts(axis: Axis, size: int) -> int:

@@ -138,7 +138,7 @@ def test_whole_models_under_explicit_axes(small_config) -> None:
     @nnx.jit
     def run(model: LanguageModel, block: Block, tokens: jax.Array, x: jax.Array) -> Any:
         gradient = nnx.grad(lambda model: jnp.mean(model(tokens).logits ** 2))(model)
-        return gradient, block(BlockInput(residual=x, embedded=x, segment_ids=None, shared={}))[0]
+        return gradient, block(BlockInput(residual=x, embedded=x, segment_ids=None, shared={})).residual
 
     expected = run(model, block, tokens, X)
     with jax.set_mesh(jax.make_mesh((2, 4), ("rows", "lanes"), axis_types=(EXPLICIT, EXPLICIT))):

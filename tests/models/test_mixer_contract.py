@@ -1,6 +1,7 @@
 """What a mixer owes to models and training: one that the library does not know, alone and in hybrids, and others."""
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from mamba_jax.models.flops import flops_per_token
 from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import count, define, init
 from mamba_jax.models.state import declare, init_state, reset_rows, with_room
+from mamba_jax.models.storage.per_layer import stacked, unstacked
 from mamba_jax.run.loop import train
 from mamba_jax.sharding import Axis
 from tests.runs import corpus, make_config
@@ -130,18 +132,21 @@ def test_decoding_equals_the_full_forward_pass(model: dict[str, Any]) -> None:
     definition = define(small(**model))
     params = init(definition.config, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 29, (2, 9)).astype(np.int32)
-    run = jax.jit(lambda tokens, state: definition.merge(params)(tokens, state))
-    whole = run(tokens, None)
-    output = run(tokens[:, :4], None)
-    logits, state = [output.logits], with_room(definition.config, output.state, 9)
+    run = jax.jit(lambda params, tokens, state: definition.merge(params)(tokens, state))
+    whole = run(params, tokens, None)
+    output = run(params, tokens[:, :4], None)
+    # From here on with an array for each layer, as a decoder has them.
+    layers = definition.unstacked(params)
+    state = with_room(definition.config, {name: unstacked(part) for name, part in output.state.items()}, 9)
+    logits = [output.logits]
     for start, stop in ((4, 6), (6, 7), (7, 8), (8, 9)):
-        output = run(tokens[:, start:stop], state)
+        output = run(layers, tokens[:, start:stop], state)
         logits, state = [*logits, output.logits], output.state
     # Sums over 32 channels, 4 states and 9 tokens, through up to 6 layers.
     bound = 6 * (32 + 4 + 9) * 2.0**-24 * float(np.max(np.abs(whole.logits)))
     np.testing.assert_allclose(np.concatenate(logits, axis=1), whole.logits, rtol=0, atol=bound)
-    for value, reference in zip(jax.tree.leaves(output.state), jax.tree.leaves(whole.state), strict=True):
-        np.testing.assert_allclose(value, reference, rtol=0, atol=bound)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=bound)
+    jax.tree.map(close, {name: stacked(part) for name, part in output.state.items()}, whole.state)
 
 
 def test_a_packed_document_is_as_it_is_alone(model: dict[str, Any]) -> None:

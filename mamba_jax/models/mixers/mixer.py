@@ -47,12 +47,30 @@ class BlockInput:
         embedded: embedded tokens as they entered the residual stream, (B, L, D).
         segment_ids: document of each token, (B, L); None is one document.
         shared: blocks that several layers share, by name.
+        is_generating: whether the block runs for a text that grows, where nothing is differentiated.
     """
 
     residual: Float[jax.Array, "B L D"]
     embedded: Float[jax.Array, "B L D"]
     segment_ids: Int[jax.Array, "B L"] | None
     shared: Mapping[str, Any]
+    is_generating: bool = False
+
+
+@typing.no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockOutput:
+    """Result of a residual block.
+
+    Attributes:
+        residual: residual stream after the block, (B, L, D), float32.
+        state: that of the block's mixer after the last token.
+        penalty: what the mixer adds to the training loss; None is nothing.
+    """
+
+    residual: Float[jax.Array, "B L D"]
+    state: Any
+    penalty: Float[jax.Array, ""] | None = None
 
 
 class Mixer(nnx.Module):
@@ -198,6 +216,20 @@ class Mixer(nnx.Module):
             state: from the call on the tokens before; None is the start of a sequence.
         """
         return self.advance(norm(given.residual, dtype=self.setting.compute_dtype), state, given.segment_ids)
+
+    def run_block(self, given: BlockInput, norm: Any, state: Any) -> BlockOutput:
+        """The whole residual block: by default the stream plus what `advance_in_block` adds to it.
+
+        A mixer that can do more at once overrides it.
+
+        Args:
+            given: what the block has.
+            norm: the block's norm.
+            state: from the call on the tokens before; None is the start of a sequence.
+        """
+        update = self.advance_in_block(given, norm, state)
+        residual_BLD = given.residual + update.y.astype(given.residual.dtype)
+        return BlockOutput(residual=residual_BLD, state=update.state, penalty=update.penalty)
 
     def checked_input(self, u: Any, *, width: int | None = None) -> jax.Array:
         """The input as an array under the mesh of the context, once its shape and dtype are right.

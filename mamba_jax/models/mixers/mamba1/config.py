@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mamba_jax.models.published import Format
 
 ScanName = Literal["reference", "pallas_gpu", "pallas_tpu", "triton", "xla", "xla_sequential", "xla_associative"]
+StepName = Literal["layers", "triton", "xla"]
 
 
 @MIXERS.register
@@ -42,6 +43,8 @@ class Mamba1Config(MixerConfig):
         selection_norm_weights: these norms have weights, as in Jamba (arXiv 2403.19887, section 6.4); in FalconMamba
             (arXiv 2410.05355) they have none.
         scan_implementation: backend of the selective scan; None lets the platform decide.
+        step_implementation: how a block reads one token in generation: "layers" one layer after the other, or a backend
+            of `pallas_kernels.mamba1_step`; None lets the platform decide.
     """
 
     kind: Literal["mamba1"] = "mamba1"
@@ -64,6 +67,7 @@ class Mamba1Config(MixerConfig):
     selection_norm_eps: float | None = None
     selection_norm_weights: bool = False
     scan_implementation: ScanName | None = None
+    step_implementation: StepName | None = None
 
     def _check(self) -> None:
         """Refuses sizes that are not positive, a `dt_max` below `dt_min`, and projections named twice."""
@@ -89,8 +93,9 @@ class Mamba1Config(MixerConfig):
         return Mamba1
 
     def decisive(self, d_model: int) -> dict[str, Any]:
-        """All but how random weights are drawn, and the backend."""
-        free = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "a_init", "scan_implementation")
+        """All but how random weights are drawn, and backends."""
+        free = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "a_init")
+        free += ("scan_implementation", "step_implementation")
         fields = dataclasses.asdict(self) | {"dt_rank": self.rank(d_model)}
         return {name: value for name, value in fields.items() if name not in free}
 

@@ -5,8 +5,9 @@ from flax import nnx
 from jaxtyping import Float
 
 from mamba_jax.models import initializers
-from mamba_jax.models.layers import parameter, read
-from mamba_jax.sharding import Axis, product
+from mamba_jax.models.layers import parameter
+from mamba_jax.models.storage.matrix import product_with, read_matrix
+from mamba_jax.sharding import Axis
 
 
 class DtProjection(nnx.Module):
@@ -25,10 +26,11 @@ class DtProjection(nnx.Module):
     ) -> None:
         axes = (Axis.DT_RANK, Axis.INNER)
         if rank is not None:
-            self.kernel = parameter(rngs, kernel_init, (rank, channels), axes, dtype=param_dtype, decay=True)
+            shape = (rank, channels)
+            self.kernel = parameter(rngs, kernel_init, shape, axes, dtype=param_dtype, decay=True, summed=0)
         self.bias = parameter(rngs, bias_init, (channels,), axes[1:], dtype=param_dtype, decay=False)
         self.compute_dtype = compute_dtype
 
     def __call__(self, dt_BLR: Float[jax.Array, "B L R"]) -> Float[jax.Array, "B L E"]:
         """The step size before its bias, in the compute dtype."""
-        return product(dt_BLR, read(self.kernel).astype(self.compute_dtype))
+        return product_with(dt_BLR, read_matrix(self.kernel), dtype=self.compute_dtype)

@@ -18,7 +18,8 @@ from mamba_jax.models.mixers.declaration import Setting
 from mamba_jax.models.mixers.mamba1.config import Mamba1Config
 from mamba_jax.models.mixers.mamba1.dt_projection import DtProjection
 from mamba_jax.models.mixers.mamba1.state import Mamba1State, declare
-from mamba_jax.models.mixers.mixer import Mixer, MixerOutput
+from mamba_jax.models.mixers.mamba1.whole_step import step_whole
+from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput, Mixer, MixerOutput
 from mamba_jax.sharding import Axis
 
 
@@ -145,6 +146,10 @@ class Mamba1(Mixer):
     def least_part(cls, config: Mamba1Config) -> int:
         """As many tokens as the convolution reaches back, for they all come from the device before."""
         return max(config.past, 1)
+
+    def run_block(self, given: BlockInput, norm: Any, state: Any) -> BlockOutput:
+        """See `Mixer.run_block`; a single token of a text that grows may be one operation."""
+        return step_whole(self, given, norm, state) or super().run_block(given, norm, state)
 
     def advance(
         self,

@@ -37,6 +37,8 @@ class Moe(TokenMixer):
         in_float32 = dataclasses.replace(self.setting, compute_dtype="float32")
         shape = (self.setting.d_model, self.config.num_experts)
         self.router = layers.projection(in_float32, shape, (Axis.EMBED, None), rngs=rngs)
+        # Weights that are rounded to 8 bits would send tokens to other experts.
+        self.router.kernel.set_metadata(summed=None)
         self.experts = Experts(self.config, self.setting, rngs=rngs)
 
     @classmethod

@@ -1,0 +1,92 @@
+"""What layers do with a matrix of weights, which is an array, or int8 values with a scale for each output channel."""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from mamba_jax.models.lookup import look_up
+from mamba_jax.sharding import Axis, constrain, in_context, placed_like, product, sharding_of_rows
+
+
+@runtime_checkable
+class Quantized(Protocol):
+    """A matrix in int8: weight = qvalue * scale. `qwix.QArray` is one.
+
+    Attributes:
+        qvalue: int8, of the shape of the weights.
+        scale: float32, of that shape, but for the dimension that products sum over, which is 1.
+    """
+
+    @property
+    def qvalue(self) -> jax.Array:
+        """The integers."""
+        ...
+
+    @property
+    def scale(self) -> jax.Array:
+        """What they are multiples of."""
+        ...
+
+
+Matrix = jax.Array | Quantized
+
+
+def is_quantized(param: nnx.Param) -> bool:
+    """Whether the value of a parameter is in int8."""
+    return isinstance(param.get_value(), Quantized)
+
+
+def read_matrix(param: nnx.Param) -> Matrix:
+    """The value of a parameter that may be quantised, for use under the mesh of the context."""
+    return jax.tree.map(in_context, param.get_value())
+
+
+def product_with(x: Float[jax.Array, "... I"], kernel: Matrix, *, dtype: str) -> Float[jax.Array, "..."]:
+    """The product x W, summed over the last dimension of x and the first of W, in `dtype`.
+
+    A quantised matrix is never multiplied out. Integers of 8 bits are exact in `dtype`, and the scale, which the sum
+    does not depend on, is applied in float32 to the result:
+
+        y = (x q) s
+
+    A compiler reads q where it lies, one byte for a weight, and converts it within the product.
+
+    Args:
+        x: (..., I).
+        kernel: W, (I, *O).
+        dtype: of both factors of the product, and of the result; the compute dtype.
+    """
+    x = x.astype(dtype)
+    if not isinstance(kernel, Quantized):
+        return product(x, kernel.astype(dtype))
+    y = product(x, kernel.qvalue.astype(dtype), dtype=jnp.promote_types(dtype, jnp.float32))
+    scale = kernel.scale.reshape((1,) * (x.ndim - 1) + kernel.scale.shape[1:])
+    return (y * placed_like(scale, y)).astype(dtype)
+
+
+def logits_of(hidden: Float[jax.Array, "... D"], table: Matrix) -> Float[jax.Array, "... V"]:
+    """The product hidden table^T with a table (V, D), summed in float32 and left so.
+
+    Args:
+        hidden: (..., D); the product's factors have its dtype.
+        table: (V, D).
+    """
+    factor = table.qvalue if isinstance(table, Quantized) else table
+    factor = factor.astype(hidden.dtype)
+    logits = jnp.einsum("...d,vd->...v", hidden, factor, preferred_element_type=jnp.float32)
+    if not isinstance(table, Quantized):
+        return logits
+    return logits * table.scale.reshape((1,) * (hidden.ndim - 1) + (-1,))
+
+
+def rows_of(table: Matrix, ids: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
+    """The rows of a table (V, D) with the given numbers, float32; NaN for ids outside of it."""
+    # Split by the width too, the table would make the partitioner move the vectors instead.
+    table = jax.tree.map(lambda array: constrain(array, Axis.VOCAB, None), table)
+    if not isinstance(table, Quantized):
+        return look_up(table, ids).astype(jnp.float32)
+    integers = table.qvalue.at[ids].get(mode="clip", wrap_negative_indices=False, out_sharding=sharding_of_rows(ids))
+    return integers.astype(jnp.float32) * look_up(table.scale, ids)
