@@ -29,11 +29,14 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_fingerprint(leaf) for leaf in leaves]
+    return [fingerprint(leaf) for leaf in leaves]
 
 
-def _fingerprint(leaf: jax.Array) -> jax.Array:
-    """The fingerprint of one array, a uint32 scalar; words of 8-byte elements count as elements of their own."""
+def fingerprint(leaf: jax.Array) -> jax.Array:
+    """The fingerprint of one array, a uint32 scalar; words of 8-byte elements count as elements of their own.
+
+    To be called inside a jitted function.
+    """
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(leaf, np.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")).astype(jnp.uint32)

@@ -45,7 +45,7 @@ def initial_params(config: ExperimentConfig) -> Params | None:
             "give that folder"
         )
     loaded = huggingface.load(folder)
-    was, here = _decisive(loaded.config), _decisive(config.model)
+    was, here = decisive(loaded.config), decisive(config.model)
     if was["padded_vocab_size"] == here["padded_vocab_size"]:
         # The "hf" layout tells the number of rows, and not how many of them stand for tokens.
         for name in ("vocab_multiple", "vocab_size") if loaded.layout == "hf" else ("vocab_multiple",):
@@ -64,7 +64,7 @@ def initial_params(config: ExperimentConfig) -> Params | None:
     return loaded.params
 
 
-def _decisive(config: ModelConfig) -> dict[str, Any]:
+def decisive(config: ModelConfig) -> dict[str, Any]:
     """The fields of a model's config that decide what its weights mean, flat and by dotted name."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     mixer = config.mixer

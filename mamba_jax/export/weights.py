@@ -51,7 +51,7 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
     if lexists(folder / _INDEX):
         return _open_indexed(folder)
     if lexists(folder / _SINGLE):
-        return _open_safetensors(folder / _SINGLE)
+        return open_safetensors(folder / _SINGLE)
     if lexists(folder / _TORCH):
         return _open_torch(folder / _TORCH)
     raise InputError(f"{folder} holds no {_SINGLE}, {_INDEX} or {_TORCH}")
@@ -67,7 +67,7 @@ def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
     for file in sorted(set(weight_map.values())):
         if not lexists(folder / file):
             raise InputError(f"{folder / file} is missing although the index names it")
-        stored = _open_safetensors(folder / file)
+        stored = open_safetensors(folder / file)
         if both := found.keys() & stored.keys():
             raise InputError(f"{folder}: two files of the index hold {short(min(both))}: fetch it again")
         found |= stored
@@ -83,16 +83,34 @@ def _is_file_name(name: Any) -> bool:
     return len(name.encode()) <= _NAME_BYTES
 
 
-def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a safetensors file by name; only the header is read now, the values when asked for."""
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file by name; only the header is read now, the values when asked for.
+
+    Raises:
+        InputError: it is no such file, or cannot be read.
+    """
+    opened = _opened(path)
+    return {name: _stored(path, opened, name) for name in opened.keys()}  # noqa: SIM118  no mapping
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file, by name.
+
+    Raises:
+        InputError: it is no such file, or cannot be read.
+    """
+    return dict(_opened(path).metadata() or {})
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file whose header has a size that can be right."""
     require_file(path)
     try:
         with path.open("rb") as file:
             if (header := int.from_bytes(file.read(8), "little")) > _HEADER_BYTES:
                 raise InputError(f"{path} is damaged or not a safetensors file (a header of {header} bytes)")
         # The alternative maps the file, and a file that someone shortens meanwhile would end the process.
-        opened: Any = safetensors.safe_open(path, framework="np", backend="pread")
-        return {name: _stored(path, opened, name) for name in opened.keys()}  # noqa: SIM118  no mapping
+        return safetensors.safe_open(path, framework="np", backend="pread")
     except (OSError, safetensors.SafetensorError) as error:
         raise _unreadable(path, error) from None
 
