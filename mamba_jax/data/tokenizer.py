@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Int
 from tokenizers import decoders, models, pre_tokenizers
 
 from mamba_jax.data.config import TokenizerConfig
+from mamba_jax.data.token_bytes import TokenBytes, byte_characters, find_token_bytes
 from mamba_jax.data.tokenizer_file import library_errors, read_tokenizer, without_prefix_space
 from mamba_jax.data.tokenizer_loss import find_loss
 from mamba_jax.data.vocabulary import Vocabulary
@@ -80,6 +82,16 @@ class Tokenizer(abc.ABC):
         program that loads it must set `encode_special_tokens` to get the same ids for text that spells one.
         """
 
+    @property
+    @abc.abstractmethod
+    def token_bytes(self) -> TokenBytes | None:
+        """A function that gives the bytes which a token adds to the text, from its id and the one in front of it.
+
+        For ids of `standing`, the bytes of all, joined and read as UTF-8, are what `decode` gives. The id in front is
+        None for the first of a document. Of a run of byte tokens (<0x0A>) that is not UTF-8, `decode` replaces all
+        characters, and this the wrong bytes alone. The property is None if no token's text is certain before the last.
+        """
+
     @abc.abstractmethod
     def _decode(self, ids: Int[np.ndarray, " T"]) -> str: ...
 
@@ -105,6 +117,24 @@ class Tokenizer(abc.ABC):
         Raises:
             InputError: an id lies outside the vocabulary.
         """
+        return self._decode(self._standing(ids))
+
+    def standing(self, ids: Int[np.ndarray | jax.Array, " T"] | Sequence[int]) -> Int[np.ndarray, " S"]:
+        """The ids that stand for text: without end-of-document ids and ids without a token.
+
+        Args:
+            ids: token ids in 0 .. V - 1, (T,).
+
+        Returns:
+            Those that `decode` turns into text, (S,) int64, in their order.
+
+        Raises:
+            InputError: an id lies outside the vocabulary.
+        """
+        return self._standing(ids)
+
+    def _standing(self, ids: Any) -> Int[np.ndarray, " S"]:
+        """The checked ids of `standing`; what is no id at all gets a line, too."""
         ids = np.asarray(ids)
         if ids.size and ids.dtype.kind not in "iu":
             raise InputError(f"token ids must be whole numbers, got {ids.dtype}: convert them")
@@ -112,7 +142,7 @@ class Tokenizer(abc.ABC):
         bad = ids[(ids < 0) | (ids >= self.vocab_size)]
         if bad.size:
             raise InputError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size} ids")
-        return self._decode(ids[ids != self.end_of_document])
+        return ids[(ids != self.end_of_document) & self.known[ids]]
 
 
 def _utf8(text: str) -> bytes:
@@ -131,6 +161,7 @@ class ByteTokenizer(Tokenizer):
 
     known = np.ones(257, bool)
     lossy = None
+    token_bytes = staticmethod(lambda token, before: bytes([token]))
 
     def encode_batch(
         self, texts: Sequence[str], *, continues: Sequence[bool] | None = None
@@ -141,22 +172,12 @@ class ByteTokenizer(Tokenizer):
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
-        tokenizer = tokenizers.Tokenizer(models.BPE(_byte_characters(), []))
+        tokenizer = tokenizers.Tokenizer(models.BPE(byte_characters(), []))
         # One token a character leaves nothing for a split into words to do.
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(["<|endoftext|>"])
         return tokenizer.to_str()
-
-
-def _byte_characters() -> dict[str, int]:
-    """The characters that `ByteLevel` of `tokenizers` writes for the 256 bytes, as GPT-2 does, each with its byte.
-
-    A byte that is a visible Latin-1 character is written as that character; the other 68 are chr(256), chr(257), ...
-    """
-    own = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
-    rest = (byte for byte in range(256) if chr(byte) not in own)
-    return own | {chr(256 + index): byte for index, byte in enumerate(rest)}
 
 
 class JsonTokenizer(Tokenizer):
@@ -211,6 +232,10 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _rest_of_document(self) -> tokenizers.Tokenizer:
         return without_prefix_space(self._tokenizer)
+
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes | None:
+        return find_token_bytes(self._tokenizer)
 
     @functools.cached_property
     def lossy(self) -> str | None:

@@ -7,6 +7,7 @@ from jaxtyping import PRNGKeyArray
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.generation.generate import generate
 from mamba_jax.generation.sampling import SamplingConfig
+from mamba_jax.generation.text_stream import TextStream
 from mamba_jax.models.parameters import ModelDefinition, Params
 
 
@@ -47,25 +48,5 @@ def complete(
     added = jax.device_get(tokens)[0].tolist()
     if tokenizer.end_of_document in added:
         added = added[: added.index(tokenizer.end_of_document)]
-    return prompt + _continuation(tokenizer, prompt, ids, added)
-
-
-def _continuation(tokenizer: Tokenizer, prompt: str, ids: list[int], added: list[int]) -> str:
-    """The text of the ids `added` when they follow those of the prompt.
-
-    It is the difference of two decoded texts, because many tokenizers write the space before a word only if another
-    word stands in front.
-    """
-    # The added ids may change the end of the text before them, for example by completing a character whose first bytes
-    # end the prompt. Then a single token of the prompt, tried from the last to the first, replaces the prompt.
-    for context in (ids, *([token] for token in dict.fromkeys(reversed(ids)))):
-        before, text = tokenizer.decode(context), tokenizer.decode(context + added)
-        if text.startswith(before):
-            break
-    else:
-        before, text = "", tokenizer.decode(added)
-    continuation = text[len(before) :]
-    bare = prompt.rstrip()
-    # A tokenizer of whole words ignores a space at the end of the prompt, and puts its own in front of the next word.
-    sees_space = bare == prompt or tokenizer.encode(bare).tolist() != ids
-    return continuation if sees_space else continuation.removeprefix(" ")
+    stream = TextStream(tokenizer, prompt, ids)
+    return prompt + stream.add(added) + stream.finish()

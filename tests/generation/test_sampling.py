@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mamba_jax import cli
 from mamba_jax.errors import InputError
-from mamba_jax.generation.sampling import SamplingConfig, sample
+from mamba_jax.generation.sampling import Sampling, SamplingConfig, log_probabilities, row_keys, sample
 
 # Softmax of these is 0.4, 0.3, 0.2, 0.1 in a shuffled order; the last two columns are padding, and the likeliest.
 PROBABILITIES = jnp.asarray([0.2, 0.4, 0.1, 0.3])
@@ -41,6 +42,11 @@ def expected_frequencies(kept: list[int], temperature: float = 1.0) -> np.ndarra
         (SamplingConfig(top_p=0.8), [0, 1, 3]),
         (SamplingConfig(top_p=0.65), [1, 3]),
         (SamplingConfig(top_p=1e-6), [1]),
+        (SamplingConfig(min_p=0.0), [0, 1, 2, 3]),
+        (SamplingConfig(min_p=0.6), [1, 3]),
+        (SamplingConfig(min_p=0.3), [0, 1, 3]),
+        # (0.2 / 0.4)^2 is below 0.3.
+        (SamplingConfig(temperature=0.5, min_p=0.3), [1, 3]),
         # Among the three of top_k, 0.4 / 0.9 and 0.3 / 0.9 reach 0.75.
         (SamplingConfig(top_k=3, top_p=0.75), [1, 3]),
     ],
@@ -93,6 +99,7 @@ def test_huge_temperatures_draw_all_tokens_alike() -> None:
         (SamplingConfig(top_k=2, top_p=0.7), {1, 2}),
         (SamplingConfig(top_k=2, top_p=0.3), {1}),
         (SamplingConfig(top_p=1.0), {0, 1, 2, 4, 5, 6}),
+        (SamplingConfig(min_p=1.0), {1, 2, 4, 5, 6}),
     ],
     ids=str,
 )
@@ -123,10 +130,115 @@ def test_rows_without_a_token_to_draw_are_marked(sampling: SamplingConfig) -> No
     np.testing.assert_array_equal(sample(logits, jax.random.key(0), sampling, vocab_size=3), [-1, -1, -1, -1, 0])
 
 
+def test_draws_depend_on_their_own_row_alone() -> None:
+    logits = jax.random.normal(jax.random.key(0), (5, 40)) * 2
+    configs = [SamplingConfig(), SamplingConfig(temperature=0.0), SamplingConfig(top_k=9), SamplingConfig(top_p=0.8)]
+    configs += [SamplingConfig(min_p=0.05)]
+    seeds = np.asarray([7, 7, 2**32 - 1, 0, 12], np.uint32)
+    settings = Sampling.of(configs)
+    order = np.asarray([3, 0, 4, 2, 1])
+
+    def draws(rows: np.ndarray) -> np.ndarray:
+        chosen = jax.tree.map(lambda array: array[rows], (logits, seeds, settings))
+        return np.stack([_draw(*chosen, np.full(len(rows), position)) for position in range(40)], axis=1)
+
+    together = draws(np.arange(5))
+    np.testing.assert_array_equal(draws(order), together[order])
+    for row in range(5):
+        np.testing.assert_array_equal(draws(np.asarray([row])), together[row : row + 1])
+    assert [len(set(row)) > 3 for row in together] == [True, False, True, True, True]
+
+
+@jax.jit
+def _draw(logits: jax.Array, seeds: jax.Array, sampling: Sampling, positions: jax.Array) -> jax.Array:
+    return sample(logits, row_keys(seeds, positions), sampling, vocab_size=37)
+
+
+def test_one_key_stands_for_one_of_each_row() -> None:
+    logits = jnp.zeros((6, 50))
+    key = jax.random.key(3)
+    keys = jnp.stack([jax.random.fold_in(key, row) for row in range(6)])
+    together = sample(logits, key, SamplingConfig(), vocab_size=50)
+    np.testing.assert_array_equal(together, sample(logits, keys, SamplingConfig(), vocab_size=50))
+    np.testing.assert_array_equal(together[:2], sample(logits[:2], key, SamplingConfig(), vocab_size=50))
+    assert len(set(np.asarray(together))) > 3
+
+
+def test_row_keys_are_those_of_seed_and_position() -> None:
+    keys = row_keys(np.asarray([5, 2**32 - 1], np.uint32), np.asarray([0, 9]))
+    for key, seed, position in zip(keys, (5, 2**32 - 1), (0, 9), strict=True):
+        expected = jax.random.fold_in(jax.random.key(np.uint32(seed)), position)
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    logits = np.random.default_rng(0).normal(0, 6, (4, 12)).astype(np.float32)
+    logits[:, 10:] = 50
+    tokens = np.asarray([0, 9, 4, -1])
+    exact = logits[:, :10].astype(np.float64)
+    exact = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    actual = log_probabilities(jnp.asarray(logits), tokens, vocab_size=10)
+    # A few roundings of numbers below 32.
+    np.testing.assert_allclose(actual[:3], exact[range(3), tokens[:3]], rtol=0, atol=4 * 32 * 2.0**-24)
+    assert np.isnan(actual[3])
+
+
+def test_parts_that_no_row_uses_are_absent() -> None:
+    plain = Sampling.of([SamplingConfig(temperature=0.5, top_k=3, min_p=0.0), SamplingConfig(logit_bias=())])
+    assert (plain.min_p, plain.penalties, plain.logit_bias) == (None, None, None)
+    mixed = Sampling.of([SamplingConfig(), SamplingConfig(min_p=0.5, logit_bias=((1, 2.0),))], vocab_size=3)
+    np.testing.assert_array_equal(mixed.min_p, np.asarray([0, 0.5], np.float32))
+    np.testing.assert_array_equal(mixed.logit_bias, np.asarray([[0, 0, 0], [0, 2, 0]], np.float32))
+    assert mixed.penalties is None
+    assert Sampling.of([SamplingConfig(), SamplingConfig(presence_penalty=-1.0)]).penalties is not None
+
+
+def test_settings_are_read_from_flags() -> None:
+    flags = [
+        "--temperature",
+        "0.5",
+        "--min-p",
+        "0.1",
+        "--presence-penalty",
+        "-0.5",
+        "--logit-bias",
+        "5",
+        "-1.5",
+        "7",
+        "-inf",
+    ]
+    assert cli.parse(SamplingConfig, flags) == SamplingConfig(
+        temperature=0.5, min_p=0.1, presence_penalty=-0.5, logit_bias=((5, -1.5), (7, -np.inf))
+    )
+
+
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "bad",
+    [
+        *({"temperature": value} for value in (-0.1, NAN, np.inf)),
+        {"top_k": 0},
+        *({"top_p": value} for value in (0.0, 1.1, NAN)),
+        *({"min_p": value} for value in (-0.1, 1.1, NAN)),
+        *({"repetition_penalty": value} for value in (0.0, -1.0, np.inf, NAN)),
+        *({name: value} for name in ("presence_penalty", "frequency_penalty") for value in (np.inf, -np.inf, NAN)),
+        *({"logit_bias": ((3, value),)} for value in (np.inf, NAN)),
+        {"logit_bias": ((-1, 0.5),)},
+        {"logit_bias": ((1, 0.5), (2, 0.5), (1, 0.25))},
+    ],
+    ids=str,
 )
 def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
     (name,) = bad
-    with pytest.raises(InputError, match=f"sampling {name}"):
+    with pytest.raises(InputError, match=f"^sampling {name} "):
         SamplingConfig(**bad)
+
+
+def test_biases_are_checked_against_the_vocabulary() -> None:
+    config = SamplingConfig(logit_bias=((3, 1.0),))
+    with pytest.raises(InputError, match="token id 3, but the model's ids are 0 to 2"):
+        sample(LOGITS, jax.random.key(0), config, vocab_size=3)
+    with pytest.raises(InputError, match="give vocab_size"):
+        Sampling.of([config])
