@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import typing
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
+from mamba_jax.generation.penalties import History
 from mamba_jax.generation.sampling import Sampling, sample
-from mamba_jax.models.language_model import LanguageModel
+from mamba_jax.models.language_model import HiddenOutput, LanguageModel
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.models.state import LMState, init_state, with_room
+from mamba_jax.models.state import LMState, constrain_state, init_state, reset_rows, with_room
+from mamba_jax.models.storage.per_layer import unstacked
 
 
 # Not checked at construction: JAX also builds these classes around shapes and shardings.
@@ -54,7 +57,8 @@ class Decoder:
 
     Each method is compiled once for each shape of its arrays. Sampling settings, lengths and keys are arrays, so new
     values of them do not compile anything. Each token takes the same time and memory however many came before, for
-    attention without a window that of `max_length` tokens.
+    attention without a window that of `max_length` tokens. Prompts are read in parts of `part_length` tokens, so that
+    the memory for it does not grow with them either.
 
     Example:
         decoder = Decoder(definition, params, max_length=4096)
@@ -66,19 +70,44 @@ class Decoder:
             step = decoder.step(state, token, sampling, key)
             token, state = step.tokens, step.state
 
+    Attributes:
+        definition: the model to run.
+        params: its parameters, with an array for each layer.
+        max_length: see below.
+        part_length: see below.
+        state_dtype: see below.
+
     Args:
         definition: the model to run.
-        params: its parameters.
+        params: its parameters, stacked or per layer.
         max_length: most tokens of a row, prompt included. A model with attention needs it; where more of a row would
             have to be remembered, logits are NaN. None is any number.
+        part_length: most tokens of a row that are read at once.
+        state_dtype: what recurrent states are kept in from token to token; "bfloat16" halves what a step of many rows
+            reads and writes. They are computed in float32.
 
     Raises:
-        InputError: attention without a window, and no `max_length`.
+        InputError: attention without a window, and no `max_length`; a part of no tokens.
     """
 
-    def __init__(self, definition: ModelDefinition, params: Params, *, max_length: int | None = None) -> None:
-        self.definition, self.params, self.max_length = definition, params, max_length
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        params: Params,
+        *,
+        max_length: int | None = None,
+        part_length: int = 2048,
+        state_dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        if part_length < 1:
+            raise InputError(f"the decoder's part_length is {part_length}, but prompts are read in parts of 1 or more")
+        self.definition, self.params = definition, definition.unstacked(params)
+        self.max_length, self.part_length, self.state_dtype = max_length, part_length, state_dtype
         jax.eval_shape(lambda: init_state(definition.config, 1, max_length=max_length))
+
+    def start(self, rows: int) -> LMState:
+        """The state of this many rows before any token."""
+        return _start(self.definition, rows, self.max_length, self.state_dtype)
 
     def prefill(
         self, tokens: Int[jax.Array | np.ndarray, "B L"], lengths: Int[jax.Array | np.ndarray, " B"] | None = None
@@ -101,14 +130,71 @@ class Decoder:
                 f"the prompts have {tokens.shape[1]} tokens, but the decoder's max_length is {self.max_length}: raise "
                 "it"
             )
-        return _prefill(self.definition, self.max_length, self.params, tokens, lengths)
+        if tokens.shape[1] <= self.part_length:
+            return _prefill(self.definition, self.max_length, self.state_dtype, self.params, tokens, lengths)
+        return self._prefill_in_parts(jnp.asarray(tokens), lengths)
 
-    def draw(self, logits: Float[jax.Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> Int[jax.Array, " B"]:
+    def _prefill_in_parts(self, tokens_BL: jax.Array, lengths: jax.Array | np.ndarray | None) -> Prefilled:
+        """`prefill` of prompts that are longer than a part, all of which end where the last part does."""
+        batch, length = tokens_BL.shape
+        lengths_B = np.full(batch, length) if lengths is None else np.asarray(lengths)
+        moved_BL, from_left_BL = _moved_to_the_right(tokens_BL, lengths_B, -length % self.part_length)
+        read = Prefilled(logits=jnp.zeros((batch, 0)), state=self.start(batch))
+        for begin in range(0, from_left_BL.shape[1], self.part_length):
+            part = slice(begin, begin + self.part_length)
+            read = _read_part(self.definition, self.params, moved_BL[:, part], from_left_BL[:, part], read.state)
+        return read
+
+    def extend(self, state: LMState, tokens: Int[jax.Array | np.ndarray, "B L"]) -> Prefilled:
+        """Reads more tokens of each row, as many of all of them.
+
+        They are read in parts whose lengths are powers of two, so that few programs serve all lengths.
+
+        Args:
+            state: of the rows after all previous tokens.
+            tokens: token ids, (B, L), L at least 1.
+
+        Raises:
+            InputError: there are no tokens.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.shape[1] == 0:
+            raise InputError("there are no tokens to read: give at least one")
+        read, begin = Prefilled(logits=jnp.zeros((tokens.shape[0], 0)), state=state), 0
+        while begin < tokens.shape[1]:
+            length = min(1 << ((tokens.shape[1] - begin).bit_length() - 1), self.part_length)
+            read = _extend(self.definition, self.params, tokens[:, begin : begin + length], read.state)
+            begin += length
+        return read
+
+    def verify(self, state: LMState, tokens: Int[jax.Array | np.ndarray, "B L"]) -> Float[jax.Array, "B L V"]:
+        """Logits after each of some tokens that may turn out not to be those of the text: the state stays as it is.
+
+        Args:
+            state: of the rows after all previous tokens.
+            tokens: token ids, (B, L).
+        """
+        return _verify(self.definition, self.params, tokens, state)
+
+    def draw(
+        self,
+        logits: Float[jax.Array, "B V"],
+        sampling: Sampling,
+        key: PRNGKeyArray,
+        *,
+        history: History | None = None,
+    ) -> Int[jax.Array, " B"]:
         """Draws a token for every row from logits (B, V); see `sample`."""
-        return _draw(self.definition, logits, sampling, key)
+        return _draw(self.definition, logits, sampling, key, history)
 
     def step(
-        self, state: LMState, tokens: Int[jax.Array | np.ndarray, " B"], sampling: Sampling, key: PRNGKeyArray
+        self,
+        state: LMState,
+        tokens: Int[jax.Array | np.ndarray, " B"],
+        sampling: Sampling,
+        key: PRNGKeyArray,
+        *,
+        history: History | None = None,
     ) -> Decoded:
         """Reads one more token of each row and draws the next.
 
@@ -117,8 +203,9 @@ class Decoder:
             tokens: token ids to read, (B,).
             sampling: how to draw, with one setting per row.
             key: a `jax.random.key`; use another one for every step.
+            history: the tokens of each row so far, these included, for penalties.
         """
-        return _step(self.definition, self.params, state, tokens, sampling, key)
+        return _step(self.definition, self.params, state, tokens, sampling, key, history)
 
 
 def check_lengths(lengths: Int[np.ndarray, " B"], longest: int) -> None:
@@ -139,28 +226,95 @@ def read_prompts(
     if lengths is None:
         read = model.hidden(tokens)
     else:
-        length = tokens.shape[1]
-        from_left = jnp.arange(length)[None] - (length - lengths)[:, None]
-        moved = jnp.take_along_axis(tokens, jnp.maximum(from_left, 0), axis=1)
+        moved, from_left = _moved_to_the_right(tokens, lengths, 0)
         read = model.hidden(moved, segment_ids=(from_left >= 0).astype(jnp.int32))
-    state = read.state if max_length is None else with_room(model.config, read.state, max_length)
+    return _at_the_end(model, read, with_room(model.config, read.state, max_length))
+
+
+def read_token(model: LanguageModel, token_B: jax.Array, state: LMState) -> Prefilled:
+    """The logits and the state after one more token of each row; each array of the state keeps its dtype."""
+    read = model.hidden(token_B[:, None], state)
+    return _at_the_end(model, read, as_before(model, read.state, state))
+
+
+def _at_the_end(model: LanguageModel, read: HiddenOutput, state: LMState) -> Prefilled:
     return Prefilled(logits=model.unembed(read.hidden[:, -1:])[:, 0], state=state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moved_to_the_right(
+    tokens_BL: jax.Array, lengths_B: jax.Array | np.ndarray, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """Prompts that all end at the last position, behind padding; and each token's place in its prompt, or below 0.
+
+    Args:
+        tokens_BL: the prompts, from the left.
+        lengths_B: their lengths.
+        padding: positions to add.
+    """
+    length = tokens_BL.shape[1]
+    from_left = jnp.arange(-padding, length)[None] - (length - lengths_B)[:, None]
+    return jnp.take_along_axis(tokens_BL, jnp.maximum(from_left, 0), axis=1), from_left
+
+
+def as_before(model: LanguageModel, state: LMState, before: LMState) -> LMState:
+    """The state with the dtypes of the one before, split over devices as all states are."""
+    return constrain_state(model.config, jax.tree.map(lambda new, old: new.astype(old.dtype), state, before))
+
+
+def _kept(state: LMState, dtype: str) -> LMState:
+    """The state with float32 arrays as they are kept from token to token."""
+    return jax.tree.map(lambda array: array.astype(dtype) if array.dtype == jnp.float32 else array, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _start(definition: ModelDefinition, rows: int, max_length: int | None, dtype: str) -> LMState:
+    state = init_state(definition.config, rows, max_length=max_length)
+    layers = {name: unstacked(part) for name, part in state.items()}
+    return constrain_state(definition.config, _kept(layers, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(
     definition: ModelDefinition,
     max_length: int | None,
+    state_dtype: str,
     params: Params,
     tokens: jax.Array,
     lengths: jax.Array | None,
 ) -> Prefilled:
-    return read_prompts(definition.merge(params), tokens, lengths, max_length=max_length)
+    """The compiled part of `Decoder.prefill`, for prompts that are no longer than a part."""
+    read = read_prompts(definition.merge(params), tokens, lengths, max_length=max_length)
+    return dataclasses.replace(read, state=_kept(read.state, state_dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _read_part(
+    definition: ModelDefinition, params: Params, tokens: jax.Array, from_left: jax.Array, state: LMState
+) -> Prefilled:
+    """A part of prompts that are moved to the right; a row whose prompt has not begun before starts here."""
+    model = definition.merge(params)
+    start = reset_rows(model.config, state, from_left[:, 0] <= 0)
+    read = model.hidden(tokens, start, segment_ids=(from_left >= 0).astype(jnp.int32))
+    return _at_the_end(model, read, as_before(model, read.state, state))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _draw(definition: ModelDefinition, logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    return sample(logits, key, sampling, vocab_size=definition.config.vocab_size)
+def _extend(definition: ModelDefinition, params: Params, tokens: jax.Array, state: LMState) -> Prefilled:
+    model = definition.merge(params)
+    read = model.hidden(tokens, state)
+    return _at_the_end(model, read, as_before(model, read.state, state))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _verify(definition: ModelDefinition, params: Params, tokens: jax.Array, state: LMState) -> jax.Array:
+    return definition.merge(params)(tokens, state).logits
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(
+    definition: ModelDefinition, logits: jax.Array, sampling: Sampling, key: jax.Array, history: History | None
+) -> jax.Array:
+    return sample(logits, key, sampling, vocab_size=definition.config.vocab_size, history=history)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -171,9 +325,9 @@ def _step(
     tokens: jax.Array,
     sampling: Sampling,
     key: jax.Array,
+    history: History | None,
 ) -> Decoded:
     """The compiled part of `Decoder.step`: reads a token of each row, (B,), and draws the next one."""
-    output = definition.merge(params)(tokens[:, None], state)
-    logits = output.logits[:, 0]
-    drawn = sample(logits, key, sampling, vocab_size=definition.config.vocab_size)
-    return Decoded(tokens=drawn, logits=logits, state=output.state)
+    read = read_token(definition.merge(params), tokens, state)
+    drawn = sample(read.logits, key, sampling, vocab_size=definition.config.vocab_size, history=history)
+    return Decoded(tokens=drawn, logits=read.logits, state=read.state)

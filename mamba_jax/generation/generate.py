@@ -9,7 +9,9 @@ from jaxtyping import Bool, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
 from mamba_jax.generation.decoder import check_lengths, read_prompts
-from mamba_jax.generation.sampling import Sampling, SamplingConfig, sample
+from mamba_jax.generation.penalties import History
+from mamba_jax.generation.rows import Choice, Rows, draw_tokens
+from mamba_jax.generation.sampling import Sampling, SamplingConfig, allowed_ids
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.sharding import constrain
 
@@ -38,7 +40,7 @@ def generate(
         lengths: number of tokens in each prompt, (B,); each row is continued as it would be alone. None means L for
             all.
         num_tokens: number of tokens to add to every row.
-        key: a `jax.random.key`.
+        key: a `jax.random.key`; a row's tokens follow from it and from the row's number, whatever the batch.
         sampling: how tokens are drawn; None draws from the model's distribution at temperature 1.
         allowed: (A,), whether each id may be drawn, such as `Tokenizer.known`: a model may have ids that its tokenizer
             has no token for. Ids from A on are not drawn. None allows all ids below vocab_size.
@@ -53,9 +55,10 @@ def generate(
     if num_tokens < 1:
         raise InputError(f"the number of tokens to generate must be positive, got {num_tokens}")
     _check_prompt(prompt, lengths, definition.config.vocab_size)
-    allowed_V = _allowed(allowed, definition.config.vocab_size)
-    settings = Sampling.of([sampling or SamplingConfig()] * prompt.shape[0])
-    tokens = _generate(definition, num_tokens, settings, params, (prompt, lengths), allowed_V, key)
+    allowed_V = allowed_ids(allowed, definition.config.vocab_size)
+    settings = Sampling.of([sampling or SamplingConfig()] * prompt.shape[0], vocab_size=definition.config.vocab_size)
+    choice = Choice(sampling=settings, allowed=allowed_V)
+    tokens = _generate(definition, num_tokens, choice, params, (prompt, lengths), key)
     if jax.device_get(tokens).min() < 0:
         raise InputError(
             "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too large"
@@ -75,41 +78,27 @@ def _check_prompt(prompt: jax.Array, lengths: np.ndarray | jax.Array | None, voc
         raise InputError(f"the prompt has the token id {outside}, but the model's ids are 0 to {vocab_size - 1}")
 
 
-def _allowed(allowed: np.ndarray | jax.Array | None, vocab_size: int) -> np.ndarray:
-    """Whether each id of the model may be drawn."""
-    allowed_V = np.ones(vocab_size, bool)
-    if allowed is not None:
-        given = np.asarray(allowed)[:vocab_size]
-        allowed_V = np.pad(given, (0, vocab_size - len(given)))
-    if not allowed_V.any():
-        raise InputError(f"none of the model's ids 0 to {vocab_size - 1} may be drawn: allow at least one")
-    return allowed_V
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
     definition: ModelDefinition,
     num_tokens: int,
-    sampling: Sampling,
+    choice: Choice,
     params: Params,
     prompt: tuple[jax.Array, jax.Array | None],
-    allowed_V: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """Reads prompts and draws ids (B, num_tokens) in one program; -1 stands where the highest logit is not finite."""
-    model = definition.merge(params)
-    draw = functools.partial(sample, sampling=sampling, vocab_size=definition.config.vocab_size, allowed=allowed_V)
-    # The last token is drawn, and never read.
-    read = read_prompts(model, *prompt, max_length=prompt[0].shape[1] + num_tokens - 1)
-    keys = jax.random.split(key, num_tokens)
-    first_B = draw(read.logits, keys[0])
-
-    def step(carry, key):
-        token_B, state = carry
-        output = model(token_B[:, None], state)
-        next_B = draw(output.logits[:, 0], key)
-        return (next_B, output.state), next_B
-
-    _, rest_TB = jax.lax.scan(step, (first_B, read.state), keys[1:])
+    """Reads prompts and draws ids (B, num_tokens) in one program; negative ones stand where a row's logits failed."""
+    model, (batch, length) = definition.merge(params), prompt[0].shape
+    read = read_prompts(model, *prompt, max_length=length + num_tokens)
+    has_penalties = choice.sampling.penalties is not None
+    rows = Rows(
+        logits=read.logits,
+        state=read.state,
+        seeds=jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row)))(jnp.arange(batch)),
+        position=jnp.zeros(batch, jnp.int32),
+        left=jnp.full(batch, num_tokens, jnp.int32),
+        history=History.of(*prompt, vocab_size=model.config.vocab_size) if has_penalties else None,
+    )
+    _, drawn = draw_tokens(model, rows, choice, num_tokens=num_tokens)
     # Replicated on all devices, so that each of several processes can read the whole result.
-    return constrain(jnp.concatenate([first_B[:, None], rest_TB.T], axis=1), None, None)
+    return constrain(drawn.tokens, None, None)

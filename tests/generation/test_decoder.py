@@ -1,5 +1,7 @@
 """A decoder reads padded prompts as if each were alone, and one program serves every setting."""
 
+import dataclasses
+import functools
 import logging
 
 import jax
@@ -7,31 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.config import Mamba1Config, ModelConfig
+from mamba_jax.config import Mamba1Config
 from mamba_jax.errors import InputError
 from mamba_jax.generation.decoder import Decoder
 from mamba_jax.generation.generate import generate
-from mamba_jax.generation.sampling import Sampling, SamplingConfig
+from mamba_jax.generation.penalties import History
+from mamba_jax.generation.sampling import Sampling, SamplingConfig, row_keys, sample
 from mamba_jax.models import parameters
 
 GREEDY = SamplingConfig(temperature=0.0)
 LENGTHS = np.array([1, 9, 2, 6])
 # Logits of order 1 are sums of float32 products, in another order where a row is padded: some ten roundings.
 ROUNDING = 16 * 2.0**-24
-
-
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    config = ModelConfig(
-        vocab_size=29,
-        d_model=16,
-        num_layers=2,
-        mixer=Mamba1Config(state_dim=4),
-        embedding_std=1.0,
-        tie_embeddings=False,
-        compute_dtype="float32",
-    )
-    return Decoder(parameters.define(config), jax.jit(parameters.init, static_argnums=0)(config, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +35,7 @@ def test_every_prompt_is_read_as_if_it_were_alone(decoder: Decoder, prompts: np.
         np.testing.assert_allclose(together.logits[row], alone.logits[0], rtol=ROUNDING, atol=ROUNDING)
         jax.tree.map(
             lambda ours, theirs, row=row: np.testing.assert_allclose(
-                ours[:, row], theirs[:, 0], rtol=ROUNDING, atol=ROUNDING
+                ours[row], theirs[0], rtol=ROUNDING, atol=ROUNDING
             ),
             together.state,
             alone.state,
@@ -56,6 +45,49 @@ def test_every_prompt_is_read_as_if_it_were_alone(decoder: Decoder, prompts: np.
 def test_padding_changes_nothing(decoder: Decoder, prompts: np.ndarray) -> None:
     other = np.where(np.arange(9) < LENGTHS[:, None], prompts, 28 - prompts)
     jax.tree.map(np.testing.assert_array_equal, decoder.prefill(prompts, LENGTHS), decoder.prefill(other, LENGTHS))
+
+
+@pytest.mark.parametrize("part_length", [1, 4, 8])
+def test_parts_give_what_the_whole_prompt_gives(decoder: Decoder, prompts: np.ndarray, part_length: int) -> None:
+    whole = decoder.prefill(prompts, LENGTHS)
+    in_parts = Decoder(decoder.definition, decoder.params, part_length=part_length).prefill(prompts, LENGTHS)
+    close = functools.partial(np.testing.assert_allclose, rtol=ROUNDING, atol=ROUNDING)
+    jax.tree.map(close, in_parts, whole)
+
+
+def test_a_state_is_extended_and_stays_what_it_was(decoder: Decoder, prompts: np.ndarray) -> None:
+    whole, begun = decoder.prefill(prompts), decoder.prefill(prompts[:, :2])
+    before = jax.tree.map(np.array, begun.state)
+    extended, logits = decoder.extend(begun.state, prompts[:, 2:]), decoder.verify(begun.state, prompts[:, 2:])
+    close = functools.partial(np.testing.assert_allclose, rtol=ROUNDING, atol=ROUNDING)
+    jax.tree.map(close, extended, whole)
+    close(logits[:, -1], whole.logits)
+    jax.tree.map(np.testing.assert_array_equal, begun.state, before)
+
+
+def test_a_block_may_read_a_token_by_one_operation(decoder: Decoder, prompts: np.ndarray) -> None:
+    mixer = Mamba1Config(state_dim=4, step_implementation="xla")
+    definition = parameters.define(dataclasses.replace(decoder.definition.config, mixer=mixer))
+    read = decoder.prefill(prompts)
+    program = jax.jit(lambda params, token, state: definition.merge(params)(token, state))
+    lowered = program.lower(decoder.params, prompts[:, :1], read.state).as_text(debug_info=True)
+    assert lowered.count("mamba1_step.xla") > 0
+    found = program(decoder.params, prompts[:, :1], read.state)
+    expected = decoder.extend(read.state, prompts[:, :1])
+    close = functools.partial(np.testing.assert_allclose, rtol=ROUNDING, atol=ROUNDING)
+    jax.tree.map(close, (found.logits[:, 0], found.state), (expected.logits, expected.state))
+
+
+def test_a_rounded_state_stays_rounded(decoder: Decoder, prompts: np.ndarray) -> None:
+    rounding = Decoder(decoder.definition, decoder.params, state_dtype="bfloat16")
+    read, exact = rounding.prefill(prompts), decoder.prefill(prompts)
+    step = rounding.step(read.state, prompts[:, 0], Sampling.of([GREEDY] * 4), jax.random.key(0))
+    assert {array.dtype.name for array in jax.tree.leaves((read.state, step.state))} == {"bfloat16"}
+    np.testing.assert_array_equal(read.logits, exact.logits)
+    expected = decoder.step(exact.state, prompts[:, 0], Sampling.of([GREEDY] * 4), jax.random.key(0))
+    # A state off by 2^-9 of itself moves logits of order 1 by about as much.
+    np.testing.assert_allclose(step.logits, expected.logits, rtol=2.0**-7, atol=2.0**-7)
+    assert np.abs(step.logits - expected.logits).max() > ROUNDING
 
 
 def test_prompts_of_different_lengths_are_continued_as_alone(decoder: Decoder, prompts: np.ndarray) -> None:
@@ -68,21 +100,17 @@ def test_prompts_of_different_lengths_are_continued_as_alone(decoder: Decoder, p
 
 
 def test_steps_write_what_generate_writes(decoder: Decoder, prompts: np.ndarray) -> None:
+    key, setting = jax.random.key(5), SamplingConfig(temperature=0.8, top_k=9, presence_penalty=0.5)
     written = generate(
-        decoder.definition,
-        decoder.params,
-        jnp.asarray(prompts),
-        num_tokens=6,
-        key=jax.random.key(5),
-        sampling=SamplingConfig(temperature=0.8, top_k=9),
+        decoder.definition, decoder.params, jnp.asarray(prompts), num_tokens=6, key=key, sampling=setting
     )
-    sampling = Sampling.of([SamplingConfig(temperature=0.8, top_k=9)] * 4)
-    keys = jax.random.split(jax.random.key(5), 6)
-    read = decoder.prefill(prompts)
-    tokens, state = [decoder.draw(read.logits, sampling, keys[0])], read.state
-    for key in keys[1:]:
-        step = decoder.step(state, tokens[-1], sampling, key)
-        tokens, state = [*tokens, step.tokens], step.state
+    sampling, history = Sampling.of([setting] * 4), History.of(prompts, vocab_size=29)
+    seeds = np.asarray([jax.random.bits(jax.random.fold_in(key, row)) for row in range(4)])
+    read, tokens = decoder.prefill(prompts), []
+    for position in range(6):
+        keys = row_keys(seeds, np.full(4, position))
+        tokens.append(sample(read.logits, keys, sampling, vocab_size=29, history=history))
+        read, history = decoder.extend(read.state, tokens[-1][:, None]), history.added(tokens[-1])
     np.testing.assert_array_equal(np.stack(tokens, axis=1), written)
 
 

@@ -49,6 +49,25 @@ def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass(model, prompt
     assert len(np.unique(added)) > 4, "a model that repeats itself could do so without its state"
 
 
+def test_penalties_count_prompt_and_continuation_of_each_row(model, prompt: jax.Array) -> None:
+    definition, params = model
+    # Far above all logits: no token of the continuation comes again, and those of the prompt only if they are likely.
+    sampling = SamplingConfig(temperature=0.0, presence_penalty=1e4, repetition_penalty=2.0, logit_bias=((3, -np.inf),))
+    lengths, key = np.asarray([5, 2, 4]), jax.random.key(0)
+    added = generate(definition, params, prompt, lengths=lengths, num_tokens=8, key=key, sampling=sampling)
+    texts = np.zeros((3, 13), np.int32)
+    for row, length in enumerate([5, 2, 4]):
+        texts[row, : length + 8] = [*prompt[row, :length], *added[row]]
+    logits = np.array(definition.merge(params)(jnp.asarray(texts)).logits[..., : CONFIG.vocab_size])
+    logits[..., 3] = -np.inf
+    for row, length in enumerate([5, 2, 4]):
+        for position in range(length, length + 8):
+            scores, seen = logits[row, position - 1], np.unique(texts[row, :position])
+            scores[seen] = np.where(scores[seen] > 0, scores[seen] / 2, scores[seen] * 2)
+            scores[texts[row, length:position]] -= 1e4
+            assert texts[row, position] == scores.argmax()
+
+
 def test_samples_depend_on_the_key_alone(model, prompt: jax.Array) -> None:
     definition, params = model
     first, again, other = (
