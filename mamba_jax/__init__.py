@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mamba_jax.generation.decoder import Decoder as Decoder
     from mamba_jax.generation.generate import generate as generate
     from mamba_jax.generation.sampling import SamplingConfig as SamplingConfig
+    from mamba_jax.generator import Generator as Generator
     from mamba_jax.loaded import Model as Model
     from mamba_jax.loaded import load as load
     from mamba_jax.models.config import ModelConfig as ModelConfig
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Decoder",
     "ExperimentConfig",
+    "Generator",
     "LanguageModel",
     "Model",
     "ModelConfig",
@@ -44,6 +46,7 @@ __all__ = [
 _PLACES = {
     "Decoder": "mamba_jax.generation.decoder.Decoder",
     "ExperimentConfig": "mamba_jax.experiment.ExperimentConfig",
+    "Generator": "mamba_jax.generator.Generator",
     "LanguageModel": "mamba_jax.models.language_model.LanguageModel",
     "Model": "mamba_jax.loaded.Model",
     "ModelConfig": "mamba_jax.models.config.ModelConfig",
