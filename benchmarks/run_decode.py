@@ -8,6 +8,7 @@ A decoding program draws the likeliest token of every row and reads it, several 
 Weights are random, in bfloat16 on accelerators.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -255,7 +256,10 @@ def engine_requests(kind: str, options: Options, vocab_size: int) -> list[Reques
 
 
 def measure_engine(results: Results, model: str, options: Options) -> None:
-    """Tokens a second of an engine, on texts of mixed lengths and of equal ones, after a run that compiles."""
+    """Tokens a second of an engine, on texts of mixed lengths and of equal ones, after a run that compiles.
+
+    Then the mixed ones once more, one at a time: each has to be the same.
+    """
     case = Case(
         model=model, batch=options.rows, weights="exact", state_dtype="float32", step="best", prompt_length=None
     )
@@ -264,11 +268,12 @@ def measure_engine(results: Results, model: str, options: Options) -> None:
     for kind in ("mixed", "equal"):
         requests = engine_requests(kind, options, definition.config.vocab_size)
         engine = Engine(decoder, rows=options.rows)
-        for _ in engine.run(requests):
-            pass
+        texts(engine, requests)
         start_time = time.perf_counter()
-        tokens = sum(len(progress.tokens) for progress in engine.run(requests))
+        together = texts(engine, requests)
         seconds = time.perf_counter() - start_time
+        tokens = sum(map(len, together))
+        alike = sum(texts(engine, [request]) == [text] for request, text in zip(requests, together, strict=True))
         results.add(
             "engine",
             f"{model}, {options.requests} texts, {options.rows} rows",
@@ -276,7 +281,16 @@ def measure_engine(results: Results, model: str, options: Options) -> None:
             direction="forward",
             tokens_per_second=tokens / seconds,
             tokens_read_and_drawn_per_second=(tokens + sum(len(request.tokens) for request in requests)) / seconds,
+            texts_that_are_the_same_alone=alike,
         )
+
+
+def texts(engine: Engine, requests: list[Request]) -> list[tuple[int, ...]]:
+    """The tokens that an engine adds to each of the requests."""
+    found: dict[int, tuple[int, ...]] = collections.defaultdict(tuple)
+    for progress in engine.run(requests):
+        found[progress.request] += progress.tokens
+    return [found[number] for number in sorted(found)]
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mamba_jax.cli import one_line_errors, parse, print_result
+from mamba_jax import cli
+from mamba_jax.cli import one_line_errors, print_result
 from mamba_jax.errors import InputError
 from mamba_jax.generation.context import Context
 from mamba_jax.generation.sampling import SamplingConfig
@@ -61,7 +62,7 @@ class Arguments:
 def main() -> None:
     """Reads the command line and continues what it names."""
     with one_line_errors():
-        arguments = parse(Arguments, prog="python -m mamba_jax.generate")
+        arguments = cli.parse(Arguments, prog="python -m mamba_jax.generate")
         prompts = _prompts(arguments)
         if arguments.save_state is not None and len(prompts) != 1:
             raise InputError(f"--save-state keeps what follows one prompt, but there are {len(prompts)}: give one")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +74,7 @@ class GeneratorConfig:
         max_length: most tokens of a text, prompt included; None is any number, for models with attention 4,096.
         weights: "exact", or "int8" for matrices that are rounded to 8 bits.
         state_dtype: what recurrent states are kept in from token to token.
-        mesh: how weights and rows are split over devices; None takes one device.
+        mesh: how weights and rows are split over devices; by default it takes one.
         num_proposals: tokens that a draft proposes at a time.
     """
 
@@ -81,7 +82,7 @@ class GeneratorConfig:
     max_length: int | None = None
     weights: Weights = "exact"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: MeshConfig | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1))
     num_proposals: int = 4
 
 
@@ -122,7 +123,9 @@ class Generator:
     ) -> None:
         model = _opened(checkpoint)
         self.config, self.tokenizer = config, model.tokenizer
-        self._mesh = None if config.mesh is None else make_mesh(config.mesh)
+        sizes = dataclasses.astuple(config.mesh)
+        devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
+        self._mesh = None if set(sizes) == {1} else make_mesh(config.mesh, devices)
         self._own = (model.definition, model.params)
 
         def decoder(model: Model) -> Decoder:
@@ -251,9 +254,9 @@ class Generator:
         return load_context(path, self._own[0], self.fingerprint, **options)
 
     def _ids(self, text: str, context: Context | None) -> list[int]:
-        """The ids of a prompt."""
+        """The ids of a prompt; behind a context it is no beginning, before which some tokenizers put a space."""
         self.tokenizer.check_prompt(text)
-        ids = self.tokenizer.encode(text).tolist()
+        ids = self.tokenizer.encode_batch([text], continues=[context is not None])[0].tolist()
         if not ids and context is None:
             raise InputError("the prompt is empty: give at least one character")
         return ids

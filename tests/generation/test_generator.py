@@ -118,6 +118,11 @@ def test_devices_share_out_rows_and_channels(model: Model, generator: Generator)
     assert kernel.addressable_shards[0].data.size * 2 == kernel.size
 
 
+def test_a_mesh_that_does_not_fit_is_refused(model: Model) -> None:
+    with pytest.raises(InputError, match="tensor=64 does not fit 8 devices"):
+        Generator(model, GeneratorConfig(mesh=MeshConfig(data=1, tensor=64)))
+
+
 def test_rounded_matrices_and_states_give_nearly_the_same(model: Model, generator: Generator) -> None:
     rounded = Generator(
         Model(dataclasses.replace(model.config, compute_dtype="bfloat16"), model.params, tokenizer=TokenizerConfig()),

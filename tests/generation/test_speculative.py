@@ -186,6 +186,7 @@ def _check_counts(counts: np.ndarray, expected: np.ndarray, names: str) -> None:
     assert statistic < degrees + 5 * np.sqrt(2 * degrees), (names, statistic, degrees)
 
 
+@pytest.mark.slow
 def test_a_model_with_attention_goes_on_from_a_start() -> None:
     large = _decoder(HYBRID, 2, max_length=40)
     decoder = SpeculativeDecoder(large, _decoder(SMALL, 3), num_proposals=2, block=4)

@@ -88,7 +88,9 @@ def tokens_of(config: ModelConfig) -> jax.Array:
     return jax.random.randint(jax.random.key(1), (2, 9), 0, config.vocab_size)
 
 
-@pytest.mark.parametrize("config", [STACKED, EVERY_MIXER], ids=["stacked", "every mixer"])
+@pytest.mark.parametrize(
+    "config", [STACKED, pytest.param(EVERY_MIXER, marks=pytest.mark.slow)], ids=["stacked", "every mixer"]
+)
 def test_every_weight_is_within_half_a_step(config: ModelConfig) -> None:
     definition, params, in_int8 = build(config)
     dims = flat(definition.summed)
@@ -122,7 +124,9 @@ def test_which_matrices_are_in_int8() -> None:
     assert rounded == expected | {"embedding/table", "lm_head/table"}
 
 
-@pytest.mark.parametrize("config", [STACKED, EVERY_MIXER], ids=["stacked", "every mixer"])
+@pytest.mark.parametrize(
+    "config", [STACKED, pytest.param(EVERY_MIXER, marks=pytest.mark.slow)], ids=["stacked", "every mixer"]
+)
 def test_a_model_computes_with_the_weights_that_are_meant(config: ModelConfig) -> None:
     """The logits are those of the weights that integers and scales stand for, at once and one token at a time."""
     definition, params, in_int8 = build(config)
