@@ -122,11 +122,7 @@ def _continue(arguments: Arguments, generator: Generator, prompts: list[str], co
     """Continues the prompts, shows them, and keeps the state if asked to."""
     added: tuple[int, ...] = ()
     if arguments.num_tokens:
-        pieces = _timed(_stream(arguments, generator, prompts, context))
-        if arguments.output == "text" and len(prompts) == 1:
-            added = _show(prompts[0], pieces).tokens
-        else:
-            added = _show_in_order(arguments, prompts, pieces)
+        added = _show(arguments, prompts, _timed(_stream(arguments, generator, prompts, context)))
     if arguments.save_state is not None:
         after = generator.read(prompts[0], context=context)
         generator.save(generator.extended(after, added) if added else after, arguments.save_state)
@@ -141,19 +137,20 @@ def _ask(arguments: Arguments, generator: Generator, context: Context | None) ->
         if not (line := sys.stdin.readline()):
             return
         if prompt := line.rstrip("\n"):
-            _show(prompt, _timed(_stream(arguments, generator, [prompt], context)))
+            _show(arguments, [prompt], _timed(_stream(arguments, generator, [prompt], context)))
 
 
-def _show(prompt: str, pieces: Iterator[Piece]) -> Generated:
-    """Prints a prompt and its continuation while it grows."""
-    print(prompt, end="", flush=True)
-    generated = None
+def _show(arguments: Arguments, prompts: list[str], pieces: Iterator[Piece]) -> tuple[int, ...]:
+    """Prints continuations as the command line asks for them; the tokens of the last one."""
+    if arguments.output == "json" or len(prompts) > 1:
+        return _show_in_order(arguments, prompts, pieces)
+    print(prompts[0], end="", flush=True)
+    tokens: tuple[int, ...] = ()
     for piece in pieces:
         print(piece.text, end="", flush=True)
-        generated = piece.generated
+        tokens = () if piece.generated is None else piece.generated.tokens
     print_result("")
-    assert generated is not None
-    return generated
+    return tokens
 
 
 def _show_in_order(arguments: Arguments, prompts: list[str], pieces: Iterator[Piece]) -> tuple[int, ...]:

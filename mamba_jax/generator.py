@@ -129,11 +129,10 @@ class Generator:
         self._own = (model.definition, model.params)
 
         def decoder(model: Model) -> Decoder:
-            definition, params = for_decoding(model.definition, model.params, weights=config.weights)
+            params = model.params if self._mesh is None else _on_devices(model.definition, model.params, self._mesh)
             is_long = config.max_length is None and not is_endless(model.config)
             return Decoder(
-                definition,
-                params if self._mesh is None else _on_devices(definition, params, self._mesh),
+                *for_decoding(model.definition, params, weights=config.weights),
                 max_length=_DEFAULT_LENGTH if is_long else config.max_length,
                 state_dtype=config.state_dtype,
             )

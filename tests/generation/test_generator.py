@@ -118,6 +118,15 @@ def test_devices_share_out_rows_and_channels(model: Model, generator: Generator)
     assert kernel.addressable_shards[0].data.size * 2 == kernel.size
 
 
+def test_int8_is_split_over_devices_too(model: Model) -> None:
+    split, whole = (
+        Generator(model, GeneratorConfig(rows=4, weights="int8", mesh=mesh))
+        for mesh in (MeshConfig(data=4, tensor=2), MeshConfig(data=1))
+    )
+    found, expected = (one.generate(PROMPTS, num_tokens=2, sampling=GREEDY) for one in (split, whole))
+    assert [text.tokens for text in found] == [text.tokens for text in expected]
+
+
 def test_a_mesh_that_does_not_fit_is_refused(model: Model) -> None:
     with pytest.raises(InputError, match="tensor=64 does not fit 8 devices"):
         Generator(model, GeneratorConfig(mesh=MeshConfig(data=1, tensor=64)))
@@ -171,6 +180,9 @@ def test_the_program_shows_the_text(
     monkeypatch.setattr(sys, "stdin", io.StringIO("aé a\n\n"))
     run(monkeypatch, folder, *few)
     assert capsys.readouterr().out == f"aé a{expected.text}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("aé a\n"))
+    run(monkeypatch, folder, *few, "--output", "json")
+    assert json.loads(capsys.readouterr().out)["text"] == expected.text
 
 
 def test_the_program_reads_a_file_and_writes_json(
