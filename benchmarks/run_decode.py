@@ -27,7 +27,7 @@ from harness import MIB, Results, Setting, select_platform, time_calls
 from mamba_jax.chips import CHIPS
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import Mamba1Config, Mamba2Config, ModelConfig
-from mamba_jax.generation.decoder import Decoder
+from mamba_jax.generation.decoder import Decoder, start_state
 from mamba_jax.generation.engine import Engine, Request
 from mamba_jax.generation.rows import Choice, Rows, draw_tokens
 from mamba_jax.generation.sampling import Sampling, SamplingConfig
@@ -35,8 +35,6 @@ from mamba_jax.generation.weights import Weights, for_decoding
 from mamba_jax.models import parameters
 from mamba_jax.models.flops import flops_per_token
 from mamba_jax.models.parameters import ModelDefinition
-from mamba_jax.models.state import init_state
-from mamba_jax.models.storage.per_layer import unstacked
 
 VOCAB = 50280
 # Width and depth of published models (arXiv 2312.00752, table 12; arXiv 2405.21060), and of the quickstart.
@@ -164,12 +162,10 @@ def _draw(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def start(definition: ModelDefinition, case: Case) -> Rows:
     """Rows before the first token."""
-    layers = {name: unstacked(part) for name, part in init_state(definition.config, case.batch).items()}
-    kept = jax.tree.map(lambda x: x.astype(case.state_dtype) if x.dtype == jnp.float32 else x, layers)
     zeros = jnp.zeros(case.batch, jnp.int32)
     return Rows(
         logits=jnp.zeros((case.batch, definition.config.padded_vocab_size), jnp.float32),
-        state=kept,
+        state=start_state(definition, case.batch, None, case.state_dtype),
         seeds=zeros.astype(jnp.uint32),
         position=zeros,
         left=jnp.full(case.batch, 2**30, jnp.int32),

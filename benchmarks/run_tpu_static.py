@@ -35,8 +35,7 @@ from pallas_kernels.manifests import MANIFESTS
 from pallas_kernels.selective_scan.arguments import ScanArguments
 from pallas_kernels.selective_scan.pallas_tpu import op as pallas_tpu
 from pallas_kernels.selective_scan.pallas_tpu.tilings import Generation, generation
-from tpu_schedules import Schedule, read_schedule
-from tpu_work import DIRECTIONS, Work, works_of
+from tpu_schedules import DIRECTIONS, Schedule, Work, read_schedule, works_of
 
 MEGABYTE = 1e6
 # Names of units in the table and in the compiler's listing.

@@ -107,7 +107,7 @@ class Decoder:
 
     def start(self, rows: int) -> LMState:
         """The state of this many rows before any token."""
-        return _start(self.definition, rows, self.max_length, self.state_dtype)
+        return start_state(self.definition, rows, self.max_length, self.state_dtype)
 
     def prefill(
         self, tokens: Int[jax.Array | np.ndarray, "B L"], lengths: Int[jax.Array | np.ndarray, " B"] | None = None
@@ -267,7 +267,8 @@ def _kept(state: LMState, dtype: str) -> LMState:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _start(definition: ModelDefinition, rows: int, max_length: int | None, dtype: str) -> LMState:
+def start_state(definition: ModelDefinition, rows: int, max_length: int | None, dtype: str) -> LMState:
+    """The state of rows before any token, with an array for each layer; float32 ones as they are kept, in `dtype`."""
     state = init_state(definition.config, rows, max_length=max_length)
     layers = {name: unstacked(part) for name, part in state.items()}
     return constrain_state(definition.config, _kept(layers, dtype))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.config import Mamba1Config, MeshConfig, ModelConfig
+from mamba_jax.config import MeshConfig
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.generation.generate import generate
@@ -16,17 +16,9 @@ from mamba_jax.generation.sampling import SamplingConfig
 from mamba_jax.generation.text import complete
 from mamba_jax.models import parameters
 from mamba_jax.sharding import make_mesh
+from tests.generation.conftest import CONFIG
 
 GREEDY = SamplingConfig(temperature=0.0)
-CONFIG = ModelConfig(
-    vocab_size=29,
-    d_model=16,
-    num_layers=2,
-    mixer=Mamba1Config(state_dim=4),
-    embedding_std=1.0,
-    tie_embeddings=False,
-    compute_dtype="float32",
-)
 
 
 @pytest.fixture(scope="module")
