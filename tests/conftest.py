@@ -6,6 +6,7 @@ JAX_PLATFORMS=cuda in the environment runs the same tests on a GPU.
 import hashlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -33,6 +34,9 @@ import jax  # noqa: E402  the environment and the import hook must come first
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Bounds are those of float32; a GPU rounds factors of float32 products to 11 bits unless told otherwise.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A writer that a test leaves open has a thread that fails in the middle of a later test. One test takes the module.
+sys.modules["tensorboardX"] = None  # type: ignore[assignment]
 
 
 def pytest_configure(config) -> None:

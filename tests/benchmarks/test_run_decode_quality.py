@@ -15,6 +15,7 @@ from run_decode_quality import in_bfloat16
 from tests.evaluation.conftest import SavedRun, saved_run  # noqa: F401  a fixture
 
 
+@pytest.mark.slow
 def test_a_run_leaves_results(
     saved_run: SavedRun,  # noqa: F811
     tmp_path: Path,

@@ -10,6 +10,7 @@ import run_speculation
 from tests.evaluation.conftest import SavedRun, saved_run  # noqa: F401  a fixture
 
 
+@pytest.mark.slow
 def test_a_run_leaves_results(
     saved_run: SavedRun,  # noqa: F811
     tmp_path: Path,

@@ -90,7 +90,7 @@ def test_it_is_stored_and_changed_by_flags(make_copy_run: Callable[..., Experime
         from_json(ExperimentConfig, to_json(config).replace('"length"', '"lenght"'), origin="test")
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_it_trains_and_resumes(make_copy_run: Callable[..., ExperimentConfig], devices: int) -> None:
     evaluation = EvaluationConfig(max_batches=2, batch_size=8)
     config = make_copy_run(

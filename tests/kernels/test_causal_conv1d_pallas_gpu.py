@@ -21,7 +21,7 @@ LARGE = dataclasses.replace(FULL, batch=3, length=300, channels=200)
 
 
 # The others take 5 s each to interpret.
-QUICK = ("full", "bfloat16", "width_7", "shorter_than_window")
+QUICK = ("full", "bfloat16", "shorter_than_window")
 
 
 @pytest.mark.parametrize(

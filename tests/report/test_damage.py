@@ -4,7 +4,6 @@ import io
 import json
 import os
 import random
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +35,6 @@ FILES = {
     "events.jsonl": "".join(json.dumps(event) + "\n" for event in (START, GOODPUT, SKIPPED)).encode(),
     "samples.txt": b"".join(b"--- step %d\ntext %d\n\n" % (step, step) for step in range(1, STEPS + 1)),
 }
-
-
-@pytest.fixture(autouse=True)
-def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
 
 
 @pytest.fixture(scope="module")

@@ -147,8 +147,7 @@ def test_older_runs_and_runs_that_just_began(tmp_path: Path) -> None:
     assert "held-out" not in _Page(render([read_run(tmp_path)])).text
 
 
-def test_files_of_the_metric_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+def test_files_of_the_metric_writer(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, first_step=0)
     writer.write("train", 1, {"cross_entropy": 3.5, "mfu": 0.25})
     writer.write("validation_ema", 1, {"loss": 3.25})
@@ -219,6 +218,7 @@ def test_comparison_shows_what_differs(run_dir: Path, tmp_path: Path) -> None:
     assert "other, training" in text
 
 
+@pytest.mark.slow
 def test_large_run(tmp_path: Path) -> None:
     """300 000 records give a page below 3 MB, spikes and all, in a few times what the json module needs to read them.
 

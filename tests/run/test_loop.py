@@ -111,7 +111,7 @@ def exact(run_dir: str | Path, kind: str) -> dict[int, dict[str, str]]:
 
 
 def test_run_directory_holds_everything(finished: FinishedRun) -> None:
-    names = {path.name for path in finished.folder.iterdir()} - {"tensorboard"}
+    names = {path.name for path in finished.folder.iterdir()}
     records = {"metrics.jsonl", "events.jsonl", "samples.txt", "loss_curve.png"}
     assert names == {"config.json", "run.json", "owner.lock", "checkpoints", *records}
     stored = from_json(ExperimentConfig, (finished.folder / "config.json").read_text(), origin="config.json")

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+import struct
 import sys
 import threading
 import types
@@ -62,6 +63,25 @@ def test_tensorboard_gets_every_number(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls == [("tensorboard", 4), ("train/loss", 1.5, 4), "closed"]
 
 
+def test_files_of_tensorboard_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their own format: each record is its length in 8 bytes, 4 of checksum, the event, 4 of checksum."""
+    monkeypatch.delitem(sys.modules, "tensorboardX")
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    writer = MetricWriter(tmp_path, first_step=3)
+    for step in (4, 5):
+        writer.write("train", step, {"loss": 0.5 * step})
+    writer.close()
+    assert not [thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboardX")]
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    content, scalars = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        scalars += [(value.tag, value.simple_value, event.step) for value in event.summary.value]
+        content = content[16 + length :]
+    assert scalars == [("train/loss", 2.0, 4), ("train/loss", 2.5, 5)]
+
+
 def test_tensorboard_whose_thread_died_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queue is never emptied again: one more scalar too many would block the run."""
 
@@ -92,8 +112,7 @@ def test_tensorboard_whose_thread_died_is_left_alone(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
-def test_full_disk_costs_records_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+def test_full_disk_costs_records_only(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, first_step=0)
     for name in ("metrics.jsonl", "samples.txt"):
         (tmp_path / name).symlink_to("/dev/full")
@@ -106,7 +125,6 @@ def test_full_disk_costs_records_only(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_resume_on_a_full_disk_keeps_the_old_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     _write(tmp_path, range(1, 8), first_step=0, loss=1.0)
     before = (tmp_path / "metrics.jsonl").read_text()
 
@@ -120,8 +138,7 @@ def test_resume_on_a_full_disk_keeps_the_old_records(tmp_path: Path, monkeypatch
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_works_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+def test_works_without_tensorboard(tmp_path: Path) -> None:
     _write(tmp_path, range(1, 3), first_step=0, loss=1.0)
     assert len(read_metrics(tmp_path)) == 3
     assert not (tmp_path / "tensorboard").exists()
@@ -148,11 +165,6 @@ def test_resumed_run_has_every_sample_once(tmp_path: Path) -> None:
     assert "new text" in text
 
 
-@pytest.fixture
-def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-
-
 SAMPLES = (
     "a\r\nb\rc",
     "x\n--- step 999\ny",
@@ -164,7 +176,6 @@ SAMPLES = (
 )
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_every_sample_comes_back(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, first_step=0)
     for step, text in enumerate(SAMPLES):
@@ -176,13 +187,11 @@ def test_every_sample_comes_back(tmp_path: Path) -> None:
     assert before.startswith((tmp_path / "samples.txt").read_bytes())
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_old_samples_are_read(tmp_path: Path) -> None:
     (tmp_path / "samples.txt").write_bytes(b"--- step 10\nthe \xff end\n\n\n--- step 20\nno end")
     assert read_samples(tmp_path) == [(10, "the \ufffd end\n"), (20, "no end")]
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_what_a_resume_keeps_it_keeps_byte_for_byte(tmp_path: Path) -> None:
     """Lines of older versions, spaces and fields that nobody knows included."""
     lines = (
@@ -198,7 +207,6 @@ def test_what_a_resume_keeps_it_keeps_byte_for_byte(tmp_path: Path) -> None:
     assert not (tmp_path / "damaged").exists()
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 @pytest.mark.parametrize(
     "line",
     [
@@ -225,7 +233,6 @@ def test_damaged_lines_are_kept_aside(tmp_path: Path, line: bytes) -> None:
     assert aside.read_bytes() == line
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_no_room_to_keep_damaged_lines_leaves_them_where_they_are(tmp_path: Path) -> None:
     content = b'{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 2}\n'
     (tmp_path / "metrics.jsonl").write_bytes(content)
@@ -235,7 +242,6 @@ def test_no_room_to_keep_damaged_lines_leaves_them_where_they_are(tmp_path: Path
     assert (tmp_path / "metrics.jsonl").read_bytes() == content
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_a_file_that_is_a_link_stays_one(tmp_path: Path) -> None:
     target = tmp_path / "elsewhere.jsonl"
     target.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
@@ -245,7 +251,6 @@ def test_a_file_that_is_a_link_stays_one(tmp_path: Path) -> None:
     assert target.read_text() == '{"kind": "train", "step": 1}\n'
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_values_that_are_not_finite_come_back(tmp_path: Path) -> None:
     values = {"loss": math.nan, "grad_norm": -math.inf, "skipped": 1.0}
     MetricWriter(tmp_path, first_step=0).write("train", 1, values)
@@ -274,7 +279,6 @@ def test_tensorboard_that_fails_ends_its_files_only(tmp_path: Path, monkeypatch:
         MetricWriter(tmp_path, first_step=0)
 
 
-@pytest.mark.usefixtures("without_tensorboard")
 def test_loss_curve_of_numbers_and_names_that_plots_dislike(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, first_step=0)
     for step, loss in enumerate((math.nan, 1.7e308, -1.7e308, math.inf, 2.0)):

@@ -88,7 +88,7 @@ def forward_state(config: ExperimentConfig, params: Any, batch: LMBatch) -> LMSt
         return forward(params)
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("accumulation_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_streams_carry_the_state_from_step_to_step(make_config: MakeConfig, accumulation_steps: int) -> None:
     """Two steps over the halves of a text see what one pass over it sees; the learning rate changes nothing."""
     config = make_config(order="streams", peak_lr=1e-30, accumulation_steps=accumulation_steps)
