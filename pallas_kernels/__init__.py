@@ -7,6 +7,9 @@ from pallas_kernels.common.derivatives import differentiable
 from pallas_kernels.mamba1_step.api import mamba1_step
 from pallas_kernels.mamba1_step.api import pays as mamba1_step_pays
 from pallas_kernels.mamba1_step.arguments import Mamba1StepOutput, Mamba1Weights
+from pallas_kernels.mamba2_step.api import mamba2_step
+from pallas_kernels.mamba2_step.arguments import Mamba2Carry, Mamba2Weights
+from pallas_kernels.mamba2_step.xla.replay import settled_state as mamba2_settled_state
 from pallas_kernels.selective_scan.api import selective_scan
 from pallas_kernels.selective_scan.arguments import FINAL_STATE, INITIAL_COTANGENT, SCAN, ScanArguments, ScanOutput
 from pallas_kernels.selective_scan.edge_states import selective_scan_final_state, selective_scan_initial_cotangent
@@ -36,6 +39,8 @@ __all__ = [
     "DecayingAttentionArguments",
     "Mamba1StepOutput",
     "Mamba1Weights",
+    "Mamba2Carry",
+    "Mamba2Weights",
     "OpTable",
     "SSDArguments",
     "SSDOutput",
@@ -49,6 +54,8 @@ __all__ = [
     "differentiable",
     "mamba1_step",
     "mamba1_step_pays",
+    "mamba2_settled_state",
+    "mamba2_step",
     "selective_scan",
     "selective_scan_final_state",
     "selective_scan_initial_cotangent",

@@ -10,6 +10,7 @@ from flax import nnx
 
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.language_model import LanguageModel
+from mamba_jax.models.storage.by_columns import by_columns
 from mamba_jax.models.storage.per_layer import unstacked
 from mamba_jax.sharding import Axis
 
@@ -43,9 +44,15 @@ class ModelDefinition:
         return nnx.merge(self._graph, state)
 
     def unstacked(self, params: Params) -> Params:
-        """The parameters with an array for each layer of a stack, for programs that read one token; see `PerLayer`."""
+        """The parameters with an array for each layer of a stack, for programs that read one token; see `PerLayer`.
+
+        Matrices of mixers that read them so lie by columns; see `by_columns`.
+        """
         stacks = {stack.name for stack in self.config.stacks}
-        return {name: unstacked(part) if name in stacks else part for name, part in params.items()}
+        layers = {name: unstacked(part) if name in stacks else part for name, part in params.items()}
+        for name in (stack.name for stack in self.config.stacks if stack.mixer.reads_columns):
+            layers[name] = by_columns(layers[name], self.summed[name])
+        return layers
 
 
 @functools.cache

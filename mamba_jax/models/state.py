@@ -37,12 +37,7 @@ def declare(config: ModelConfig, *, batch_size: int, max_length: int | None = No
     """
 
     def with_layers(stack: Stack, array: StateArray) -> StateArray:
-        return StateArray(
-            shape=(stack.repeats, *array.shape),
-            dtype=array.dtype,
-            axes=(Axis.LAYERS, *array.axes),
-            initial=array.initial,
-        )
+        return dataclasses.replace(array, shape=(stack.repeats, *array.shape), axes=(Axis.LAYERS, *array.axes))
 
     return {
         stack.name: jax.tree.map(

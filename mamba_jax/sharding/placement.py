@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from mamba_jax.sharding.axes import RULES, Axis, Logical, ShardingRules
+from pallas_kernels.common.array_types import Size
 
 
 def constrain(x: jax.Array, *axes: Logical) -> jax.Array:
@@ -197,7 +198,7 @@ def is_split() -> bool:
     return _current()[1] is not None
 
 
-def parts(axis: Axis, size: int) -> int:
+def parts(axis: Axis, size: Size) -> int:
     """Number of parts into which `per_shard` splits a dimension with this axis and size; 1 without a mesh."""
     mesh, rules = _current()
     count = 1 if rules is None else rules.parts(mesh, axis)

@@ -53,6 +53,11 @@ def tracing_for_kind(
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+def tracing_for_any() -> contextlib.AbstractContextManager:
+    """Tells operations that they are traced for devices of any kind, so that they run as XLA compiles them anywhere."""
+    return tracing_for_kind("any", "any")
+
+
 def tracing_for(device: jax.Device) -> contextlib.AbstractContextManager:
     """Tells operations that they are traced for a device, and not for the default one."""
     platform = "tpu" if device.platform == "tpu" else "gpu"

@@ -260,7 +260,7 @@ class OpTable:
         """Letters of the dimensions of one of its arguments."""
         return letters_of(self.takes, name, value)
 
-    def sizes(self, arrays: Mapping[str, Any]) -> dict[str, int]:
+    def sizes(self, arrays: Mapping[str, Any]) -> dict[str, Size]:
         """The size of every letter among the dimensions of some of its arguments.
 
         A "1" is not a letter: `letters` writes it for G where one group serves all channels or heads, which does not

@@ -10,6 +10,7 @@ _dispatch = Dispatcher[Mamba1StepOutput](
     op=_NAME,
     implementations={
         "triton": Backend(f"{_HERE}.triton.op", _NAME),
+        "triton_columns": Backend(f"{_HERE}.triton.op", f"{_NAME}_by_columns"),
         "xla": Backend(f"{_HERE}.xla.op", _NAME),
     },
     platform_order={"gpu": ("triton", "xla")},
@@ -33,7 +34,7 @@ def mamba1_step(
         x        = silu(conv_bias + sum_k conv_weight_k [window, x]_k)
         dt, B, C = x x_proj
         dt       = softplus(dt dt_proj + dt_bias)
-        state'   = exp(dt A) state + dt B x
+        state'   = exp(dt A) state + dt B x, A = -exp(A_log)
         y        = (C state' + D x) silu(z)
         residual' = residual + y out_proj
 
@@ -50,6 +51,7 @@ def mamba1_step(
         weights: of the block.
         eps: of the norm.
         implementation: a name runs or raises; None takes the platform's best that accepts the arguments.
+            "triton_columns" is for matrices that lie in memory by columns, and has not run on a GPU yet.
 
     Returns:
         The residual stream, the window and the state after the token.

@@ -24,7 +24,7 @@ class Mamba1Weights:
         x_proj: (E, R + 2 N), to what dt is projected from, to B and to C.
         dt_proj: (R, E).
         dt_bias: (E,).
-        A: (E, N) decay rates, negative.
+        A_log: (E, N), of which exp(A_log) = -A are the decay rates.
         D: (E,) skip connection.
         out_proj: (E, D).
     """
@@ -36,7 +36,7 @@ class Mamba1Weights:
     x_proj: Leaf
     dt_proj: Leaf
     dt_bias: Leaf
-    A: Leaf
+    A_log: Leaf
     D: Leaf
     out_proj: Leaf
 
@@ -52,7 +52,7 @@ class StepArguments(Arguments):
     in_proj: Leaf = array("DPE")
     conv_weight: Leaf = array("KE")
     conv_bias: Leaf = array("E")
-    A: Leaf = array("EN")
+    A_log: Leaf = array("EN")
     dt_proj: Leaf = array("RE")
     x_proj: Leaf = array("EM")
     dt_bias: Leaf = array("E")
@@ -66,7 +66,7 @@ class StepArguments(Arguments):
         """Raises ValueError unless in_proj and x_proj have the sizes that others leave, and projections one dtype."""
         if self.in_proj.shape[1] != 2:
             raise ValueError(f"{self.op}: in_proj has shape {self.in_proj.shape}, expected (D, 2, E), to x and to z")
-        columns = self.dt_proj.shape[0] + 2 * self.A.shape[1]
+        columns = self.dt_proj.shape[0] + 2 * self.A_log.shape[1]
         if self.x_proj.shape[1] != columns:
             raise ValueError(f"{self.op}: x_proj has {self.x_proj.shape[1]} columns, expected R + 2 N = {columns}")
         for name in ("x_proj", "dt_proj", "out_proj"):

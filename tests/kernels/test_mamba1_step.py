@@ -2,10 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,17 +12,27 @@ import pytest
 from pallas_kernels import causal_conv1d, selective_state_update
 from pallas_kernels.common.ahead_of_time import tracing_for_kind
 from pallas_kernels.common.arg_spec import BFLOAT16_ROUNDING, allowed_error
+from pallas_kernels.common.triton.tiles import Tile
 from pallas_kernels.mamba1_step.api import mamba1_step
 from pallas_kernels.mamba1_step.arguments import Mamba1Weights, StepArguments
-from pallas_kernels.mamba1_step.triton import launch
 from pallas_kernels.mamba1_step.triton import op as triton_backend
-from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tile, Tiling, default_tiling
-from tests.kernels.triton_interpreter import HostArray, compiled, interpreted, multiply_bfloat16, round_to_nearest
+from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tiling, column_tiling, default_tiling
+from tests.kernels.triton_interpreter import compiled, interpreted
+from tests.kernels.triton_steps import (
+    check_binaries,
+    check_in_the_interpreter,
+    compiled_by,
+    drawn,
+    interpreter,  # noqa: F401
+    on_gpu,
+    without_gpu,
+)
 
 EPS = 1e-5
 # Sizes that no tile divides.
 D, E, N, R, K = 40, 80, 8, 3, 4
 _TILE = Tile(columns=32, depth=16, stages=1, warps=1)
+_BY_COLUMNS = Tile(columns=16, depth=32, stages=2, warps=1)
 ONE = RecurrenceTile(rows=1, channels=32, warps=1)
 SIXTEEN = RecurrenceTile(rows=16, channels=16, warps=1)
 TILINGS = {
@@ -43,6 +49,13 @@ TILINGS = {
         project_out=_TILE,
     ),
     "selection_in_the_first": Tiling(project_in=_TILE, project_selection=None, advance=ONE, project_out=_TILE),
+    "by_columns": Tiling(
+        project_in=_BY_COLUMNS,
+        project_selection=dataclasses.replace(_BY_COLUMNS, parts=3),
+        advance=ONE,
+        project_out=_BY_COLUMNS,
+        by_column=True,
+    ),
 }
 
 
@@ -61,7 +74,7 @@ def make_call(*, rows: int, states: int = N, taps: int = K, seed: int = 0) -> di
         x_proj=matrix(E, R + 2 * states),
         dt_proj=matrix(R, E),
         dt_bias=rng.uniform(-3, 0, E),
-        A=-rng.uniform(0.5, states, (E, states)),
+        A_log=np.log(rng.uniform(0.5, states, (E, states))),
         D=rng.normal(size=E),
         out_proj=matrix(E, D),
     )
@@ -139,7 +152,7 @@ def test_plain_form_is_the_layers_one_by_one() -> None:
         call["state"],
         x,
         dt @ w.dt_proj,
-        w.A,
+        -jnp.exp(w.A_log),
         B[:, None],
         C[:, None],
         D=w.D,
@@ -168,6 +181,7 @@ def test_bad_input_is_named() -> None:
         mamba1_step(**call | {"window": call["window"][:, 1:]}, eps=EPS)
 
 
+@without_gpu
 def test_triton_declines() -> None:
     call = in_dtype(make_call(rows=2), "float32")
     with pytest.raises(NotImplementedError, match=r"'triton' needs a CUDA GPU of compute capability 8\.0"):
@@ -177,45 +191,11 @@ def test_triton_declines() -> None:
         by_kernels(half)
 
 
-def interpreted_run(kernel, inputs, outputs, constants, shape):
-    """`launch.run` in the interpreter. What a kernel does not write is NaN, or what it stands in place of."""
-    assert kernel.arg_names == [*inputs, *outputs, "constants"]
-
-    def start(*arrays):
-        host = {name: HostArray(np.array(array)) for name, array in zip(inputs, arrays, strict=True)}
-        results = {
-            name: host[shape.in_place[name]]
-            if name in shape.in_place
-            else HostArray(np.full(output.shape, np.nan, output.dtype))
-            for name, output in outputs.items()
-        }
-        with np.errstate(all="ignore"):
-            kernel[(shape.programs,)](*host.values(), *results.values(), constants=constants)
-        return [result.array for result in results.values()]
-
-    values = jax.pure_callback(start, list(outputs.values()), *inputs.values())
-    return dict(zip(outputs, values, strict=True))
-
-
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the kernels in the interpreter."""
-    round_to_nearest(monkeypatch)
-    multiply_bfloat16(monkeypatch)
-    monkeypatch.setattr(launch, "require_triton", lambda op: None)
-    monkeypatch.setattr(launch, "run", interpreted_run)
-
-
 @compiled
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_arithmetic_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", str(Path(__file__)), "-k", "interpreted"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert "passed" in result.stdout
+    check_in_the_interpreter(__file__)
 
 
 @interpreted
@@ -234,6 +214,14 @@ def test_interpreted_values(name: str, rows: int, dtype: str) -> None:
 def test_interpreted_other_states_and_taps(states: int, taps: int) -> None:
     call = in_dtype(make_call(rows=3, states=states, taps=taps), "float32")
     check_values(by_kernels(call), call, "float32")
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+def test_interpreted_few_rows_of_many() -> None:
+    tiling = dataclasses.replace(TILINGS["by_columns"], advance=RecurrenceTile(rows=4, channels=32, warps=1))
+    call = in_dtype(make_call(rows=21), "bfloat16")
+    check_values(by_kernels(call, tiling), call, "bfloat16")
 
 
 @interpreted
@@ -279,7 +267,7 @@ def shapes_of_call(rows: int, width: int, rank: int) -> dict:
         x_proj=half(inner, rank + 2 * states),
         dt_proj=half(rank, inner),
         dt_bias=single(inner),
-        A=single(inner, states),
+        A_log=single(inner, states),
         D=single(inner),
         out_proj=half(inner, width),
     )
@@ -288,30 +276,19 @@ def shapes_of_call(rows: int, width: int, rank: int) -> dict:
 
 
 @compiled
+@pytest.mark.parametrize("tiling_of", [default_tiling, column_tiling])
 @pytest.mark.parametrize("rows", [1, 16, 128])
 @pytest.mark.parametrize("size", SHAPES)
-def test_kernels_compile(size: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile(size: str, rows: int, tiling_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compile for Hopper, without arrays in local memory."""
-    pytest.importorskip("triton")
-    binaries = {}
-
-    def compile_kernel(kernel, inputs, outputs, constants, shape):
-        types = tuple(launch.POINTERS[str(array.dtype)] for array in [*inputs.values(), *outputs.values()])
-        binaries[kernel.__name__] = launch.compiled(kernel, types, constants, shape.warps, shape.stages, 90)
-        return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
-
-    monkeypatch.setattr(launch, "require_triton", lambda op: None)
-    monkeypatch.setattr(launch, "run", compile_kernel)
+    binaries = compiled_by(monkeypatch)
     width, rank = SHAPES[size]
     jax.eval_shape(
-        functools.partial(by_kernels, tiling=default_tiling(rows, width=width)), shapes_of_call(rows, width, rank)
+        functools.partial(by_kernels, tiling=tiling_of(rows, width=width)), shapes_of_call(rows, width, rank)
     )
     few = {"project_in", "project_selection", "advance", "project_out"}
     assert binaries.keys() == (few if rows <= 16 else {"convolve", "advance"})
-    for name, binary in binaries.items():
-        assert ".target sm_90" in binary.ptx
-        assert ".local" not in binary.ptx, f"{name} indexes its registers"
-        assert binary.shared <= 227 * 1024, name
+    check_binaries(binaries)
 
 
 @compiled
@@ -321,3 +298,22 @@ def test_lowers_for_a_gpu_that_is_not_there() -> None:
     with tracing_for_kind("gpu", "NVIDIA H100 80GB HBM3"):
         lowered = program.trace(shapes_of_call(1, *SHAPES["130m"])).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("@__gpu$xla.gpu.ptx") == 4
+
+
+@on_gpu
+@pytest.mark.parametrize("tiling_of", [default_tiling, column_tiling])
+@pytest.mark.parametrize("rows", [1, 2, 16, 20, 128])
+@pytest.mark.parametrize("size", SHAPES)
+def test_values_on_a_gpu(size: str, rows: int, tiling_of: Any) -> None:
+    call = drawn(shapes_of_call(rows, *SHAPES[size]))
+    outputs = jax.jit(functools.partial(by_kernels, tiling=tiling_of(rows, width=SHAPES[size][0])))(call)
+    check_values(outputs, call, "bfloat16")
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [1, 5, 16, 20])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TILINGS)
+def test_values_of_odd_sizes_on_a_gpu(name: str, dtype: str, rows: int) -> None:
+    call = in_dtype(make_call(rows=rows), dtype)
+    check_values(by_kernels(call, TILINGS[name]), call, dtype)

@@ -1,5 +1,6 @@
 """Parameter counts, names, metadata and initial distributions."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from mamba_jax.config import ModelConfig
+from mamba_jax.config import Mamba2Config, ModelConfig
 from mamba_jax.models import parameters
 from mamba_jax.sharding import Axis
 
@@ -93,3 +94,21 @@ def test_merge_puts_every_value_in_its_place(small_config) -> None:
     order = {path: i for i, path in enumerate(traverse_util.flatten_dict(definition.params, sep="/"))}
     assert model.norm_f.scale[...][0] == order["norm_f/scale"]
     assert model.layers.mixer.out_proj.kernel[...][0, 0, 0] == order["layers/mixer/out_proj/kernel"]
+
+
+def test_matrices_lie_by_columns_for_kernels_that_read_them_so(small_config) -> None:
+    mixer = Mamba2Config(state_dim=4, head_dim=8, step_implementation="triton")
+    definition = parameters.define(dataclasses.replace(small_config(), mixer=mixer))
+    drawn = jax.tree.map(lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape).astype(leaf.dtype), definition.params)
+    params: Any = definition.unstacked(drawn)
+    place = jax.tree.leaves(drawn)[0].sharding
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params)
+    told: Any = definition.unstacked(shapes)
+    names = {"in_proj": (1, 2, 0), "BC_proj": (1, 2, 3, 0), "dt_proj": (1, 0), "out_proj": (1, 0)}
+    for name, order in names.items():
+        leaf = params["layers"]["mixer"][name]["kernel"]
+        for index, array in enumerate(leaf.arrays):
+            shape = told["layers"]["mixer"][name]["kernel"].arrays[index]
+            assert array.format.layout.major_to_minor == shape.format.layout.major_to_minor == order
+            np.testing.assert_array_equal(array, drawn["layers"]["mixer"][name]["kernel"][index])
+    assert params["layers"]["mixer"]["conv1d"]["weight"].arrays[0].format.layout.major_to_minor == (0, 1)

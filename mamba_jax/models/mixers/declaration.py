@@ -37,6 +37,11 @@ class MixerConfig(Config):
         del d_model
         return dataclasses.asdict(self)
 
+    @property
+    def reads_columns(self) -> bool:
+        """Whether its kernels for one token read matrices by columns, so that these should lie that way in memory."""
+        return False
+
     def shared_blocks(self) -> "tuple[SharedConfig, ...]":
         """The blocks that this mixer shares with those of other layers; none by default."""
         return ()
@@ -96,9 +101,11 @@ class StateArray:
         dtype: as the mixer returns it.
         axes: logical axis of every dimension; one of them is BATCH.
         initial: value of every element before the first token of a document.
+        is_passing: whether it is in use between single tokens of generation alone. No kept context has it.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     axes: tuple[Axis | None, ...]
     initial: float = 0.0
+    is_passing: bool = False

@@ -2,10 +2,7 @@
 
 import dataclasses
 
-
-def next_power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`."""
-    return 1 << (size - 1).bit_length()
+from pallas_kernels.common.triton.tiles import ProductConstants, next_power_of_two, taps_of_window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,28 +32,22 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProductConstants(Sizes):
-    """Of a kernel that multiplies a few rows with a matrix; all three attributes in lower case follow.
+class ProjectionConstants(Sizes, ProductConstants):
+    """Of a kernel that multiplies a few rows with a matrix; all attributes in lower case follow.
 
     Attributes:
-        M: rows of a tile, a power of two.
-        COLUMNS: of a program, a power of two.
-        DEPTH: terms of a sum that are loaded at a time, a power of two.
         PARTS: into which a sum is cut, one program each; 1 is not at all.
         EPS: of the norm; read by the in-projection only.
         HAS_SELECTION: whether the in-projection multiplies its channels with the x-projection too.
     """
 
-    M: int
-    COLUMNS: int
-    DEPTH: int
     PARTS: int = 1
     EPS: float = 0.0
     HAS_SELECTION: bool = False
 
     @property
     def blocks(self) -> int:
-        """Of the E channels, for the in-projection and the convolution."""
+        """Of the E channels, for the in-projection."""
         return -(-self.E // self.COLUMNS)
 
     @property
@@ -67,7 +58,7 @@ class ProductConstants(Sizes):
     @property
     def TAPS(self) -> int:
         """K - 1 taps of the window as a power of two."""
-        return next_power_of_two(max(self.K - 1, 1))
+        return taps_of_window(self.K)
 
     @property
     def SELECTION(self) -> int:
@@ -80,12 +71,15 @@ class StepConstants(Sizes):
     """Of the kernel that advances the recurrence.
 
     Attributes:
-        M: rows of a program: 1, or a power of two from 16 on.
+        M: rows of a program: 1, or a power of two from 16 on; any with HAS_DT.
         CHANNELS: of a program, a power of two from 16 on.
         RANK: of the R terms of dt that are loaded at a time, a power of two from 16 on.
         PARTS: that the x-projection comes in, to be added.
         Z_STRIDE: from a row of z to the next.
         Z_OFFSET: of the first row.
+        BY_COLUMN: whether the terms of a channel of the dt-projection follow each other in memory.
+        A_IS_LOG: whether A comes as log(-A).
+        HAS_DT: whether the projected step size (ROWS, E) comes in the place of its projection.
     """
 
     M: int
@@ -94,6 +88,9 @@ class StepConstants(Sizes):
     PARTS: int
     Z_STRIDE: int
     Z_OFFSET: int
+    BY_COLUMN: bool
+    A_IS_LOG: bool
+    HAS_DT: bool
 
     @property
     def blocks(self) -> int:

@@ -35,6 +35,8 @@ def advance(parts, dt_proj, dt_bias, A, D, x, z, state, y, new_state, constants:
     is_state_MEN = is_row_M[:, None, None] & is_state_EN[None]
     state_MEN = tl.load(state + place_MEN, mask=is_state_MEN, other=0.0).to(tl.float32)
     A_EN = tl.load(A + matrix_EN, mask=is_state_EN, other=0.0).to(tl.float32) * LOG2_E
+    if constants.A_IS_LOG:
+        A_EN = tl.exp2(A_EN) * -LOG2_E
     mask_ME = is_row_M[:, None] & exists_E[None]
     x_ME = tl.load(x + row_M[:, None] * constants.E + channel_E[None], mask=mask_ME, other=0.0).to(tl.float32)
     place_z_ME = row_M[:, None] * constants.Z_STRIDE + constants.Z_OFFSET + channel_E[None]
@@ -45,7 +47,11 @@ def advance(parts, dt_proj, dt_bias, A, D, x, z, state, y, new_state, constants:
     # Loads wait for nobody: all are under way before the first sum, which threads wait for each other in.
     B = load_selection(parts, row_M, constants.R, state_N, constants.N, constants)
     C = load_selection(parts, row_M, constants.R + constants.N, state_N, constants.N, constants)
-    dt_ME = project_dt(parts, dt_proj, row_M, channel_E, exists_E, constants)
+    if constants.HAS_DT:
+        place_ME = row_M[:, None] * constants.E + channel_E[None]
+        dt_ME = tl.load(dt_proj + place_ME, mask=mask_ME, other=0.0).to(tl.float32)
+    else:
+        dt_ME = project_dt(parts, dt_proj, row_M, channel_E, exists_E, constants)
     B_MN = finish_selection(B, y.dtype.element_ty, constants).to(tl.float32)
     C_MN = finish_selection(C, y.dtype.element_ty, constants).to(tl.float32)
     # Rounded as the layer's output is.
@@ -68,7 +74,10 @@ def project_dt(parts, dt_proj, row_M, channel_E, exists_E, constants: tl.constex
     for index in tl.static_range(LOADS):
         rank_R = index * constants.RANK + tl.arange(0, constants.RANK)
         mask_RE = (rank_R < constants.R)[:, None] & exists_E[None]
-        weight_RE = tl.load(dt_proj + rank_R[:, None] * constants.E + channel_E[None], mask=mask_RE, other=0.0)
+        if constants.BY_COLUMN:
+            weight_RE = tl.load(dt_proj + rank_R[:, None] + channel_E[None] * constants.R, mask=mask_RE, other=0.0)
+        else:
+            weight_RE = tl.load(dt_proj + rank_R[:, None] * constants.E + channel_E[None], mask=mask_RE, other=0.0)
         dt = load_selection(parts, row_M, 0, rank_R, constants.R, constants)
         dt_MR = finish_selection(dt, dt_proj.dtype.element_ty, constants)
         if constants.M == 1:

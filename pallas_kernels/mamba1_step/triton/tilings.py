@@ -2,30 +2,10 @@
 
 import dataclasses
 
-# Rows that the kernels which stream a matrix take: the least that matrix units multiply. More rows are left to XLA's
-# products, which have an arithmetic intensity worth their tiles.
-MOST_ROWS = 16
+from pallas_kernels.common.triton.tiles import CONVOLUTION_TILE, MOST_ROWS, Tile
+
 # Up to so many rows the recurrence gives every row its own programs, which multiply without matrix units.
 FEW_ROWS = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tile:
-    """What a program of a product works on at a time; sizes are powers of two.
-
-    Attributes:
-        columns: of a program, at least 16.
-        depth: terms of the sum, at least 16.
-        stages: loads under way at a time.
-        warps: of a program.
-        parts: into which the sum is cut.
-    """
-
-    columns: int
-    depth: int
-    stages: int
-    warps: int
-    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +13,7 @@ class RecurrenceTile:
     """What a program of the recurrence works on; sizes are powers of two.
 
     Attributes:
-        rows: of a program, 1 or at least 16.
+        rows: of a program: 1 or at least 16, or, where the step size is projected before, any power of two.
         channels: of a program, at least 16.
         warps: of a program.
     """
@@ -49,17 +29,19 @@ class Tiling:
 
     Attributes:
         project_in: of norm, in-projection and convolution.
-        project_selection: of the x-projection; None makes it part of the kernel before.
+        project_selection: of the x-projection; None makes it part of the kernel before, where matrices lie by rows.
         advance: of the recurrence.
         project_out: of out-projection and residual stream.
         convolve: of the convolution alone, for many rows; `columns` and `warps` count, and `depth` is its rows.
+        by_column: whether matrices are read by columns.
     """
 
     project_in: Tile
     project_selection: Tile | None
     advance: RecurrenceTile
     project_out: Tile
-    convolve: Tile = Tile(columns=128, depth=8, stages=1, warps=4)
+    convolve: Tile = CONVOLUTION_TILE
+    by_column: bool = False
 
 
 def default_tiling(rows: int, *, width: int) -> Tiling:
@@ -86,4 +68,40 @@ def default_tiling(rows: int, *, width: int) -> Tiling:
         project_selection=Tile(columns=32 if is_few else 16, depth=64, stages=4, warps=4 if is_few else 2, parts=parts),
         advance=advance,
         project_out=Tile(columns=32, depth=128 if is_few else 256, stages=6 if is_few else 5, warps=4),
+    )
+
+
+def column_tiling(rows: int, *, width: int) -> Tiling:
+    """The tiling for matrices that are read by columns: by arithmetic on bytes under way, not measured yet.
+
+    One row is multiplied term by term: a program's columns are one piece of memory, all programs fit on the
+    multiprocessors at once, and each of these has 40 KB or more under way where the matrix is that large.
+
+    Args:
+        rows: B.
+        width: D, of the residual stream.
+    """
+    is_narrow = width < 2048
+    if rows > 1:
+        tiling = default_tiling(rows, width=width)
+        return dataclasses.replace(
+            tiling,
+            advance=tiling.advance if rows <= MOST_ROWS else RecurrenceTile(rows=4, channels=64, warps=4),
+            project_in=Tile(columns=32 if is_narrow else 64, depth=128, stages=4, warps=4),
+            project_selection=Tile(columns=16, depth=128, stages=4, warps=2, parts=8),
+            project_out=Tile(columns=16, depth=256, stages=5, warps=2),
+            by_column=True,
+        )
+    if is_narrow:
+        project_in = Tile(columns=8, depth=256, stages=3, warps=4)
+        project_out = Tile(columns=2, depth=512, stages=3, warps=2)
+    else:
+        project_in = Tile(columns=16, depth=256, stages=4, warps=4)
+        project_out = Tile(columns=4, depth=1024, stages=4, warps=4)
+    return Tiling(
+        project_in=project_in,
+        project_selection=Tile(columns=8, depth=128, stages=4, warps=1, parts=12 if is_narrow else 8),
+        advance=RecurrenceTile(rows=1, channels=32, warps=4),
+        project_out=project_out,
+        by_column=True,
     )

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from pallas_kernels.common.array_types import Size
 from pallas_kernels.common.segments import segment_starts
 
 
 def positions_in_documents(
-    length: int,
+    length: Size,
     segment_ids: Int[jax.Array, "B L"] | None = None,
     before: Int[jax.Array, " B"] | None = None,
 ) -> Int[jax.Array, "B L"]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mamba_jax.models.published import Format
 
 ScanName = Literal["reference", "pallas_gpu", "pallas_tpu", "triton", "xla", "xla_sequential", "xla_associative"]
-StepName = Literal["layers", "triton", "xla"]
+StepName = Literal["layers", "triton", "triton_columns", "xla"]
 
 
 @MIXERS.register
@@ -44,7 +44,8 @@ class Mamba1Config(MixerConfig):
             (arXiv 2410.05355) they have none.
         scan_implementation: backend of the selective scan; None lets the platform decide.
         step_implementation: how a block reads one token in generation: "layers" one layer after the other, or a backend
-            of `pallas_kernels.mamba1_step`; None lets the platform decide.
+            of `pallas_kernels.mamba1_step`; None lets the platform decide. "triton_columns" stores the matrices by
+            columns when a decoder is made; no GPU has run it yet.
     """
 
     kind: Literal["mamba1"] = "mamba1"
@@ -98,6 +99,11 @@ class Mamba1Config(MixerConfig):
         free += ("scan_implementation", "step_implementation")
         fields = dataclasses.asdict(self) | {"dt_rank": self.rank(d_model)}
         return {name: value for name, value in fields.items() if name not in free}
+
+    @property
+    def reads_columns(self) -> bool:
+        """See `MixerConfig.reads_columns`."""
+        return self.step_implementation == "triton_columns"
 
     @classmethod
     def formats(cls) -> "tuple[Format, ...]":

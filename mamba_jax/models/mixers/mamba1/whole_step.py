@@ -1,16 +1,13 @@
 """One token of a whole residual block, norm and residual sum included, by one operation."""
 
+import functools
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 import pallas_kernels
 from mamba_jax.models.layers import RMSNorm, read
 from mamba_jax.models.mixers.mamba1.state import Mamba1State
 from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput
-from mamba_jax.models.storage.matrix import is_quantized
-from mamba_jax.sharding import is_split
+from mamba_jax.models.mixers.one_token import matrix_of, reads_one_token
 from pallas_kernels.common.devices import target_platform
 
 
@@ -51,20 +48,15 @@ def _applies(mixer: Any, given: BlockInput) -> bool:
         and config.selection_norm_eps is None
         and config.discretization == "euler"
     )
-    is_one_token = given.is_generating and given.residual.shape[1] == 1 and given.segment_ids is None
     rows, _, width = given.residual.shape
     pays = target_platform() == "gpu" and pallas_kernels.mamba1_step_pays(rows, width)
     is_wanted = pays if config.step_implementation is None else config.step_implementation != "layers"
-    return is_plain and is_one_token and is_wanted and not is_split() and not is_quantized(mixer.in_proj.kernel)
+    return is_plain and is_wanted and reads_one_token(given, mixer.in_proj)
 
 
 def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba1Weights:
     """The parameters of mixer and norm as the operation takes them."""
-    dtype = mixer.setting.compute_dtype
-
-    def matrix(layer: Any) -> jax.Array:
-        return read(layer.kernel).astype(dtype)
-
+    matrix = functools.partial(matrix_of, dtype=mixer.setting.compute_dtype)
     return pallas_kernels.Mamba1Weights(
         norm_scale=read(norm.scale) + norm.offset,
         in_proj=matrix(mixer.in_proj),
@@ -73,7 +65,7 @@ def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba1Weights:
         x_proj=matrix(mixer.x_proj),
         dt_proj=matrix(mixer.dt_proj),
         dt_bias=read(mixer.dt_proj.bias),
-        A=-jnp.exp(read(mixer.A_log).astype(jnp.float32)),
+        A_log=read(mixer.A_log),
         D=read(mixer.D),
         out_proj=matrix(mixer.out_proj),
     )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mamba_jax.models.mixers.mamba2.mixer import Mamba2
     from mamba_jax.models.published import Format
 
+StepName = Literal["layers", "triton", "xla"]
 SSDName = Literal["reference", "pallas_gpu", "pallas_tpu", "xla"]
 
 
@@ -43,6 +44,12 @@ class Mamba2Config(MixerConfig):
         norm_eps: epsilon of that norm.
         learn_initial_state: the state before the first token of a document is a parameter.
         ssd_implementation: backend of the recurrence; None lets the platform decide.
+        step_implementation: how a block reads one token in generation: "layers" one layer after the other, or a backend
+            of `pallas_kernels.mamba2_step`; None is "layers". "triton" stores the matrices by columns when a decoder is
+            made; no GPU has run it yet.
+        step_ring: tokens whose inputs generation keeps instead of writing the recurrent state after each of them: it is
+            written when so many have come. Many rows wait for their states, which are then read but seldom written. It
+            serves those steps that are one operation; 0 writes the state after every token.
     """
 
     kind: Literal["mamba2"] = "mamba2"
@@ -69,6 +76,8 @@ class Mamba2Config(MixerConfig):
     norm_eps: float = 1e-5
     learn_initial_state: bool = False
     ssd_implementation: SSDName | None = None
+    step_implementation: StepName | None = None
+    step_ring: int = 0
 
     def _check(self) -> None:
         """Refuses sizes that are not positive, and pairs of limits that are not in order."""
@@ -80,6 +89,12 @@ class Mamba2Config(MixerConfig):
                 least >= 0 and (greatest is None or greatest >= least),
                 f"Mamba2Config.{high} ({greatest}) must not be below {low} ({least}), nor this below 0",
             )
+        require(self.step_ring >= 0, f"Mamba2Config.step_ring={self.step_ring} is below 0: give a number of tokens")
+        require(
+            not (self.step_ring and self.learn_initial_state),
+            f"Mamba2Config.step_ring={self.step_ring} with learn_initial_state=True, which a ring cannot start from: "
+            "make it 0",
+        )
         low, high = self.a_init_range
         require(0 < low <= high, f"Mamba2Config.a_init_range must be positive and in order, got {self.a_init_range}")
 
@@ -91,8 +106,9 @@ class Mamba2Config(MixerConfig):
         return Mamba2
 
     def decisive(self, d_model: int) -> dict[str, Any]:
-        """All but how random weights are drawn, how widths are arrived at, and the backend."""
-        free = ("expand", "dt_min", "dt_max", "dt_init_floor", "a_init_range", "conv_init", "ssd_implementation")
+        """All but how random weights are drawn, how widths are arrived at, and backends."""
+        free = ("expand", "dt_min", "dt_max", "dt_init_floor", "a_init_range", "conv_init")
+        free += ("ssd_implementation", "step_implementation", "step_ring")
         derived = {
             "inner_dim": self.inner_channels(d_model),
             "ssm_dim": self.channels(d_model),
@@ -100,6 +116,11 @@ class Mamba2Config(MixerConfig):
         }
         fields = dataclasses.asdict(self) | derived
         return {name: value for name, value in fields.items() if name not in free}
+
+    @property
+    def reads_columns(self) -> bool:
+        """See `MixerConfig.reads_columns`."""
+        return self.step_implementation == "triton"
 
     @classmethod
     def formats(cls) -> "tuple[Format, ...]":

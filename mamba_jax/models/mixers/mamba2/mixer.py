@@ -16,10 +16,12 @@ from mamba_jax.models.mixers.declaration import Setting
 from mamba_jax.models.mixers.mamba2.config import Mamba2Config
 from mamba_jax.models.mixers.mamba2.gated_norm import GatedRMSNorm
 from mamba_jax.models.mixers.mamba2.learned_start import from_learned_state
-from mamba_jax.models.mixers.mamba2.state import LEARNED, Mamba2State, declare
-from mamba_jax.models.mixers.mixer import Mixer, MixerOutput
+from mamba_jax.models.mixers.mamba2.state import LEARNED, Mamba2State, declare, empty_ring
+from mamba_jax.models.mixers.mamba2.whole_step import step_whole
+from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput, Mixer, MixerOutput
 from mamba_jax.sharding import Axis, in_groups
-from pallas_kernels import SSDArguments, as_decaying_attention
+from pallas_kernels import SSDArguments, as_decaying_attention, mamba2_settled_state
+from pallas_kernels.common.array_types import Size
 
 
 class Mamba2(Mixer):
@@ -136,6 +138,10 @@ class Mamba2(Mixer):
         """As many tokens as the convolution reaches back, for they all come from the device before."""
         return max(config.past, 1)
 
+    def run_block(self, given: BlockInput, norm: Any, state: Any) -> BlockOutput:
+        """See `Mixer.run_block`; a single token of a text that grows may be one operation."""
+        return step_whole(self, given, norm, state) or super().run_block(given, norm, state)
+
     def advance(
         self,
         u_BLD: Float[jax.Array | np.ndarray, "B L D"],
@@ -160,7 +166,10 @@ class Mamba2(Mixer):
             y_BLE = jnp.concatenate([gated_BLF, y_BLE], axis=-1)
         dtype = self.setting.compute_dtype
         after = Mamba2State(
-            conv_window=x.final_window.astype(dtype), BC_window=BC.final_window.astype(dtype), ssm=ssm_BHPN
+            conv_window=x.final_window.astype(dtype),
+            BC_window=BC.final_window.astype(dtype),
+            ssm=ssm_BHPN,
+            ring=empty_ring(self.config, self.setting, batch_size=u_BLD.shape[0]),
         )
         return MixerOutput(y=self.out_proj(ops.constrain(y_BLE, "BLE")), state=after)
 
@@ -207,9 +216,17 @@ class Mamba2(Mixer):
             y_BLHP, after = y_BLHP + y_more.astype(y_BLHP.dtype), after + state_more
         return y_BLHP.reshape(x_BLE.shape), after
 
-    def _state_before(self, state: Mamba2State | None, batch: int) -> jax.Array | None:
+    def _state_before(self, state: Mamba2State | None, batch: Size) -> jax.Array | None:
         """The recurrent state before the first token; None is zero."""
         before = None if state is None else state.ssm
+        if state is not None and state.ring is not None:
+            before = mamba2_settled_state(
+                state.ssm,
+                state.ring.named(),
+                A_log_H=read(self.A_log),
+                dt_bias_H=read(self.dt_bias),
+                dt_limit=self.config.dt_limit,
+            )
         if not self.config.learn_initial_state:
             return before
         learned = read(self.initial_state).astype(jnp.float32)[None]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from pallas_kernels.common.array_types import Size
 from pallas_kernels.common.partitioning import varying_like
 
 # Rows of a block: enough of them for a matrix that is read once for each to cost less to read than to multiply.
@@ -76,13 +77,13 @@ class _Visits:
     low: jax.Array
     high: jax.Array
 
-    def has(self, block: int) -> jax.Array:
+    def has(self, block: Size) -> jax.Array:
         """Of one visit: which rows of the block belong to the group, (block, 1)."""
         row = (self.first + jnp.arange(block))[:, None]
         return (row >= self.low) & (row < self.high)
 
 
-def _visits(sizes_X: jax.Array, num_rows: int, block: int) -> _Visits:
+def _visits(sizes_X: jax.Array, num_rows: Size, block: Size) -> _Visits:
     """All visits. There are at most as many as blocks, one more for every other group, and never more than rows."""
     num_groups = sizes_X.shape[0]
     high_X = jnp.cumsum(sizes_X)
@@ -90,7 +91,7 @@ def _visits(sizes_X: jax.Array, num_rows: int, block: int) -> _Visits:
     first_X = low_X // block
     count_X = jnp.where(sizes_X > 0, (high_X - 1) // block - first_X + 1, 0)
     after_X = jnp.cumsum(count_X)
-    visit = jnp.arange(min(num_rows // block + num_groups - 1, num_rows), dtype=sizes_X.dtype)
+    visit = jnp.arange(jax.core.min_dim(num_rows // block + num_groups - 1, num_rows), dtype=sizes_X.dtype)
     # Visits that are left over belong to the last group, whose rows they do not reach.
     group = jnp.minimum(jnp.sum(visit[:, None] >= after_X[None], axis=1), num_groups - 1)
     is_needed = visit < after_X[-1]
@@ -103,9 +104,9 @@ def _visits(sizes_X: jax.Array, num_rows: int, block: int) -> _Visits:
     )
 
 
-def _in_blocks(rows: jax.Array) -> tuple[jax.Array, int]:
+def _in_blocks(rows: jax.Array) -> tuple[jax.Array, Size]:
     """The rows, with zeros after them up to whole blocks, and the rows of a block."""
-    block = min(BLOCK, rows.shape[0])
+    block = jax.core.min_dim(BLOCK, rows.shape[0])
     return jnp.pad(rows, ((0, -rows.shape[0] % block), (0, 0))), block
 
 

@@ -28,6 +28,7 @@ from mamba_jax.models import initializers, ops
 from mamba_jax.models.layers import parameter, read
 from mamba_jax.models.mixers.rg_lru.state import NO_TOKEN
 from mamba_jax.sharding import Axis, in_groups, placed_like, product_of_groups, whole
+from pallas_kernels.common.array_types import Size
 from pallas_kernels.common.segments import segment_starts
 
 # c, the power that an open recurrence gate raises sigmoid(-Lambda) to.
@@ -121,7 +122,7 @@ class BlockDiagonal(nnx.Module):
 
 
 def _first_tokens(
-    length: int, hidden_BE: jax.Array | None, segment_ids_BL: jax.Array | None
+    length: Size, hidden_BE: jax.Array | None, segment_ids_BL: jax.Array | None
 ) -> Bool[jax.Array, "#B L #E"]:
     """Where a document starts."""
     is_first = (jnp.arange(length) == 0)[None, :, None]

@@ -22,7 +22,8 @@ def attend(arguments: "Attended") -> jax.Array:
     reach = own if arguments.positions is None else arguments.positions
     if arguments.window is not None:
         reach = jnp.minimum(reach, arguments.window - 1)
-    chunk = max(1, _MOST_SCORES // scores)
+    # How many rows a program for any number of them gets is not known, but its queries are few.
+    chunk = max(1, _MOST_SCORES // scores) if isinstance(scores, int) else length
     some = functools.partial(_attend_some, k=k, v=v, window=arguments.window, scale=arguments.scale)
     if chunk >= length:
         return some((q, own, reach))

@@ -20,8 +20,11 @@ from pallas_kernels.common.partitioning import varying_like
 
 # Ampere, the first generation whose matrix units take bfloat16.
 MINIMUM_COMPUTE_CAPABILITY = 80
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
 _THREADS_OF_A_WARP = 32
+# Bytes of shared memory that a program may have, by compute capability; others have the least.
+_SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_LEAST_SHARED_MEMORY = 99 * 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,11 +91,17 @@ def run(
 
     Returns:
         The outputs.
+
+    Raises:
+        NotImplementedError: a program wants more shared memory than the target has.
     """
     # Arguments go by position; this catches a kernel and a caller that disagree about the order.
     assert kernel.arg_names == [*inputs, *outputs, "constants"]
     types = tuple(POINTERS[str(array.dtype)] for array in [*inputs.values(), *outputs.values()])
-    built = compiled(kernel, types, constants, launch.warps, launch.stages, cuda_compute_capability() or 0)
+    capability = cuda_compute_capability() or 0
+    built = compiled(kernel, types, constants, launch.warps, launch.stages, capability)
+    if built.shared > (most := _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)):
+        raise NotImplementedError(f"{built.name} wants {built.shared} bytes of shared memory, and there are {most}")
     places, results = list(inputs), list(outputs)
     # An array that no output replaces: one that is replaced would have to be copied to stay readable.
     unread = next(array for name, array in inputs.items() if name not in launch.in_place.values())

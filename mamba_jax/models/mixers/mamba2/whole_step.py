@@ -1,0 +1,88 @@
+"""One token of a whole residual block, norm and residual sum included, by one operation."""
+
+import functools
+from typing import Any
+
+import pallas_kernels
+from mamba_jax.models.layers import RMSNorm, read
+from mamba_jax.models.mixers.mamba2.state import Mamba2Ring, Mamba2State
+from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput
+from mamba_jax.models.mixers.one_token import matrix_of, reads_one_token
+
+
+def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba2State | None) -> BlockOutput | None:
+    """The block's output for one token; None if its layers have to do it one by one.
+
+    The operation serves generation on one device where it is asked for, and mixers without the options that few models
+    have.
+
+    Args:
+        mixer: a `Mamba2`.
+        given: what the block has.
+        norm: of the block.
+        state: from the call on the tokens before.
+    """
+    if state is None or not _applies(mixer, given):
+        return None
+    config = mixer.config
+    before = pallas_kernels.Mamba2Carry(
+        residual=given.residual[:, 0],
+        window=state.conv_window,
+        BC_window=state.BC_window,
+        state=state.ssm,
+        **({} if state.ring is None else state.ring.named()),
+    )
+    output = pallas_kernels.mamba2_step(
+        before,
+        _weights(mixer, norm),
+        eps=norm.eps,
+        gated_norm_eps=config.norm_eps,
+        group_size=config.group_size(mixer.setting.d_model),
+        dt_limit=config.dt_limit,
+        implementation=config.step_implementation,
+    )
+    after = Mamba2State(conv_window=output.window, BC_window=output.BC_window, ssm=output.state, ring=_ring(output))
+    return BlockOutput(residual=output.residual[:, None], state=after)
+
+
+def _ring(output: pallas_kernels.Mamba2Carry) -> Mamba2Ring | None:
+    """The ring that the operation leaves, if there is one."""
+    if output.ring_x is None:
+        return None
+    arrays: Any = {name: getattr(output, f"ring_{name}") for name in ("x", "B", "dt", "length")}
+    return Mamba2Ring(**arrays)
+
+
+def _applies(mixer: Any, given: BlockInput) -> bool:
+    """Whether the operation computes what the mixer does, and is asked for."""
+    config = mixer.config
+    is_plain = (
+        config.use_norm
+        and config.use_conv_bias
+        and not config.norm_before_gate
+        and not config.use_bias
+        and not config.learn_initial_state
+        and not config.gated_channels(mixer.setting.d_model)
+    )
+    is_wanted = config.step_implementation not in (None, "layers")
+    return is_plain and is_wanted and reads_one_token(given, mixer.in_proj)
+
+
+def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba2Weights:
+    """The parameters of mixer and norm as the operation takes them."""
+    matrix = functools.partial(matrix_of, dtype=mixer.setting.compute_dtype)
+    return pallas_kernels.Mamba2Weights(
+        norm_scale=read(norm.scale) + norm.offset,
+        in_proj=matrix(mixer.in_proj),
+        BC_proj=matrix(mixer.BC_proj),
+        dt_proj=matrix(mixer.dt_proj),
+        conv_weight=read(mixer.conv1d.weight),
+        conv_bias=read(mixer.conv1d.bias),
+        BC_conv_weight=read(mixer.BC_conv1d.weight),
+        BC_conv_bias=read(mixer.BC_conv1d.bias),
+        dt_bias=read(mixer.dt_bias),
+        A_log=read(mixer.A_log),
+        D=read(mixer.D),
+        gated_norm_scale=read(mixer.norm.scale),
+        out_proj=matrix(mixer.out_proj),
+    )

@@ -1,0 +1,178 @@
+"""Kernels of the Mamba-2 step that stream matrices past a few rows; import only where triton is installed.
+
+A program owns a block of columns and all rows, at most M. Suffixes spell shapes: M rows, C columns of a block, T taps,
+U sums of squares of a group of channels.
+"""
+
+# Triton compiles what only looks like Python, and need not be installed.
+# pyrefly: ignore-errors
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.common.triton.convolution import finish_convolution, load_window, store_window, window_sum
+from pallas_kernels.common.triton.products import product_of_normalized, sum_of_products
+
+
+@triton.jit
+@no_type_check
+def project_in(
+    norm_scale,
+    residual,
+    in_proj,
+    BC_proj,
+    dt_proj,
+    conv_weight,
+    conv_bias,
+    BC_conv_weight,
+    BC_conv_bias,
+    window,
+    BC_window,
+    z,
+    x,
+    BC,
+    dt,
+    new_window,
+    new_BC_window,
+    constants: tl.constexpr,
+):
+    """Norm, in-projections, convolutions and SiLU: programs count blocks of z, of x, of B and C, and of dt.
+
+    Writes z and x (ROWS, E), B and C (ROWS, 2 G N) and dt (ROWS, H), and the windows in place of the old ones.
+    """
+    program = tl.program_id(0)
+    if program < constants.blocks:
+        project(norm_scale, residual, in_proj, z, program, constants.E, 2 * constants.E, constants)
+    elif program < 2 * constants.blocks:
+        project_and_convolve(
+            norm_scale,
+            residual,
+            in_proj,
+            conv_weight,
+            conv_bias,
+            window,
+            x,
+            new_window,
+            program - constants.blocks,
+            constants.E,
+            constants.E,
+            2 * constants.E,
+            constants,
+        )
+    elif program < 2 * constants.blocks + constants.BC_blocks:
+        project_and_convolve(
+            norm_scale,
+            residual,
+            BC_proj,
+            BC_conv_weight,
+            BC_conv_bias,
+            BC_window,
+            BC,
+            new_BC_window,
+            program - 2 * constants.blocks,
+            0,
+            constants.BC,
+            constants.BC,
+            constants,
+        )
+    else:
+        block = program - 2 * constants.blocks - constants.BC_blocks
+        project(norm_scale, residual, dt_proj, dt, block, constants.H, constants.H, constants)
+
+
+@triton.jit
+@no_type_check
+def project(
+    norm_scale,
+    residual,
+    weight,
+    output,
+    block,
+    CHANNELS: tl.constexpr,
+    TOTAL: tl.constexpr,
+    constants: tl.constexpr,
+):
+    """A block of the first CHANNELS of a matrix's TOTAL columns: output is (ROWS, CHANNELS)."""
+    row_M = tl.arange(0, constants.M)
+    channel_C = block * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    exists_C = channel_C < CHANNELS
+    sum_MC = product_of_normalized(
+        residual, norm_scale, weight, row_M, channel_C, exists_C, constants.D, TOTAL, constants
+    )
+    mask_MC = (row_M < constants.ROWS)[:, None] & exists_C[None]
+    tl.store(output + row_M[:, None] * CHANNELS + channel_C[None], sum_MC.to(output.dtype.element_ty), mask=mask_MC)
+
+
+@triton.jit
+@no_type_check
+def project_and_convolve(
+    norm_scale,
+    residual,
+    weight,
+    conv_weight,
+    conv_bias,
+    window,
+    output,
+    new_window,
+    block,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOTAL: tl.constexpr,
+    constants: tl.constexpr,
+):
+    """A block of CHANNELS of a matrix's TOTAL columns, from FIRST on, convolved: output is (ROWS, CHANNELS)."""
+    row_M = tl.arange(0, constants.M)
+    channel_C = block * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    exists_C = channel_C < CHANNELS
+    # Loaded long before they are needed: the sum hides the wait.
+    window_MTC = load_window(window, row_M, channel_C, exists_C, CHANNELS, constants)
+    taps_MC = window_sum(window_MTC, conv_weight, conv_bias, channel_C, exists_C, CHANNELS, constants)
+    sum_MC = product_of_normalized(
+        residual, norm_scale, weight, row_M, FIRST + channel_C, exists_C, constants.D, TOTAL, constants
+    )
+    value_MC = sum_MC.to(output.dtype.element_ty)
+    output_MC = finish_convolution(taps_MC, value_MC, conv_weight, channel_C, CHANNELS, constants)
+    mask_MC = (row_M < constants.ROWS)[:, None] & exists_C[None]
+    tl.store(output + row_M[:, None] * CHANNELS + channel_C[None], output_MC, mask=mask_MC)
+    store_window(new_window, window_MTC, value_MC, row_M, channel_C, CHANNELS, constants)
+
+
+@triton.jit
+@no_type_check
+def project_out(residual, y, squares, weight, new_residual, constants: tl.constexpr):
+    """The residual stream and the out-projection, for a block of columns, in place of the residual stream.
+
+    y (ROWS, E) is scaled and rounded already, and here divided by the root mean square of each group of channels, whose
+    squares come in sums (ROWS, SQUARES) for parts of heads.
+    """
+    row_M = tl.arange(0, constants.M)
+    is_row_M = row_M < constants.ROWS
+    column_C = tl.program_id(0) * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    place_MC = row_M[:, None] * constants.D + column_C[None]
+    mask_MC = is_row_M[:, None] & (column_C < constants.D)[None]
+    residual_MC = tl.load(residual + place_MC, mask=mask_MC, other=0.0)
+    unit_U = tl.arange(0, constants.U)
+    output_MC = tl.full((constants.M, constants.COLUMNS), 0.0, tl.float32)
+    for group in tl.range(0, constants.groups):
+        place_MU = row_M[:, None] * constants.SQUARES + group * constants.squares + unit_U[None]
+        mask_MU = is_row_M[:, None] & (unit_U < constants.squares)[None]
+        squares_M = tl.sum(tl.load(squares + place_MU, mask=mask_MU, other=0.0), axis=1)
+        reciprocal_M = tl.rsqrt(squares_M / constants.GROUP + constants.EPS)
+        first = group * constants.GROUP
+        sum_MC = sum_of_products(
+            y,
+            weight,
+            row_M,
+            column_C,
+            first,
+            first + constants.GROUP,
+            constants.steps,
+            constants.E,
+            constants.D,
+            constants,
+        )
+        output_MC += sum_MC * reciprocal_M[:, None]
+    # Rounded as the layer's output is.
+    output_MC = output_MC.to(weight.dtype.element_ty).to(residual_MC.dtype)
+    tl.store(new_residual + place_MC, residual_MC + output_MC, mask=mask_MC)

@@ -1,0 +1,91 @@
+"""What tests of steps of one token by Triton kernels share: runs in the interpreter, and compiled kernels."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.common.triton import launch
+from tests.kernels.triton_interpreter import HostArray, multiply_bfloat16, round_to_nearest
+
+ON_GPU = jax.default_backend() == "gpu"
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="runs on a GPU")
+without_gpu = pytest.mark.skipif(ON_GPU, reason="there is a GPU")
+
+
+def drawn(shapes, seed: int = 0):
+    """Arrays of these shapes: matrices whose products keep the size of their inputs, all else of order 1/2."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        is_matrix = shape.dtype == jnp.bfloat16 and shape.shape[0] > 128
+        scale = shape.shape[0] ** -0.5 if is_matrix else 0.5
+        return jnp.asarray(scale * rng.standard_normal(shape.shape, np.float32)).astype(shape.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def interpreted_run(kernel, inputs, outputs, constants, shape):
+    """`launch.run` in the interpreter. What a kernel does not write is NaN, or what it stands in place of."""
+    assert kernel.arg_names == [*inputs, *outputs, "constants"]
+
+    def start(*arrays):
+        host = {name: HostArray(np.array(array)) for name, array in zip(inputs, arrays, strict=True)}
+        results = {
+            name: host[shape.in_place[name]]
+            if name in shape.in_place
+            else HostArray(np.full(output.shape, np.nan, output.dtype))
+            for name, output in outputs.items()
+        }
+        with np.errstate(all="ignore"):
+            kernel[(shape.programs,)](*host.values(), *results.values(), constants=constants)
+        return [result.array for result in results.values()]
+
+    values = jax.pure_callback(start, list(outputs.values()), *inputs.values())
+    return dict(zip(outputs, values, strict=True))
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the kernels in the interpreter."""
+    round_to_nearest(monkeypatch)
+    multiply_bfloat16(monkeypatch)
+    monkeypatch.setattr(launch, "require_triton", lambda op: None)
+    monkeypatch.setattr(launch, "run", interpreted_run)
+
+
+def check_in_the_interpreter(path: str) -> None:
+    """Runs the tests of a file whose names have "interpreted" in a process that interprets Triton."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", path, "-k", "interpreted"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "passed" in result.stdout
+
+
+def compiled_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, launch.Compiled]:
+    """Where kernels go, by name, that are compiled for Hopper from now on instead of being launched."""
+    pytest.importorskip("triton")
+    binaries = {}
+
+    def compile_kernel(kernel, inputs, outputs, constants, shape):
+        types = tuple(launch.POINTERS[str(array.dtype)] for array in [*inputs.values(), *outputs.values()])
+        binaries[kernel.__name__] = launch.compiled(kernel, types, constants, shape.warps, shape.stages, 90)
+        return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
+
+    monkeypatch.setattr(launch, "require_triton", lambda op: None)
+    monkeypatch.setattr(launch, "run", compile_kernel)
+    return binaries
+
+
+def check_binaries(binaries: dict[str, launch.Compiled]) -> None:
+    """No arrays in local memory, and no more shared memory than there is."""
+    for name, binary in binaries.items():
+        assert ".target sm_90" in binary.ptx
+        assert ".local" not in binary.ptx, f"{name} indexes its registers"
+        assert binary.shared <= 227 * 1024, name
