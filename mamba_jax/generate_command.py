@@ -39,6 +39,8 @@ class Arguments:
         average: the moving average of a training run's weights.
         compute_dtype: dtype of matrix products and activations; None takes that of the checkpoint.
         draft: a smaller checkpoint with the same tokenizer, which proposes tokens; the text has the same distribution.
+        num_beams: searches for the likeliest continuation among so many at once, instead of drawing one.
+        length_penalty: of that search: log-probabilities are compared divided by the length to this power.
         generator: how the model runs.
     """
 
@@ -56,6 +58,8 @@ class Arguments:
     average: bool = False
     compute_dtype: DType | None = None
     draft: str | None = None
+    num_beams: int | None = None
+    length_penalty: float = 1.0
     generator: Annotated[GeneratorConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=GeneratorConfig)
 
 
@@ -68,6 +72,10 @@ def main() -> None:
             raise InputError(f"--save-state keeps what follows one prompt, but there are {len(prompts)}: give one")
         if arguments.num_tokens == 0 and arguments.save_state is None:
             raise InputError("--num-tokens 0 only reads prompts, for --save-state: give that too, or more tokens")
+        if arguments.num_beams is not None:
+            for name in ("draft", "save_state", "stop"):
+                if getattr(arguments, name):
+                    raise InputError(f"--num-beams searches without --{name.replace('_', '-')}: leave one out")
         generator = _generator(arguments)
         context = None if arguments.load_state is None else generator.load(arguments.load_state)
         if prompts:
@@ -97,12 +105,8 @@ def _prompts(arguments: Arguments) -> list[str]:
 
 def _generator(arguments: Arguments) -> Generator:
     """The checkpoint, ready to write."""
-    model = load(
-        arguments.checkpoint,
-        step=arguments.step,
-        weights="average" if arguments.average else "weights",
-        compute_dtype=arguments.compute_dtype,
-    )
+    weights = "average" if arguments.average else "weights"
+    model = load(arguments.checkpoint, step=arguments.step, weights=weights, compute_dtype=arguments.compute_dtype)
     return Generator(model, arguments.generator, draft=arguments.draft)
 
 
@@ -120,6 +124,9 @@ def _stream(arguments: Arguments, generator: Generator, prompts: list[str], cont
 
 def _continue(arguments: Arguments, generator: Generator, prompts: list[str], context: Context | None) -> None:
     """Continues the prompts, shows them, and keeps the state if asked to."""
+    if arguments.num_beams is not None:
+        _search(arguments, generator, prompts, context)
+        return
     added: tuple[int, ...] = ()
     if arguments.num_tokens:
         added = _show(arguments, prompts, _timed(_stream(arguments, generator, prompts, context)))
@@ -137,7 +144,25 @@ def _ask(arguments: Arguments, generator: Generator, context: Context | None) ->
         if not (line := sys.stdin.readline()):
             return
         if prompt := line.rstrip("\n"):
-            _show(arguments, [prompt], _timed(_stream(arguments, generator, [prompt], context)))
+            _continue(arguments, generator, [prompt], context)
+
+
+def _search(arguments: Arguments, generator: Generator, prompts: list[str], context: Context | None) -> None:
+    """Shows the best continuation of each prompt, or as JSON all that were found."""
+    assert arguments.num_beams is not None
+    for prompt in prompts:
+        found = generator.search(
+            prompt,
+            num_beams=arguments.num_beams,
+            num_tokens=arguments.num_tokens,
+            length_penalty=arguments.length_penalty,
+            context=context,
+        )
+        if arguments.output == "json":
+            whole = [dataclasses.asdict(continuation) for continuation in found]
+            print_result(json.dumps({"prompt": prompt, "found": whole}, ensure_ascii=False))
+        else:
+            print_result(f"{prompt}{found[0].text}" + ("" if len(prompts) == 1 else "\n"))
 
 
 def _show(arguments: Arguments, prompts: list[str], pieces: Iterator[Piece]) -> tuple[int, ...]:

@@ -11,14 +11,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
+from mamba_jax.generation.beam_search import Hypothesis, beam_search
 from mamba_jax.generation.context import Context, fingerprint_of, load_context, save_context
-from mamba_jax.generation.decoder import Decoder, Prefilled
-from mamba_jax.generation.engine import Engine, Progress, Request
+from mamba_jax.generation.decoder import Decoder
+from mamba_jax.generation.engine import Engine
+from mamba_jax.generation.rows import NOT_FINITE
 from mamba_jax.generation.sampling import SamplingConfig, allowed_ids
 from mamba_jax.generation.speculative import SpeculativeDecoder
-from mamba_jax.generation.stop_strings import StopStrings
+from mamba_jax.generation.text_engine import Continuation, Generated, Piece, TextEngine, TextRequest, prompt_ids
 from mamba_jax.generation.text_stream import TextStream
 from mamba_jax.generation.weights import Weights, for_decoding
 from mamba_jax.loaded import Model, load
@@ -27,42 +28,10 @@ from mamba_jax.models.state import is_endless
 from mamba_jax.sharding import make_mesh, parameter_sharding
 from mamba_jax.sharding.config import MeshConfig
 
+__all__ = ["FoundText", "Generated", "Generator", "GeneratorConfig", "Piece"]
+
 # Room for the tokens of a text in models with attention, if none is asked for.
 _DEFAULT_LENGTH = 4096
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generated:
-    """A continuation.
-
-    Attributes:
-        text: the text behind the prompt.
-        tokens: the ids that were drawn, up to the one that ended the text.
-        log_probabilities: of these ids in the model's own distribution, whatever settings they were drawn with.
-        finished: why the text ends: "end" of the document, "stop" string, or "length".
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-    finished: Literal["end", "stop", "length"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What has been added to a continuation since its last piece.
-
-    Attributes:
-        prompt: the number of its prompt.
-        text: new text, certain to stay; may be empty.
-        num_tokens: tokens of the continuation so far.
-        generated: the whole continuation, if this is its last piece; None before.
-    """
-
-    prompt: int
-    text: str
-    num_tokens: int
-    generated: Generated | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +55,21 @@ class GeneratorConfig:
     num_proposals: int = 4
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundText(Hypothesis):
+    """A continuation that a beam search has found.
+
+    Attributes:
+        text: the text behind the prompt.
+    """
+
+    text: str
+
+
 class Generator:
     """Writes text with a checkpoint.
+
+    Several streams of one generator may be read in turns, by one thread; they share its rows.
 
     Example:
         generator = Generator("runs/quickstart")
@@ -121,7 +103,7 @@ class Generator:
         *,
         draft: str | Path | Model | None = None,
     ) -> None:
-        model = _opened(checkpoint)
+        model = opened(checkpoint)
         self.config, self.tokenizer = config, model.tokenizer
         sizes = dataclasses.astuple(config.mesh)
         devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
@@ -141,7 +123,7 @@ class Generator:
             self.decoder = decoder(model)
             self._speculation = None
             if draft is not None:
-                small = _opened(draft)
+                small = opened(draft)
                 if small.tokenizer.fingerprint != self.tokenizer.fingerprint:
                     raise InputError("the draft has another tokenizer than the model: take one that shares it")
                 self._speculation = SpeculativeDecoder(self.decoder, decoder(small), num_proposals=config.num_proposals)
@@ -198,19 +180,58 @@ class Generator:
         for name, values in (("settings", settings), ("seeds", numbers)):
             if len(values) != len(texts):
                 raise InputError(f"there are {len(texts)} prompts but {len(values)} {name}: give as many")
-        writers = [_Writer(self.tokenizer, text, self._ids(text, context), stop, context) for text in texts]
-        requests = [
-            Request(
-                tokens=writer.prompt_ids,
-                num_tokens=num_tokens,
-                sampling=setting,
-                seed=seed,
-                start=None if context is None else Prefilled(logits=context.logits[None], state=context.state),
-                history=() if context is None else context.tokens.tolist(),
+        continuations = [
+            Continuation(
+                self.tokenizer,
+                TextRequest(
+                    prompt=text, num_tokens=num_tokens, sampling=setting, seed=seed, stop=stop, context=context
+                ),
             )
-            for writer, setting, seed in zip(writers, settings, numbers, strict=True)
+            for text, setting, seed in zip(texts, settings, numbers, strict=True)
         ]
-        return self._pieces(writers, requests)
+        return self._pieces(continuations)
+
+    def search(
+        self,
+        prompt: str,
+        *,
+        num_beams: int = 4,
+        num_tokens: int = 128,
+        length_penalty: float = 1.0,
+        context: Context | None = None,
+    ) -> list[FoundText]:
+        """The likeliest continuations of a prompt that a beam search finds; see `beam_search`.
+
+        Args:
+            prompt: the text.
+            num_beams: continuations that are kept at each token.
+            num_tokens: most tokens to add.
+            length_penalty: exponent of the length in the score.
+            context: what stands in front of the prompt, which then may be empty.
+
+        Returns:
+            Up to `num_beams` continuations, the highest score first.
+
+        Raises:
+            InputError: see `stream` and `beam_search`.
+        """
+        asked = Continuation(self.tokenizer, TextRequest(prompt=prompt, num_tokens=num_tokens, context=context))
+        with self._on_mesh():
+            found = beam_search(
+                self.decoder,
+                asked.request,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                end=self.tokenizer.end_of_document,
+                allowed=self._allowed,
+            )
+        before = [*asked.request.history, *asked.request.tokens]
+        texts = []
+        for hypothesis in found:
+            stream = TextStream(self.tokenizer, prompt, before)
+            text = stream.add(hypothesis.tokens) + stream.finish()
+            texts.append(FoundText(text=text, **dataclasses.asdict(hypothesis)))
+        return texts
 
     def read(self, text: str, *, context: Context | None = None) -> Context:
         """What the model knows after a text, to be continued any number of times; in place of `context`, behind it.
@@ -218,7 +239,7 @@ class Generator:
         Raises:
             InputError: the text has no tokens, or more than `max_length`.
         """
-        return self.extended(context, self._ids(text, context))
+        return self.extended(context, prompt_ids(self.tokenizer, text, context))
 
     def extended(self, context: Context | None, tokens: Sequence[int]) -> Context:
         """What the model knows after more tokens; None stands for a text that begins with them."""
@@ -252,25 +273,16 @@ class Generator:
         options: dict[str, Any] = {"max_length": self.decoder.max_length, "state_dtype": self.decoder.state_dtype}
         return load_context(path, self._own[0], self.fingerprint, **options)
 
-    def _ids(self, text: str, context: Context | None) -> list[int]:
-        """The ids of a prompt; behind a context it is no beginning, before which some tokenizers put a space."""
-        self.tokenizer.check_prompt(text)
-        ids = self.tokenizer.encode_batch([text], continues=[context is not None])[0].tolist()
-        if not ids and context is None:
-            raise InputError("the prompt is empty: give at least one character")
-        return ids
-
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     @functools.cached_property
-    def _engine(self) -> Engine:
-        return Engine(
-            self.decoder,
-            rows=self.config.rows,
-            end=self.tokenizer.end_of_document,
-            allowed=self._allowed,
-        )
+    def engine(self) -> TextEngine:
+        """What continues the texts, for programs with a loop of their own; without the draft."""
+        end = self.tokenizer.end_of_document
+        with self._on_mesh():
+            engine = Engine(self.decoder, rows=self.config.rows, end=end, allowed=self._allowed)
+        return TextEngine(engine, self.tokenizer, on_mesh=self._on_mesh)
 
     @functools.cached_property
     def _allowed(self) -> np.ndarray:
@@ -281,89 +293,33 @@ class Generator:
         """The share of the draft's proposals that became text; NaN without a draft."""
         return float("nan") if self._speculation is None else self._speculation.statistics.acceptance
 
-    def _pieces(self, writers: "list[_Writer]", requests: list[Request]) -> Iterator[Piece]:
-        """Adds what is drawn to the texts until each has ended."""
-        is_open = [True] * len(writers)
-        progress = (self._by_engine if self._speculation is None else self._by_speculation)(requests, is_open)
-        for index, part in progress:
-            text, generated = writers[index].add(part)
-            is_open[index] = generated is None
-            yield Piece(prompt=index, text=text, num_tokens=len(writers[index].tokens), generated=generated)
+    def _pieces(self, continuations: Sequence[Continuation]) -> Iterator[Piece]:
+        """Continues texts until each has ended."""
+        follow = self.engine.follow if self._speculation is None else self._by_speculation
+        for piece in follow(continuations):
+            if piece.generated is not None and piece.generated.finished == "failed":
+                raise InputError(NOT_FINITE)
+            yield piece
 
-    def _by_engine(self, requests: list[Request], is_open: list[bool]) -> Iterator[tuple[int, Progress]]:
-        """Progress with the number of its request, of those that are open; gives the others up."""
-        numbers: dict[int, int] = {}
-        try:
-            for index, request in enumerate(requests):
-                with self._on_mesh():
-                    numbers[self._engine.submit(request)] = index
-            while any(is_open):
-                with self._on_mesh():
-                    progress = self._engine.step()
-                for part in progress:
-                    if part.request in numbers and is_open[index := numbers[part.request]]:
-                        yield index, part
-                        if not is_open[index]:
-                            self._engine.cancel(part.request)
-        finally:
-            for number in numbers:
-                self._engine.cancel(number)
-
-    def _by_speculation(self, requests: list[Request], is_open: list[bool]) -> Iterator[tuple[int, Progress]]:
-        """The same with a draft, for as many requests at a time as there are rows."""
+    def _by_speculation(self, continuations: Sequence[Continuation]) -> Iterator[Piece]:
+        """The same with a draft, for as many texts at a time as there are rows."""
         assert self._speculation is not None
         options = {"end": self.tokenizer.end_of_document, "allowed": self._allowed}
-        for first in range(0, len(requests), self.config.rows):
-            group = range(first, min(first + self.config.rows, len(requests)))
-            rounds = self._speculation.continue_rows([requests[index] for index in group], **options)
-            while any(is_open[index] for index in group):
+        for first in range(0, len(continuations), self.config.rows):
+            group = continuations[first : first + self.config.rows]
+            is_open = [True] * len(group)
+            rounds = self._speculation.continue_rows([continuation.request for continuation in group], **options)
+            while any(is_open):
                 with self._on_mesh():
                     progress = next(rounds)
                 for part in progress:
-                    if is_open[first + part.request]:
-                        yield first + part.request, part
+                    if is_open[part.request]:
+                        piece = group[part.request].add(part, first + part.request)
+                        is_open[part.request] = piece.generated is None
+                        yield piece
 
 
-class _Writer:
-    """The text of one continuation while it grows."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], stop: Sequence[str], context: Context | None
-    ) -> None:
-        before = [] if context is None else context.tokens.tolist()
-        self.prompt_ids = prompt_ids
-        self._stream = TextStream(tokenizer, prompt, before + prompt_ids)
-        self._stop = StopStrings(stop)
-        self.tokens: list[int] = []
-        self._text, self._log_probabilities = "", []
-
-    def add(self, progress: Progress) -> tuple[str, Generated | None]:
-        """The text that the tokens of a progress make certain, and the continuation if they end it."""
-        new, finished = "", progress.finished
-        for token, log_probability in zip(progress.tokens, progress.log_probabilities, strict=True):
-            self.tokens.append(token)
-            self._log_probabilities.append(log_probability)
-            shown = self._stop.add(self._stream.add([token]))
-            new += shown.text
-            if shown.stopped:
-                finished = "stop"
-                break
-        if finished in ("end", "length"):
-            last = self._stop.add(self._stream.finish())
-            new += last.text + self._stop.finish()
-            finished = "stop" if last.stopped else finished
-        self._text += new
-        if finished is None:
-            return new, None
-        return new, Generated(
-            text=self._text,
-            tokens=tuple(self.tokens),
-            log_probabilities=tuple(self._log_probabilities),
-            finished=finished,
-        )
-
-
-def _opened(checkpoint: str | Path | Model) -> Model:
+def opened(checkpoint: str | Path | Model) -> Model:
     """A checkpoint whose tokenizer has no more ids than its model."""
     model = checkpoint if isinstance(checkpoint, Model) else load(checkpoint)
     if model.tokenizer.vocab_size > model.config.padded_vocab_size:

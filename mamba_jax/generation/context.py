@@ -16,6 +16,7 @@ import safetensors.numpy
 from jaxtyping import Float, Int32
 
 from mamba_jax.checkpoint.fingerprints import fingerprint
+from mamba_jax.config_base import from_json, to_json
 from mamba_jax.errors import InputError, reason, short
 from mamba_jax.export.initial import decisive
 from mamba_jax.export.weights import StoredTensor, first_few, open_safetensors, read_metadata
@@ -109,11 +110,16 @@ def save_context(path: str | Path, context: Context, definition: ModelDefinition
         weights_fingerprint: what `fingerprint_of` says of its weights.
 
     Raises:
-        InputError: the file cannot be written, the state has more than one row, or there is NaN in it.
+        InputError: the file cannot be written, the state has more than one row, is one between single tokens of
+            generation, or there is NaN in it.
     """
     path = Path(path)
     declared = _by_name(declare(definition.config, batch_size=1, max_length=ANY_LENGTH))
-    arrays = {name: _of_one_row(name, declared[name], leaf) for name, leaf in _by_name(_on_host(context.state)).items()}
+    leaves = _by_name(_on_host(context.state))
+    if any(declared[name].is_passing and leaf.dtype == np.int32 and leaf.any() for name, leaf in leaves.items()):
+        raise InputError("the context's state is one between single tokens: read its last token with `extend`")
+    leaves = {name: leaf for name, leaf in leaves.items() if not declared[name].is_passing}
+    arrays = {name: _of_one_row(name, declared[name], leaf) for name, leaf in leaves.items()}
     rings = {}
     for name, axis in _ring_axes(definition.config).items():
         whole = arrays[name]
@@ -125,7 +131,7 @@ def save_context(path: str | Path, context: Context, definition: ModelDefinition
     header = {
         "format": _FORMAT,
         "version": _VERSION,
-        "model": json.dumps(_model(definition.config)),
+        "model": to_json(definition.config, indent=None),
         "weights": weights_fingerprint,
         "rings": json.dumps(rings),
         "sha256": _checksum(arrays, rings),
@@ -199,6 +205,8 @@ def _restored(
 
     def restored(keys: Any, array: StateArray) -> jax.Array:
         name, dtype = _name(keys), state_dtype if array.dtype == "float32" else array.dtype
+        if array.is_passing:
+            return jnp.full(array.shape, array.initial, dtype)
         whole = _with_unwritten(arrays[name], axes[name], rings[name]) if name in rings else arrays[name]
         return jnp.asarray(np.expand_dims(whole, array.axes.index(Axis.BATCH)).astype(dtype))
 
@@ -232,9 +240,8 @@ def _of_one_row(name: str, declared: StateArray, array: np.ndarray) -> np.ndarra
 
 
 def _model(config: ModelConfig) -> dict[str, Any]:
-    """What decides what a state means, flat, as JSON gives it back; ids that only pad the vocabulary do not."""
-    fields = {name: value for name, value in decisive(config).items() if name not in ("vocab_size", "vocab_multiple")}
-    return json.loads(json.dumps(fields))
+    """What decides what a state means, flat; ids that only pad the vocabulary do not."""
+    return {name: value for name, value in decisive(config).items() if name not in ("vocab_size", "vocab_multiple")}
 
 
 def _ring_axes(config: ModelConfig) -> dict[str, int]:
@@ -288,7 +295,8 @@ def _rings(
 
 
 def _check_names(path: Path, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> None:
-    expected = {*_by_name(declare(config, batch_size=1, max_length=1)), "tokens", "logits"}
+    declared = _by_name(declare(config, batch_size=1, max_length=1))
+    expected = {*(name for name, array in declared.items() if not array.is_passing), "tokens", "logits"}
     if expected != tensors.keys():
         odd = min(expected ^ tensors.keys())
         raise InputError(
@@ -324,10 +332,10 @@ def _check_header(path: Path, header: Mapping[str, str], config: ModelConfig, we
             "save it anew"
         )
     try:
-        was, here = json.loads(header.get("model", "")), _model(config)
-        assert isinstance(was, dict)
-    except (ValueError, RecursionError, AssertionError):
-        raise InputError(f"{path} is damaged (it does not say which model it is of): take another copy") from None
+        # A field that came to be after the file was written has its default there.
+        was, here = _model(from_json(ModelConfig, header.get("model", ""), origin="its model")), _model(config)
+    except InputError as error:
+        raise InputError(f"{path} does not say which model it is of ({error}): take another copy") from None
     differences = [
         f"model.{name} was {short(was.get(name))}, here {short(here.get(name))}"
         for name in dict.fromkeys([*was, *here])

@@ -13,28 +13,21 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from mamba_jax.errors import InputError
 from mamba_jax.generation.penalties import History
 from mamba_jax.generation.sampling import Sampling, sample
-from mamba_jax.models.language_model import HiddenOutput, LanguageModel
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.models.state import LMState, constrain_state, init_state, reset_rows, with_room
-from mamba_jax.models.storage.per_layer import unstacked
+from mamba_jax.models.reading.prompts import (
+    Prefilled,
+    as_before,
+    at_the_end,
+    moved_to_the_right,
+    read_part,
+    read_prompts,
+    read_token,
+    start_of_layers,
+)
+from mamba_jax.models.state import LMState, constrain_state, init_state
 
 
-# Not checked at construction: JAX also builds these classes around shapes and shardings.
-@typing.no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prefilled:
-    """Result of reading prompts.
-
-    Attributes:
-        logits: logits of the token after each prompt, (B, V) in float32, V the padded vocabulary.
-        state: recurrent state after the last token of each prompt.
-    """
-
-    logits: Float[jax.Array, "B V"]
-    state: LMState
-
-
+# Not checked at construction: JAX also builds this class around shapes and shardings.
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +131,7 @@ class Decoder:
         """`prefill` of prompts that are longer than a part, all of which end where the last part does."""
         batch, length = tokens_BL.shape
         lengths_B = np.full(batch, length) if lengths is None else np.asarray(lengths)
-        moved_BL, from_left_BL = _moved_to_the_right(tokens_BL, lengths_B, -length % self.part_length)
+        moved_BL, from_left_BL = moved_to_the_right(tokens_BL, lengths_B, -length % self.part_length)
         read = Prefilled(logits=jnp.zeros((batch, 0)), state=self.start(batch))
         for begin in range(0, from_left_BL.shape[1], self.part_length):
             part = slice(begin, begin + self.part_length)
@@ -214,53 +207,6 @@ def check_lengths(lengths: Int[np.ndarray, " B"], longest: int) -> None:
         raise InputError(f"a prompt has {wrong[0]} tokens, but rows hold 1 to {longest}: mend its length")
 
 
-def read_prompts(
-    model: LanguageModel, tokens: jax.Array, lengths: jax.Array | None, *, max_length: int | None
-) -> Prefilled:
-    """`Decoder.prefill` as a function to be called inside a jitted one, for tokens (B, L) and lengths (B,) or None.
-
-    Prompts of different lengths are moved to the right, so that all end at the same position. The padding in front of a
-    prompt is marked as a document of its own (segment 0, the prompt is segment 1). Any mixer that keeps documents apart
-    therefore gives exactly the result without padding.
-    """
-    if lengths is None:
-        read = model.hidden(tokens)
-    else:
-        moved, from_left = _moved_to_the_right(tokens, lengths, 0)
-        read = model.hidden(moved, segment_ids=(from_left >= 0).astype(jnp.int32))
-    return _at_the_end(model, read, with_room(model.config, read.state, max_length))
-
-
-def read_token(model: LanguageModel, token_B: jax.Array, state: LMState) -> Prefilled:
-    """The logits and the state after one more token of each row; each array of the state keeps its dtype."""
-    read = model.hidden(token_B[:, None], state)
-    return _at_the_end(model, read, as_before(model, read.state, state))
-
-
-def _at_the_end(model: LanguageModel, read: HiddenOutput, state: LMState) -> Prefilled:
-    return Prefilled(logits=model.unembed(read.hidden[:, -1:])[:, 0], state=state)
-
-
-def _moved_to_the_right(
-    tokens_BL: jax.Array, lengths_B: jax.Array | np.ndarray, padding: int
-) -> tuple[jax.Array, jax.Array]:
-    """Prompts that all end at the last position, behind padding; and each token's place in its prompt, or below 0.
-
-    Args:
-        tokens_BL: the prompts, from the left.
-        lengths_B: their lengths.
-        padding: positions to add.
-    """
-    length = tokens_BL.shape[1]
-    from_left = jnp.arange(-padding, length)[None] - (length - lengths_B)[:, None]
-    return jnp.take_along_axis(tokens_BL, jnp.maximum(from_left, 0), axis=1), from_left
-
-
-def as_before(model: LanguageModel, state: LMState, before: LMState) -> LMState:
-    """The state with the dtypes of the one before, split over devices as all states are."""
-    return constrain_state(model.config, jax.tree.map(lambda new, old: new.astype(old.dtype), state, before))
-
-
 def _kept(state: LMState, dtype: str) -> LMState:
     """The state with float32 arrays as they are kept from token to token."""
     return jax.tree.map(lambda array: array.astype(dtype) if array.dtype == jnp.float32 else array, state)
@@ -269,9 +215,7 @@ def _kept(state: LMState, dtype: str) -> LMState:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def start_state(definition: ModelDefinition, rows: int, max_length: int | None, dtype: str) -> LMState:
     """The state of rows before any token, with an array for each layer; float32 ones as they are kept, in `dtype`."""
-    state = init_state(definition.config, rows, max_length=max_length)
-    layers = {name: unstacked(part) for name, part in state.items()}
-    return constrain_state(definition.config, _kept(layers, dtype))
+    return constrain_state(definition.config, _kept(start_of_layers(definition.config, rows, max_length), dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -292,18 +236,19 @@ def _prefill(
 def _read_part(
     definition: ModelDefinition, params: Params, tokens: jax.Array, from_left: jax.Array, state: LMState
 ) -> Prefilled:
-    """A part of prompts that are moved to the right; a row whose prompt has not begun before starts here."""
+    """`read_part`, with the logits at its end."""
     model = definition.merge(params)
-    start = reset_rows(model.config, state, from_left[:, 0] <= 0)
-    read = model.hidden(tokens, start, segment_ids=(from_left >= 0).astype(jnp.int32))
-    return _at_the_end(model, read, as_before(model, read.state, state))
+    read = read_part(model, tokens, from_left, state)
+    return at_the_end(model, read, read.state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _extend(definition: ModelDefinition, params: Params, tokens: jax.Array, state: LMState) -> Prefilled:
     model = definition.merge(params)
-    read = model.hidden(tokens, state)
-    return _at_the_end(model, read, as_before(model, read.state, state))
+    # As one document of several, a last single token leaves a state that a context may keep; see `is_passing`.
+    ids = jnp.zeros_like(tokens) if tokens.shape[1] == 1 else None
+    read = model.hidden(tokens, state, segment_ids=ids)
+    return at_the_end(model, read, as_before(model, read.state, state))
 
 
 @functools.partial(jax.jit, static_argnums=0)

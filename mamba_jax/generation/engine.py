@@ -15,13 +15,16 @@ from jaxtyping import Bool
 from mamba_jax.errors import InputError
 from mamba_jax.generation.decoder import Decoder, Prefilled
 from mamba_jax.generation.penalties import History
-from mamba_jax.generation.rows import AT_REST, FAILED, Choice, Drawn, Rows, draw_tokens
+from mamba_jax.generation.rows import AT_REST, FAILED, NOT_FINITE, Choice, Drawn, Rows, draw_tokens
 from mamba_jax.generation.sampling import Sampling, SamplingConfig
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.models.state import placed_rows
+from pallas_kernels.common.rounding import round_to_few, round_up
 
-# Shorter prompts are padded to this many tokens, longer ones to the next power of two.
+# Shorter prompts are padded to this many tokens.
 _SHORTEST = 16
+# So many groups of prompts wait in `run`, for prompts that are padded to one length to find each other.
+_WAITING_GROUPS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,13 +56,14 @@ class Progress:
         request: its number, as `submit` gave it.
         tokens: the ids that were added; the one that ends a document among them.
         log_probabilities: of these ids in the model's own distribution.
-        finished: why nothing will follow: "end" of the document, or "length"; None if more will.
+        finished: why nothing will follow: "end" of the document, "length", or "failed" if logits are not finite; None
+            if more will.
     """
 
     request: int
     tokens: tuple[int, ...]
     log_probabilities: tuple[float, ...]
-    finished: Literal["end", "length"] | None
+    finished: Literal["end", "length", "failed"] | None
 
 
 def check_request(request: Request, *, vocab_size: int, max_length: int | None) -> None:
@@ -94,20 +98,38 @@ def check_request(request: Request, *, vocab_size: int, max_length: int | None) 
 
 @dataclasses.dataclass(eq=False)
 class _Active:
-    """A request that is not finished, and how many tokens it got."""
+    """A request.
+
+    Attributes:
+        number: as `submit` gave it.
+        request: the request.
+        is_open: whether it is neither finished nor given up.
+        count: tokens that it got.
+        begun: tokens that the programs up to the last one started give it, unless its text ends before.
+    """
 
     number: int
     request: Request
+    is_open: bool = True
     count: int = 0
+    begun: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class _Group:
+    """Prompts that were read together; None in the place of one that has its row, or needs none."""
+
+    prompts: list[_Active | None]
+    read: Prefilled
 
 
 class Engine:
     """Continues any number of texts on a fixed number of rows.
 
-    A row that ends takes the next waiting prompt. Prompts are read several at once, padded to a few lengths; then all
-    rows get `steps_per_call` tokens by one program, whose result is read while the next one runs. After the first
-    prompt of each length no program is compiled, but for settings that no request had before (penalties, biases,
-    min-p).
+    A row that ends takes the next prompt. Prompts are read several at once, padded to a few lengths, and those that
+    find no row are kept as they were read until one ends. All rows get `steps_per_call` tokens by one program, whose
+    result is read while the next one runs. After the first prompt of each length no program is compiled, but for
+    settings that no request had before (penalties, biases, min-p).
 
     A text follows from its own request alone: it is computed by the same programs whatever the other rows do.
 
@@ -147,6 +169,7 @@ class Engine:
         self._allowed = np.ones(self.config.vocab_size, bool) if allowed is None else allowed
         self._slots: list[_Active | None] = [None] * rows
         self._waiting: collections.deque[_Active] = collections.deque()
+        self._group: _Group | None = None
         self._unread: collections.deque[tuple[Drawn, list[_Active | None]]] = collections.deque()
         self._count = 0
         zeros = np.zeros(rows, np.int32)
@@ -159,15 +182,23 @@ class Engine:
         )
 
     def run(self, requests: Iterable[Request]) -> Iterator[Progress]:
-        """Continues the requests, whose numbers are 0, 1, ... if the engine is new; takes them up as rows get free."""
+        """Continues the requests, whose numbers are 0, 1, ... if the engine is new; takes them up as rows get free.
+
+        Raises:
+            InputError: a request cannot be continued, or logits are not finite.
+        """
         coming = iter(requests)
         while True:
-            missing = len(self._slots) + self._prompts_per_call - len(self._waiting) - self.num_active
+            wanted = self._prompts_per_call * _WAITING_GROUPS + len(self._slots) - self.num_active
+            missing = max(0, wanted - len(self._waiting))
             for request in itertools.islice(coming, missing):
                 self.submit(request)
             if self.is_idle:
                 return
-            yield from self.step()
+            for progress in self.step():
+                if progress.finished == "failed":
+                    raise InputError(NOT_FINITE)
+                yield progress
 
     @property
     def num_active(self) -> int:
@@ -177,7 +208,11 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether every request is finished."""
-        return not (self._waiting or self._unread or self.num_active)
+        return not (self._waiting or self._group or self._unread or self.num_active)
+
+    def check(self, request: Request) -> None:
+        """Refuses what `submit` would refuse."""
+        check_request(request, vocab_size=self.config.vocab_size, max_length=self.decoder.max_length)
 
     def submit(self, request: Request) -> int:
         """Takes a request, to be continued by the calls of `step`, and returns its number.
@@ -186,7 +221,7 @@ class Engine:
             InputError: an empty prompt, an id that the model does not have, a number of tokens or a seed out of range,
                 or more tokens than the decoder's max_length.
         """
-        check_request(request, vocab_size=self.config.vocab_size, max_length=self.decoder.max_length)
+        self.check(request)
         active = _Active(number=self._count, request=request)
         self._count += 1
         self._waiting.append(active)
@@ -195,50 +230,67 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Ends a request at once, if it is not finished yet; it has no more progress."""
         self._waiting = collections.deque(active for active in self._waiting if active.number != number)
-        for slot, active in enumerate(self._slots):
+        begun = [active for _, slots in self._unread for active in slots]
+        for active in (*begun, *self._slots, *(self._group.prompts if self._group is not None else ())):
             if active is not None and active.number == number:
+                active.is_open = False
+        for slot, active in enumerate(self._slots):
+            if active is not None and not active.is_open:
                 self._slots[slot] = None
                 self._rows = dataclasses.replace(self._rows, left=jnp.asarray(self._rows.left).at[slot].set(0))
-        if not self.num_active:
+        if not any(active is not None and active.is_open for active in begun):
             self._unread.clear()
+        self._forget_placed()
 
     def step(self) -> list[Progress]:
-        """Gives waiting prompts free rows, starts a program for all rows, and reads what the one before has drawn."""
-        while self._waiting and None in self._slots:
-            self._take_up()
-        if self.num_active:
+        """Gives prompts free rows, starts a program for all rows, and reads what the one before has drawn."""
+        while None in self._slots and (self._group is not None or self._waiting):
+            if self._group is None:
+                self._read_group()
+            self._place()
+        is_running = self.num_active > 0
+        if is_running:
             settings = [SamplingConfig() if active is None else active.request.sampling for active in self._slots]
             sampling = Sampling.of(settings, vocab_size=self.config.vocab_size)
             choice, decoder = Choice(sampling=sampling, allowed=self._allowed, end=self._end), self.decoder
             self._rows, drawn = _continue(decoder.definition, self._steps, decoder.params, choice, self._rows)
             self._unread.append((drawn, list(self._slots)))
+            self._release_rows()
         # One program is left running while its predecessor's tokens are looked at.
-        return self._read_tokens() if len(self._unread) > bool(self.num_active) else []
+        return self._read_tokens() if len(self._unread) > is_running else []
 
-    def _take_up(self) -> None:
-        """Reads the first waiting prompt, and others that are padded to the same length, into free rows."""
+    def _release_rows(self) -> None:
+        """Frees the rows of texts that get their last tokens, at the latest, by the program just started."""
+        for slot, active in enumerate(self._slots):
+            if active is not None:
+                active.begun += self._steps
+                if active.begun >= active.request.num_tokens:
+                    self._slots[slot] = None
+
+    def _read_group(self) -> None:
+        """Reads the first waiting prompt, and others that are padded to the same length."""
         first = self._waiting[0]
-        free = [slot for slot, active in enumerate(self._slots) if active is None]
         if first.request.start is not None:
             self._waiting.popleft()
-            self._place([first], free[:1], self._resume(first.request))
+            self._group = _Group(prompts=[first], read=self._resume(first.request))
             return
-        length = self._padded(first)
-        alike = [active for active in self._waiting if active.request.start is None and self._padded(active) == length]
-        group = alike[: min(self._prompts_per_call, len(free))]
-        self._waiting = collections.deque(active for active in self._waiting if active not in group)
+        length = self.padded_length(len(first.request.tokens))
+        beginnings = (active for active in self._waiting if active.request.start is None)
+        alike = [active for active in beginnings if self.padded_length(len(active.request.tokens)) == length]
+        prompts = alike[: self._prompts_per_call]
+        self._waiting = collections.deque(active for active in self._waiting if active not in prompts)
         # Rows without a prompt read one token of padding.
         tokens = np.zeros((self._prompts_per_call, length), np.int32)
         lengths = np.ones(self._prompts_per_call, np.int32)
-        for row, active in enumerate(group):
+        for row, active in enumerate(prompts):
             lengths[row] = len(active.request.tokens)
             tokens[row, : lengths[row]] = active.request.tokens
-        self._place(group, free[: len(group)], self.decoder.prefill(tokens, lengths))
+        self._group = _Group(prompts=list(prompts), read=self.decoder.prefill(tokens, lengths))
 
-    def _padded(self, active: _Active) -> int:
-        """The length that a prompt is padded to, which follows from its own alone."""
-        length, part = len(active.request.tokens), self.decoder.part_length
-        padded = max(_SHORTEST, 1 << (length - 1).bit_length()) if length <= part else -(-length // part) * part
+    def padded_length(self, length: int) -> int:
+        """The length that a prompt is padded to, which follows from its own alone: 16, 24, 32, 48, 64, 96, ..."""
+        part = self.decoder.part_length
+        padded = round_up(length, part) if length > part else round_to_few(length, least=_SHORTEST)
         return min(padded, self.decoder.max_length or padded)
 
     def _resume(self, request: Request) -> Prefilled:
@@ -248,30 +300,45 @@ class Engine:
             return request.start
         return self.decoder.extend(request.start.state, np.asarray([request.tokens], np.int32))
 
-    def _place(self, group: list[_Active], slots: list[int], read: Prefilled) -> None:
-        """Gives each of the group its row; rows of `read` behind the group are dropped."""
-        size, rows = read.logits.shape[0], len(self._slots)
-        padding = size - len(group)
-        for slot, active in zip(slots, group, strict=True):
-            self._slots[slot] = active
-        history = History.of_prompts(
-            [[*active.request.history, *active.request.tokens] for active in group] + [[]] * padding,
-            vocab_size=self.config.vocab_size,
-        )
-        if self._rows.history is None and any(active.request.sampling.has_penalties for active in group):
+    def _place(self) -> None:
+        """Gives prompts of the group that was read the rows that are free."""
+        assert self._group is not None
+        size, rows, prompts = self._group.read.logits.shape[0], len(self._slots), self._group.prompts
+        free = collections.deque(slot for slot, active in enumerate(self._slots) if active is None)
+        # Rows of the group without a prompt, and prompts without a row, have a place behind all rows.
+        places = np.full(size, rows, np.int32)
+        seeds, left = np.zeros(size, np.uint32), np.zeros(size, np.int32)
+        ids: list[Sequence[int]] = [[]] * size
+        needs_history = False
+        for row, active in enumerate(prompts):
+            if active is None or not free:
+                continue
+            places[row], prompts[row] = free[0], None
+            self._slots[free.popleft()] = active
+            seeds[row], left[row] = active.request.seed, active.request.num_tokens
+            ids[row] = [*active.request.history, *active.request.tokens]
+            needs_history |= active.request.sampling.has_penalties
+        if self._rows.history is None and needs_history:
             # Rows whose own settings have no penalties need none of theirs.
             nothing = History.of_prompts([[]] * rows, vocab_size=self.config.vocab_size)
             self._rows = dataclasses.replace(self._rows, history=nothing)
         new = Rows(
-            logits=read.logits,
-            state=read.state,
-            seeds=np.asarray([active.request.seed for active in group] + [0] * padding, np.uint32),
+            logits=self._group.read.logits,
+            state=self._group.read.state,
+            seeds=seeds,
             position=np.zeros(size, np.int32),
-            left=np.asarray([active.request.num_tokens for active in group] + [0] * padding, np.int32),
-            history=None if self._rows.history is None else history,
+            left=left,
+            history=None if self._rows.history is None else History.of_prompts(ids, vocab_size=self.config.vocab_size),
         )
-        places = np.asarray(slots + [rows] * padding, np.int32)
         self._rows = _placed(self.decoder.definition, self._rows, places, new)
+        self._forget_placed()
+
+    def _forget_placed(self) -> None:
+        """Lets go of the group that was read once none of its prompts waits for a row."""
+        if self._group is not None:
+            self._group.prompts = [active if active and active.is_open else None for active in self._group.prompts]
+            if not any(self._group.prompts):
+                self._group = None
 
     def _read_tokens(self) -> list[Progress]:
         """Waits for the oldest program that was not looked at, and hands out its tokens."""
@@ -279,19 +346,16 @@ class Engine:
         tokens_BT, log_probabilities_BT = jax.device_get((drawn.tokens, drawn.log_probabilities))
         found = []
         for slot, active in enumerate(slots):
-            # A row may have been given up, or have ended, since the program was started.
-            if active is None or self._slots[slot] is not active:
+            if active is None or not active.is_open:
                 continue
-            tokens = [token for token in tokens_BT[slot].tolist() if token != AT_REST]
-            if FAILED in tokens:
-                raise InputError(
-                    "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too "
-                    "large"
-                )
+            row = tokens_BT[slot].tolist()
+            tokens = [token for token in row if token not in (AT_REST, FAILED)]
             active.count += len(tokens)
-            finished = self._why_finished(active, tokens)
+            finished = "failed" if FAILED in row else self._why_finished(active, tokens)
             if finished is not None:
-                self._slots[slot] = None
+                active.is_open = False
+                if self._slots[slot] is active:
+                    self._slots[slot] = None
             found.append(
                 Progress(
                     request=active.number,

@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import Bool, Int, PRNGKeyArray
 
 from mamba_jax.errors import InputError
-from mamba_jax.generation.decoder import check_lengths, read_prompts
+from mamba_jax.generation.decoder import check_lengths
 from mamba_jax.generation.penalties import History
-from mamba_jax.generation.rows import Choice, Rows, draw_tokens
+from mamba_jax.generation.rows import NOT_FINITE, Choice, Rows, draw_tokens
 from mamba_jax.generation.sampling import Sampling, SamplingConfig, allowed_ids
 from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.models.reading.prompts import read_prompts
 from mamba_jax.sharding import constrain
 
 
@@ -60,9 +61,7 @@ def generate(
     choice = Choice(sampling=settings, allowed=allowed_V)
     tokens = _generate(definition, num_tokens, choice, params, (prompt, lengths), key)
     if jax.device_get(tokens).min() < 0:
-        raise InputError(
-            "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too large"
-        )
+        raise InputError(NOT_FINITE)
     return tokens
 
 

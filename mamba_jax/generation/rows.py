@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt32
 
-from mamba_jax.generation.decoder import read_token
 from mamba_jax.generation.penalties import History
 from mamba_jax.generation.sampling import Sampling, log_probabilities, row_keys, sample
 from mamba_jax.models.language_model import LanguageModel
+from mamba_jax.models.reading.prompts import read_token
 from mamba_jax.models.state import LMState
 
 # Stand in the place of a token: no token can be drawn, as logits are not finite; and the row is at rest.
 FAILED, AT_REST = -1, -2
+NOT_FINITE = "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too large"
 
 
 # Not checked at construction: JAX also builds these classes around shapes and shardings.

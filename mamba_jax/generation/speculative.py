@@ -18,7 +18,7 @@ from mamba_jax.errors import InputError
 from mamba_jax.generation.decoder import Decoder, Prefilled
 from mamba_jax.generation.engine import Progress, Request, check_request
 from mamba_jax.generation.penalties import History
-from mamba_jax.generation.rows import AT_REST, FAILED, Choice, Drawn
+from mamba_jax.generation.rows import AT_REST, FAILED, NOT_FINITE, Choice, Drawn
 from mamba_jax.generation.sampling import Sampling
 from mamba_jax.generation.speculative_round import Pair, Texts, first_tokens, run_round
 from mamba_jax.models.state import placed_rows
@@ -198,9 +198,7 @@ def _progress(requests: Sequence[Request], counts: list[int], drawn: Drawn, end:
         if not tokens:
             continue
         if FAILED in tokens:
-            raise InputError(
-                "the model's logits are not finite, so that no token can be drawn: its weights are damaged or too large"
-            )
+            raise InputError(NOT_FINITE)
         counts[row] += len(tokens)
         finished: Literal["end", "length"] | None = "end" if tokens[-1] == end else None
         if finished is None and counts[row] == request.num_tokens:

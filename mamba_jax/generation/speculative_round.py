@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt32
 
-from mamba_jax.generation.decoder import as_before, read_token
 from mamba_jax.generation.penalties import History
 from mamba_jax.generation.rows import AT_REST, FAILED, Choice, Drawn
 from mamba_jax.generation.sampling import log_distribution, log_probabilities, row_keys
 from mamba_jax.models.language_model import LanguageModel
 from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.models.reading.prompts import as_before, read_token
 from mamba_jax.models.state import LMState, chosen_rows, one_of_each_row
 
 # What a random number of a position is for.

@@ -1,12 +1,9 @@
 """Parameters as a program wants them that reads them once for every token."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
-from mamba_jax.models.parameters import ModelDefinition, Params, define
+from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.models.storage.as_multiplied import as_multiplied
 from mamba_jax.models.storage.int8 import quantize
 
 Weights = Literal["exact", "int8"]
@@ -15,26 +12,13 @@ Weights = Literal["exact", "int8"]
 def for_decoding(
     definition: ModelDefinition, params: Params, *, weights: Weights = "exact"
 ) -> tuple[ModelDefinition, Params]:
-    """A model with the same results whose matrices are stored as they are multiplied.
-
-    A matrix in float32 is rounded to the compute dtype whenever the model is called. Here this is done once. The table
-    of embeddings stays as it is, for its vectors are not rounded; a head that shares it gets a table of its own.
+    """A model whose matrices are stored as a step reads them.
 
     Args:
         definition: the model.
         params: its parameters, stacked.
-        weights: "exact", or "int8" for what `quantize` gives.
+        weights: "exact", for what `as_multiplied` gives, with the same results; or "int8" for what `quantize` gives.
     """
     if weights == "int8":
         return definition, quantize(definition, params)
-    config, dtype = definition.config, definition.config.compute_dtype
-    params = dict(params)
-    if config.tie_embeddings and config.compute_dtype != config.param_dtype:
-        definition = define(dataclasses.replace(config, tie_embeddings=False))
-        params["lm_head"] = params["embedding"]
-
-    def stored(path: Any, param: jax.Array, dim: int | None) -> jax.Array:
-        is_kept = dim is None or path[0].key == "embedding" or jnp.finfo(param.dtype).bits <= jnp.finfo(dtype).bits
-        return param if is_kept else param.astype(dtype)
-
-    return definition, jax.tree.map_with_path(stored, params, definition.summed)
+    return as_multiplied(definition, params)

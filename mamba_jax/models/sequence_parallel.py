@@ -40,13 +40,14 @@ from pallas_kernels import (
     ssd_final_state,
     ssd_initial_cotangent,
 )
+from pallas_kernels.common.array_types import Size
 from pallas_kernels.common.derivatives import differentiable_op
 from pallas_kernels.common.discretization import step_size
 
 Decay = Callable[[jax.Array], jax.Array]
 
 
-def is_split(length: int, *, past: int) -> bool:
+def is_split(length: Size, *, past: int) -> bool:
     """Whether sequences are split over the devices of the current mesh; if not, each device computes them whole.
 
     Args:

@@ -14,8 +14,11 @@ import safetensors.numpy
 
 from mamba_jax.config import AttentionConfig, Mamba1Config, Mamba2Config, ModelConfig
 from mamba_jax.errors import InputError
+from mamba_jax.export import huggingface
 from mamba_jax.generation.context import Context, fingerprint_of, load_context, save_context
-from mamba_jax.generation.decoder import Decoder
+from mamba_jax.generation.decoder import Decoder, Prefilled
+from mamba_jax.generation.engine import Engine, Request
+from mamba_jax.generation.sampling import Sampling, SamplingConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.config import Hybrid
 from mamba_jax.models.state import taken_rows
@@ -27,6 +30,7 @@ MIXERS = {
     "mamba1": BASE.mixer,
     "hybrid": Hybrid.of_pattern("AM", A=AttentionConfig(num_heads=2), M=Mamba2Config(state_dim=4, head_dim=8)),
 }
+RING = Mamba2Config(state_dim=4, head_dim=8, step_implementation="xla", step_ring=4)
 PROMPT = np.arange(3, 12, dtype=np.int32)
 NEXT = np.asarray([[5], [7]], np.int32)
 
@@ -66,6 +70,36 @@ def test_what_was_kept_goes_on_as_if_never_put_away(kept: tuple[Decoder, Context
         jax.tree.map(np.testing.assert_array_equal, went_on, never_stopped)
         assert np.isfinite(went_on.logits).all()
         ours, expected = went_on.state, never_stopped.state
+
+
+GOLDEN = Path("tests/golden")
+
+
+@pytest.mark.parametrize("name", ["mamba1_tiny", "bamba_tiny"])
+def test_what_was_kept_on_another_machine_goes_on(name: str) -> None:
+    """The files were written once, on an AMD EPYC; the text that follows is that of an independent implementation."""
+    loaded = huggingface.load(GOLDEN / name)
+    definition = parameters.define(dataclasses.replace(loaded.config, compute_dtype="float32"))
+    decoder = Decoder(definition, loaded.params, max_length=64)
+    found = _loaded(decoder, GOLDEN / "contexts" / f"{name}.safetensors")
+    expected = safetensors.numpy.load_file(GOLDEN / name / "expected.safetensors")["greedy_from_13"][0]
+    np.testing.assert_array_equal(found.tokens, expected[:13])
+    begin, going_on = Prefilled(logits=found.logits[None], state=found.state), SamplingConfig(temperature=0.0)
+    request = Request(tokens=[], num_tokens=8, sampling=going_on, start=begin, history=found.tokens.tolist())
+    tokens = [token for progress in Engine(decoder, rows=1).run([request]) for token in progress.tokens]
+    np.testing.assert_array_equal(tokens, expected[13:21])
+
+
+def test_a_field_that_came_later_has_its_default(kept: tuple[Decoder, Context, Path], tmp_path: Path) -> None:
+    decoder, _, path = kept
+    with safetensors.safe_open(path, framework="np") as file:
+        model = json.loads(file.metadata()["model"])
+    del model["logit_cap"]
+    found = _loaded(decoder, _changed(path, tmp_path / "older", header={"model": json.dumps(model)}))
+    np.testing.assert_array_equal(found.tokens, PROMPT)
+    model["of_tomorrow"] = 1
+    with pytest.raises(InputError, match=r"which model it is of \(.*unknown key 'of_tomorrow'"):
+        _loaded(decoder, _changed(path, tmp_path / "newer", header={"model": json.dumps(model)}))
 
 
 def test_forks_do_not_disturb_each_other(kept: tuple[Decoder, Context, Path]) -> None:
@@ -142,6 +176,7 @@ def test_damage_is_told_in_a_line(kept: tuple[Decoder, Context, Path], tmp_path:
     changes: dict[str, dict[str, Any]] = {
         r"of version '2' of its format": {"header": {"version": "2"}},
         r"does not say which model": {"header": {"model": "[]"}},
+        r"does not say which model it": {"header": {"model": "[" * 100_000}},
         r"does not say how its state": {"header": {"rings": '{"state/layers_0/keys": [0, 1e99]}'}},
         r"damaged \(it does not say how": {"header": {"rings": "[" * 100_000}},
         rf"{name} is not finite": {name: bad},
@@ -207,3 +242,24 @@ def test_names_can_be_read(kept: tuple[Decoder, Context, Path]) -> None:
     assert {"tokens", "logits", expected} <= names
     with safetensors.safe_open(path, framework="np") as file:
         assert json.loads(file.metadata()["model"])["d_model"] == 16
+
+
+def test_a_ring_of_inputs_is_settled_before_it_is_kept(tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, mixer=RING)
+    params = jax.jit(parameters.init, static_argnums=0)(config, jax.random.key(0))
+    ring = Decoder(parameters.define(config), params)
+    plain = Decoder(
+        parameters.define(dataclasses.replace(config, mixer=dataclasses.replace(RING, step_ring=0))), params
+    )
+    read = ring.prefill(PROMPT[None])
+    step = ring.step(read.state, NEXT[0, :1], Sampling.of([SamplingConfig()]), jax.random.key(0))
+    path, weights = tmp_path / "context.safetensors", fingerprint_of(ring.definition, ring.params)
+    context = Context(tokens=PROMPT, logits=read.logits[0], state=step.state)
+    with pytest.raises(InputError, match="one between single tokens: read its last token with `extend`"):
+        save_context(path, context, ring.definition, weights)
+    extended = ring.extend(step.state, NEXT[1:])
+    save_context(path, dataclasses.replace(context, state=extended.state), ring.definition, weights)
+    expected = plain.extend(plain.prefill(np.append(PROMPT, NEXT[:, 0])[None]).state, PROMPT[None, :1])
+    for decoder in (ring, plain):
+        found = decoder.extend(_loaded(decoder, path).state, PROMPT[None, :1])
+        np.testing.assert_allclose(found.logits, expected.logits, rtol=0, atol=1e-5)

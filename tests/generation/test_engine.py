@@ -108,6 +108,12 @@ def test_nothing_is_compiled_for_other_prompts(
     assert not [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
 
 
+def test_prompts_are_padded_to_few_lengths(in_parts: Decoder) -> None:
+    engine = Engine(Decoder(in_parts.definition, in_parts.params, part_length=64, max_length=150), rows=1)
+    lengths = {1: 16, 16: 16, 17: 24, 24: 24, 25: 32, 33: 48, 48: 48, 49: 64, 64: 64, 65: 128, 129: 150}
+    assert {length: engine.padded_length(length) for length in lengths} == lengths
+
+
 def test_a_request_goes_on_from_a_state(in_parts: Decoder) -> None:
     rng = np.random.default_rng(1)
     before, after = rng.integers(0, 29, 11).tolist(), rng.integers(0, 29, 5).tolist()
@@ -120,7 +126,8 @@ def test_a_request_goes_on_from_a_state(in_parts: Decoder) -> None:
 
 
 def test_a_cancelled_request_has_no_more_progress(in_parts: Decoder) -> None:
-    engine = Engine(in_parts, rows=1)
+    engine = Engine(in_parts, rows=1, prompts_per_call=4)
+    # All three are read together; the second and the third wait for the row.
     first, second, third = (engine.submit(Request(tokens=[1, 2], num_tokens=40, sampling=GREEDY)) for _ in range(3))
     engine.step()
     engine.cancel(first)
@@ -129,6 +136,20 @@ def test_a_cancelled_request_has_no_more_progress(in_parts: Decoder) -> None:
     assert {progress.request for progress in found} == {second}
     assert len(tokens(found)) == 40
     assert engine.is_idle
+
+
+def test_prompts_are_read_in_full_groups_whenever_rows_get_free(
+    in_parts: Decoder, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of other lengths free one row at a time; a group of one prompt would take as long as one of four."""
+    groups = []
+    prefill = Decoder.prefill
+    monkeypatch.setattr(
+        Decoder, "prefill", lambda self, ids, lengths: (groups.append(lengths), prefill(self, ids, lengths))[1]
+    )
+    alike = [dataclasses.replace(request, tokens=request.tokens[:1]) for request in requests]
+    assert len(texts(Engine(in_parts, rows=4, end=END), alike)) == len(alike)
+    assert len(groups) == len(alike) // 4
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,25 @@ def test_a_text_that_nobody_reads_on_is_given_up(generator: Generator, texts: li
     next(stream)
     # As when the caller's loop ends early.
     del stream
-    assert generator._engine.num_active == 0
+    assert generator.engine.num_active == 0
     again = generator.generate(PROMPTS, num_tokens=20, sampling=SamplingConfig(temperature=0.8), seeds=[5, 1, 2, 9])
     assert again == texts
+
+
+def test_streams_of_one_generator_are_read_in_turns(generator: Generator, texts: list[Any]) -> None:
+    settings, seeds = SamplingConfig(temperature=0.8), [5, 1, 2, 9]
+    streams = [generator.stream(PROMPTS[i], num_tokens=20, sampling=settings, seeds=seeds[i]) for i in range(4)]
+    given_up = generator.stream(PROMPTS, num_tokens=20)
+    next(given_up)
+    found: dict[int, list[Any]] = {number: [next(stream)] for number, stream in enumerate(streams)}
+    del given_up
+    for number in (3, 1, 0, 2):
+        found[number] += streams[number]
+        assert "".join(piece.text for piece in found[number]) == texts[number].text
+        assert tuple(token for piece in found[number] for token in piece.tokens) == texts[number].tokens
+        assert found[number][-1].generated == texts[number]
+    assert generator.engine.is_idle
+    assert generator.engine.num_open == 0
 
 
 def test_a_context_stands_in_front_of_every_prompt(generator: Generator, tmp_path: Path) -> None:
@@ -96,6 +112,18 @@ def test_a_context_stands_in_front_of_every_prompt(generator: Generator, tmp_pat
         assert [text.tokens for text in found] == [text.tokens for text in whole]
     (bare,) = generator.generate([""], num_tokens=6, sampling=GREEDY, context=generator.read("é", context=context))
     assert bare.tokens == whole[0].tokens
+
+
+def test_beams_find_likelier_texts_than_the_greedy_one(generator: Generator) -> None:
+    (greedy,) = generator.generate(["aé a"], num_tokens=6, sampling=GREEDY)
+    (one,) = generator.search("aé a", num_beams=1, num_tokens=6)
+    assert (one.text, one.tokens, one.finished) == (greedy.text, greedy.tokens, greedy.finished)
+    best, *others = generator.search("aé a", num_beams=3, num_tokens=6, length_penalty=0.0)
+    # Sums of six log-probabilities of another program: some ten roundings of numbers up to 30.
+    assert best.log_probability >= one.log_probability - 30 * 2.0**-20
+    assert [best.score, *(other.score for other in others)] == sorted((best.score, *(o.score for o in others)))[::-1]
+    behind = generator.search(" a", num_beams=3, num_tokens=6, length_penalty=0.0, context=generator.read("aé"))
+    assert [found.text for found in behind] == [best.text, *(other.text for other in others)]
 
 
 def test_a_draft_changes_nothing_but_the_time(model: Model, generator: Generator) -> None:
@@ -145,6 +173,14 @@ def test_rounded_matrices_and_states_give_nearly_the_same(model: Model, generato
         np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, rtol=0.2, atol=1.0)
 
 
+def test_weights_that_are_damaged_end_in_one_line(model: Model) -> None:
+    params = jax.tree.map(lambda leaf: leaf * np.nan, model.params)
+    broken = Generator(Model(model.config, params, tokenizer=TokenizerConfig()), GeneratorConfig(rows=4))
+    with pytest.raises(InputError, match="logits are not finite"):
+        broken.generate(PROMPTS, num_tokens=2)
+    assert broken.engine.is_idle
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -160,7 +196,7 @@ def test_what_cannot_be_continued_is_refused(generator: Generator, changes: dict
     options: dict[str, Any] = {"prompts": ["a"], **changes}
     with pytest.raises(InputError, match=message):
         generator.generate(**options)
-    assert generator._engine.is_idle
+    assert generator.engine.is_idle
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -202,6 +238,18 @@ def test_the_program_reads_a_file_and_writes_json(
     assert [tuple(line["tokens"]) for line in found] == [text.tokens for text in expected]
 
 
+def test_the_program_searches(
+    monkeypatch: pytest.MonkeyPatch, saved_run: SavedRun, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = (str(saved_run.folder), "--prompt", "aé a", "--num-beams", "3", "--num-tokens", "6")
+    expected = generator.search("aé a", num_beams=3, num_tokens=6)
+    run(monkeypatch, *search)
+    assert capsys.readouterr().out == f"aé a{expected[0].text}\n"
+    run(monkeypatch, *search, "--output", "json")
+    line = json.loads(capsys.readouterr().out)
+    assert [found["text"] for found in line["found"]] == [found.text for found in expected]
+
+
 def test_a_state_is_kept_and_continued(
     monkeypatch: pytest.MonkeyPatch,
     saved_run: SavedRun,
@@ -229,6 +277,8 @@ def test_a_state_is_kept_and_continued(
         (("--prompt", "a", "b", "--save-state", "x"), "give one"),
         (("--prompt", "a", "--load-state", "not/there"), "not/there"),
         (("--prompt", "a", "--stop", ""), "stop string has no characters"),
+        (("--prompt", "a", "--num-beams", "2", "--stop", "x"), "searches without --stop"),
+        (("--prompt", "a", "--num-beams", "0"), "number of beams must lie in"),
         (("--prompt", "a", "--max-length", "5"), "would have 129 tokens, but max_length is 5"),
     ],
 )
