@@ -2,7 +2,8 @@
 
     python benchmarks/run_decode.py
     python benchmarks/run_decode.py --device gpu --models mamba_130m mamba_2_8b mamba2_2_7b --batches 1 16 128
-    python benchmarks/run_decode.py --requests 200
+    python benchmarks/run_decode.py --requests 200 --transformers PYTHON
+    python benchmarks/run_decode.py --device gpu --models mamba2_2_7b --batches 1 16 --tile-seconds 120
 
 A decoding program draws the likeliest token of every row and reads it, several times in a row, as the engine does.
 Weights are random, in bfloat16 on accelerators.
@@ -12,6 +13,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import harness
+from decoding import peer
+from decoding.tiles import Search, Workload
 from harness import MIB, Results, Setting, select_platform, time_calls
 from mamba_jax.chips import CHIPS
 from mamba_jax.cli import one_line_errors, parse
@@ -52,8 +56,10 @@ NOTES = (
     "state donated; ms are of one token of all rows. Its bound is the time to read every weight and to read and write "
     "the state, at the memory's published speed. Reading prompts: one call of the whole batch; its bound is that of "
     "the matrix units. Times are the best of repeated runs. Engine: texts of 8 to 256 tokens continued by 16 to 128, "
-    "and as many of the mean lengths.",
+    "and as many of the mean lengths. The rows of transformers: the same weights, exported, in the same run; the time "
+    "between one token and the next, and the first greedy tokens are compared.",
 )
+Step = Literal["layers", "triton", "triton_columns", "xla", "best"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,15 +72,20 @@ class Options:
         batches: rows of the decoding programs.
         weights: how they are stored.
         state_dtypes: what recurrent states are kept in.
-        steps: how a block of Mamba-1 reads a token: "layers" one layer after the other, "triton" by the kernels of
-            `pallas_kernels.mamba1_step`, "best" as the platform and the size decide.
+        steps: how a block reads a token: "layers" one layer after the other, "triton" by the kernels of
+            `pallas_kernels.mamba1_step` or `mamba2_step`, "triton_columns" by those of the first that read matrices by
+            columns, "best" as the platform and the size decide.
+        rings: for steps of Mamba-2 by kernels, tokens whose inputs are kept instead of writing the state; 0 is none.
         num_tokens: tokens of a decoding program.
         prompts: batches of prompts to read; none by default.
         prompt_length: their tokens.
         requests: texts for an engine, of mixed lengths and, to compare, of equal ones; 0 leaves that out.
         rows: of the engine.
+        transformers: an interpreter with torch and transformers, which then read the same weights on as many
+            processors, batch for batch; None leaves that out.
         seconds: time to spend on each measurement, at least three runs.
         compile_seconds: programs that are not compiled by then are left out.
+        tile_seconds: for a search of the kernels' tiles for each model and batch, instead of decoding; 0 is none.
         output: folder of the results.
     """
 
@@ -83,14 +94,17 @@ class Options:
     batches: tuple[int, ...] = (1, 16)
     weights: tuple[Weights, ...] = ("exact",)
     state_dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    steps: tuple[Literal["layers", "triton", "best"], ...] = ("best",)
+    steps: tuple[Step, ...] = ("best",)
+    rings: tuple[int, ...] = (0,)
     num_tokens: int = 32
     prompts: tuple[int, ...] = ()
     prompt_length: int = 2048
     requests: int = 0
     rows: int = 16
+    transformers: Path | None = None
     seconds: float = 1.0
     compile_seconds: float = 600.0
+    tile_seconds: float = 0.0
     output: Path = harness.RESULTS
 
 
@@ -102,8 +116,9 @@ class Case:
     batch: int
     weights: Weights
     state_dtype: Literal["float32", "bfloat16"]
-    step: Literal["layers", "triton", "best"]
+    step: Step
     prompt_length: int | None
+    ring: int = 0
 
     @property
     def workload(self) -> str:
@@ -115,7 +130,8 @@ class Case:
     def implementation(self) -> str:
         """What else tells it apart."""
         parts = [self.step, *(name for name in (f"{self.weights} weights",) if self.weights != "exact")]
-        return ", ".join([*parts, *([f"{self.state_dtype} state"] if self.state_dtype != "float32" else [])])
+        parts += [f"{self.state_dtype} state"] if self.state_dtype != "float32" else []
+        return ", ".join([*parts, *([f"ring of {self.ring}"] if self.ring else [])])
 
 
 def cases(options: Options) -> list[Case]:
@@ -123,11 +139,15 @@ def cases(options: Options) -> list[Case]:
     found = []
     for model in options.models:
         width = functools.partial(Case, model=model)
-        for step in options.steps if isinstance(SIZES[model][2], Mamba1Config) else ("best",):
+        for step in options.steps:
+            if step == "triton_columns" and not isinstance(SIZES[model][2], Mamba1Config):
+                continue
             for weights in options.weights:
                 for state_dtype in options.state_dtypes:
                     case = functools.partial(width, weights=weights, state_dtype=state_dtype, step=step)
-                    found += [case(batch=batch, prompt_length=None) for batch in options.batches]
+                    has_ring = isinstance(SIZES[model][2], Mamba2Config) and step == "triton"
+                    for ring, batch in itertools.product(options.rings if has_ring else (0,), options.batches):
+                        found.append(case(batch=batch, prompt_length=None, ring=ring))
         case = functools.partial(width, weights="exact", state_dtype="float32", step="best")
         found += [case(batch=batch, prompt_length=options.prompt_length) for batch in options.prompts]
     return found
@@ -137,7 +157,8 @@ def definition_of(case: Case, options: Options) -> ModelDefinition:
     """The model of a case."""
     width, depth, mixer = SIZES[case.model]
     if case.step != "best":
-        mixer = dataclasses.replace(mixer, step_implementation=case.step)
+        ring = {"step_ring": case.ring} if case.ring else {}
+        mixer = dataclasses.replace(mixer, step_implementation=case.step, **ring)
     dtype = "float32" if options.device == "cpu" else "bfloat16"
     vocab = 264 if case.model == "quickstart" else VOCAB
     return parameters.define(
@@ -149,11 +170,15 @@ def definition_of(case: Case, options: Options) -> ModelDefinition:
 
 def per_layer_params(definition: ModelDefinition, weights: Weights) -> Any:
     """Random parameters as a decoder has them."""
+    _, params = for_decoding(definition, random_params(definition), weights=weights)
+    return definition.unstacked(params)
+
+
+def random_params(definition: ModelDefinition) -> Any:
+    """Random parameters, stacked."""
     # Speed does not depend on the values, and a program that draws them as training does takes longer to compile.
     draw = jax.jit(_draw, static_argnums=(0, 1))
-    drawn = jax.tree.map(lambda leaf: draw(leaf.shape, leaf.dtype), definition.params)
-    _, params = for_decoding(definition, drawn, weights=weights)
-    return definition.unstacked(params)
+    return jax.tree.map(lambda leaf: draw(leaf.shape, leaf.dtype), definition.params)
 
 
 def _draw(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -172,14 +197,23 @@ def start(definition: ModelDefinition, case: Case) -> Rows:
     )
 
 
-def compiled(case: Case, options: Options) -> Any:
-    """The program of a case, without its arguments."""
+def shapes_on(device: jax.Device, definition: ModelDefinition, weights: Weights) -> Any:
+    """Shapes of the parameters as a decoder has them, which say how the arrays lie on the device."""
+    shapes = jax.eval_shape(lambda: per_layer_params(definition, weights))
+    place = jax.sharding.SingleDeviceSharding(device)
+    return definition.unstacked(
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    )
+
+
+def lowered(case: Case, options: Options, device: jax.Device) -> Any:
+    """The program of a case for a device, without its arguments."""
     definition = definition_of(case, options)
-    params = jax.eval_shape(lambda: per_layer_params(definition, case.weights))
+    params = shapes_on(device, definition, case.weights)
     if case.prompt_length is not None:
         tokens = jax.ShapeDtypeStruct((case.batch, case.prompt_length), jnp.int32)
         read = jax.jit(lambda params, tokens: definition.merge(params).hidden(tokens).hidden[:, -1])
-        return read.lower(params, tokens).compile()
+        return read.lower(params, tokens)
     sampling = Sampling.of([SamplingConfig(temperature=0.0)] * case.batch)
     choice = Choice(sampling=sampling, allowed=np.ones(definition.config.vocab_size, bool))
 
@@ -188,7 +222,12 @@ def compiled(case: Case, options: Options) -> Any:
         return rows, drawn.tokens
 
     rows = jax.eval_shape(lambda: start(definition, case))
-    return jax.jit(decode, donate_argnums=1).lower(params, rows).compile()
+    return jax.jit(decode, donate_argnums=1).lower(params, rows)
+
+
+def compiled(case: Case, options: Options) -> Any:
+    """The program of a case, without its arguments."""
+    return lowered(case, options, jax.devices()[0]).compile()
 
 
 def call_of(case: Case, options: Options, program: Any, params: Any) -> Callable[[], Any]:
@@ -295,7 +334,7 @@ def main() -> None:
         select_platform(options.device)
         results = Results(options.output, Setting.here(harness.hardware(), libraries=("flax",)))
         deadline = time.perf_counter() + options.compile_seconds
-        todo = cases(options)
+        todo = cases(options) if not options.tile_seconds else []
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             programs = {case: pool.submit(compiled, case, options) for case in todo}
             concurrent.futures.wait(programs.values(), timeout=max(0.0, deadline - time.perf_counter()))
@@ -306,13 +345,30 @@ def main() -> None:
                 if not programs[case].done() or programs[case].cancelled():
                     print(f"left out, not compiled in time: {case.workload}, {case.implementation}", flush=True)
                     continue
-                if held[0] != (case.model, case.weights):
+                definition = definition_of(case, options)
+                reads_columns = any(stack.mixer.reads_columns for stack in definition.config.stacks)
+                wanted = (case.model, case.weights, reads_columns)
+                if held[0] != wanted:
                     held = (None, None)
-                    held = ((case.model, case.weights), per_layer_params(definition_of(case, options), case.weights))
+                    held = (wanted, per_layer_params(definition, case.weights))
                 measure(results, case, options, programs[case].result(), held[1])
-        for model in options.models if options.requests else ():
-            measure_engine(results, model, options)
-        path = results.write_table(f"decode_{options.device}", "Generation", *NOTES)
+        for model, batch, dtype in itertools.product(options.models, options.batches, options.state_dtypes):
+            if options.tile_seconds:
+                width, _, mixer = SIZES[model]
+                workload = Workload(width=width, mixer=mixer, rows=batch, state_dtype=dtype)
+                Search(results, f"{model}, batch {batch}, {dtype} state", workload, seconds=options.tile_seconds).run()
+        for model in options.models:
+            if options.requests:
+                measure_engine(results, model, options)
+            if options.transformers is not None:
+                definition = definition_of(cases(dataclasses.replace(options, models=(model,)))[0], options)
+                sizes = {field.name: getattr(options, field.name) for field in dataclasses.fields(peer.Job)}
+                params = random_params(definition)
+                peer.measure(
+                    results, model, options.transformers, peer.Job(**sizes), definition=definition, params=params
+                )
+        kind = "tiles" if options.tile_seconds else "decode"
+        path = results.write_table(f"{kind}_{options.device}", "Generation", *NOTES)
         print(f"wrote {path}")
 
 
