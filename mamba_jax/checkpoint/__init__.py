@@ -7,8 +7,8 @@ step or run, is recognised: Orbax itself reads flipped bits without complaint.
 
 from mamba_jax.checkpoint.checkpointer import Checkpointer, Restored, SaveFailed
 from mamba_jax.checkpoint.damage import CheckpointGone, DamagedCheckpoint
-from mamba_jax.checkpoint.loading import LoadedParams, StoredRun, load_params, stored_run
-from mamba_jax.checkpoint.steps import FOLDER, check_path, newest_step, quarantined
+from mamba_jax.checkpoint.loading import LoadedParams, StoredRun, load_params, load_state, stored_run, stored_step
+from mamba_jax.checkpoint.steps import FOLDER, check_path, newest_step, quarantined, steps_in
 
 __all__ = [
     "FOLDER",
@@ -21,7 +21,10 @@ __all__ = [
     "StoredRun",
     "check_path",
     "load_params",
+    "load_state",
     "newest_step",
     "quarantined",
+    "steps_in",
     "stored_run",
+    "stored_step",
 ]

@@ -33,11 +33,13 @@ class LoadedParams:
         config: the experiment that made them.
         params: on the first local device.
         step: updates done.
+        run: id of the run that made them; None if it recorded none.
     """
 
     config: ExperimentConfig
     params: Params
     step: int
+    run: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,40 @@ def stored_run(run_dir: str | Path) -> StoredRun | None:
     return None
 
 
+def stored_step(run_dir: str | Path, step: int) -> StoredRun:
+    """Config and identity of a run at one of its steps; reads no arrays. All processes return, or all raise the same.
+
+    Raises:
+        InputError: the run has no such checkpoint (those that it has are named), or it is damaged or unreadable.
+    """
+    check_path(run_dir)
+    folder = _choose(Path(run_dir), step)
+    with same_for_all():
+        record = records.read(folder)
+        records.check_step(record, folder)
+        return StoredRun(config=_config(record, folder), identity=record.identity, step=step)
+
+
+def load_state(run_dir: str | Path, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the state that a run had at one of its steps, for another run that goes on from there.
+
+    Args:
+        run_dir: the run directory.
+        step: which checkpoint.
+        abstract: trees of `jax.ShapeDtypeStruct` with shardings, by name of the item.
+
+    Returns:
+        The arrays, in the same trees.
+
+    Raises:
+        InputError: the run has no such checkpoint, or it is damaged, cannot be read now or holds other arrays.
+    """
+    try:
+        return read_arrays(_choose(Path(run_dir), step), abstract, identity=None)
+    except DamagedCheckpoint as error:
+        raise InputError(f"{error}: take another step of {run_dir}") from error
+
+
 def _choose(run_dir: Path, step: int | None) -> Path:
     """Folder of the checkpoint of `step`, or of the newest one; the first process chooses for all."""
     with same_for_all():
@@ -131,7 +167,8 @@ def _load(folder: Path, weights: Literal["weights", "average"]) -> LoadedParams:
             raise InputError(f"{folder.parent.parent} keeps no average of the weights: optimizer.ema_decay was not set")
     item = _ITEM[weights]
     abstract = {item: _on_first_device(define(config.model).params)}
-    return LoadedParams(config=config, params=read_arrays(folder, abstract, identity=None)[item], step=int(folder.name))
+    params = read_arrays(folder, abstract, identity=None)[item]
+    return LoadedParams(config=config, params=params, step=record.step, run=(record.identity or {}).get("run"))
 
 
 def _config(record: records.Record, folder: Path) -> ExperimentConfig:

@@ -1,18 +1,22 @@
-"""Weights that a training run starts from, given as a safetensors folder, if they belong to exactly the same model."""
+"""Weights that a training run starts from, out of another run or a folder, if they belong to exactly the same model."""
 
 import dataclasses
 import json
+import re
 from os.path import isdir
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from mamba_jax.checkpoint import FOLDER, load_params, stored_run, stored_step
 from mamba_jax.config_base import nested_fields
 from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError, short
 from mamba_jax.experiment import ExperimentConfig
-from mamba_jax.export import huggingface
-from mamba_jax.export.companions import tokenizer_beside
+from mamba_jax.export import huggingface, published_config
+from mamba_jax.export.companions import tokenizer_beside, tokenizer_of_run
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.parameters import Params
@@ -27,41 +31,120 @@ _FREE = {
 }
 
 
-def initial_params(config: ExperimentConfig) -> Params | None:
-    """The weights in the folder `config.train.init_from`; None if none is given.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """Weights that a run starts from.
+
+    Attributes:
+        params: the parameters, of the config's model.
+        experiment: config of the run that made them; None if they come out of a folder, which does not tell.
+        step: updates that run had done; None as well.
+        run: id of that run; None as well.
+    """
+
+    params: Params
+    experiment: ExperimentConfig | None = None
+    step: int | None = None
+    run: str | None = None
+
+
+def split_step(text: str) -> tuple[Path, int | None]:
+    """Folder and step of `RUN@STEP`; the step is None where none is given, as in the name of a folder with an @."""
+    found = re.fullmatch(r"(.+)@(\d{1,10})", text, re.ASCII)
+    if found is None or isdir(text):
+        return Path(text), None
+    return Path(found[1]), int(found[2])
+
+
+def model_of(source: str) -> ModelConfig:
+    """The model that the weights of `train.init_from` belong to, for a config file; reads no weights.
+
+    Args:
+        source: a training run, RUN or RUN@STEP, or a folder with config.json and weights.
+
+    Returns:
+        Its config, as training can take it: with parameters in float32. A folder does not tell the dtype of products,
+        which is the default of `ModelConfig`.
 
     Raises:
-        InputError: there is no such folder, it is damaged, or its model computes something else, which shapes need not
-            show; the message names each field that differs, and the tokenizer if the folder has another one.
+        InputError: there is no such folder or step, or it is damaged.
+
+    Example:
+        ExperimentConfig(model=model_of("runs/first"), train=TrainConfig(init_from="runs/first", ...), ...)
     """
-    if config.train.init_from is None:
+    folder, step = split_step(source)
+    if isdir(folder / FOLDER):
+        run = stored_run(folder) if step is None else stored_step(folder, step)
+        if run is None:
+            raise InputError(f"{folder} has no complete checkpoint yet")
+        return run.config.model
+    if step is not None or not isdir(folder):
+        raise InputError(f"{source!r} is no training run, and no folder with config.json and weights")
+    return dataclasses.replace(published_config.read(folder / "config.json").config, param_dtype="float32")
+
+
+def initial_weights(config: ExperimentConfig) -> InitialWeights | None:
+    """The weights that `config.train.init_from` and `init_weights` name; None if none are given.
+
+    Raises:
+        InputError: there is no such folder or step, it is damaged, or its model computes something else, which shapes
+            need not show; the message names each field that differs, and the tokenizer if the weights have another one.
+    """
+    source = config.train.init_from
+    if source is None:
         return None
-    folder = Path(config.train.init_from)
+    folder, step = split_step(source)
     if not isdir(folder):
-        raise InputError(f"train.init_from: no folder {str(folder)!r}; give one with config.json and weights")
-    if isdir(folder / "checkpoints"):
         raise InputError(
-            f"train.init_from {folder} is a training run: export it (python -m mamba_jax.export {folder} FOLDER) and "
-            "give that folder"
+            f"train.init_from: no folder {str(folder)!r}; give a training run, or a folder with config.json and weights"
         )
-    loaded = huggingface.load(folder)
-    was, here = decisive(loaded.config), decisive(config.model)
+    if isdir(folder / FOLDER):
+        run = load_params(folder, step, weights=config.train.init_weights)
+        differences = model_differences(run.config.model, config.model)
+        stored: TokenizerConfig | None = tokenizer_of_run(folder, run.config.data.tokenizer)
+        # From the host each process puts its own part on its devices.
+        params = jax.device_get(run.params)
+        found = InitialWeights(params=params, experiment=run.config, step=run.step, run=run.run)
+        model = run.config.model
+    else:
+        asked = {
+            f"step {step}": step is not None,
+            "average of the weights (train.init_weights)": config.train.init_weights == "average",
+            "moments of an optimizer (train.init_optimizer)": config.train.init_optimizer,
+        }
+        if missing := next((name for name, is_asked in asked.items() if is_asked), None):
+            raise InputError(f"train.init_from {folder} is not a training run, so it has no {missing}: leave that out")
+        loaded = huggingface.load(folder)
+        differences = model_differences(loaded.config, config.model, is_padded=loaded.layout == "hf")
+        stored, model = tokenizer_beside(folder), loaded.config
+        found = InitialWeights(params=loaded.params)
+    differences += tokenizer_differences(stored, config.data.tokenizer)
+    if differences:
+        raise InputError(
+            f"train.init_from {folder} holds another model, {model.num_layers} layers of width {model.d_model}: "
+            f"{'; '.join(differences)}; make the config agree with it or take other weights"
+        )
+    return found
+
+
+def model_differences(stored: ModelConfig, own: ModelConfig, *, is_padded: bool = False) -> list[str]:
+    """A phrase for each field that makes weights of one model mean something else in the other.
+
+    Args:
+        stored: config of the model that the weights belong to.
+        own: config of the model that is to take them.
+        is_padded: the vocabulary of `stored` is its number of rows, as in the "hf" layout, which does not tell how many
+            of them stand for tokens.
+    """
+    was, here = decisive(stored), decisive(own)
     if was["padded_vocab_size"] == here["padded_vocab_size"]:
-        # The "hf" layout tells the number of rows, and not how many of them stand for tokens.
-        for name in ("vocab_multiple", "vocab_size") if loaded.layout == "hf" else ("vocab_multiple",):
+        for name in ("vocab_multiple", "vocab_size") if is_padded else ("vocab_multiple",):
             was[name] = here[name]
-    differences = [
+    return [
         f"model.{name} was {short(was.get(name))}, here {short(here.get(name))}"
         for name in dict.fromkeys([*was, *here])
         if was.get(name) != here.get(name)
     ]
-    differences += _other_tokenizer(tokenizer_beside(folder), config.data.tokenizer)
-    if differences:
-        raise InputError(
-            f"train.init_from {folder} holds another model, {loaded.config.num_layers} layers of width "
-            f"{loaded.config.d_model}: {'; '.join(differences)}; make the config agree with it or take other weights"
-        )
-    return loaded.params
 
 
 def decisive(config: ModelConfig) -> dict[str, Any]:
@@ -77,9 +160,9 @@ def decisive(config: ModelConfig) -> dict[str, Any]:
     return dict(nested_fields(fields))
 
 
-def _other_tokenizer(stored: TokenizerConfig | None, own: TokenizerConfig) -> list[str]:
-    """One sentence if the tokenizers give different ids, in a list; empty if not, or if none is stored."""
-    if stored is None:
+def tokenizer_differences(stored: TokenizerConfig | None, own: TokenizerConfig) -> list[str]:
+    """One phrase if the tokenizers give different ids, in a list; empty if not, or if none is stored."""
+    if stored is None or stored == own:
         return []
     was, here = make_tokenizer(stored), make_tokenizer(own)
     if was.end_of_document == here.end_of_document and _definition(was) == _definition(here):

@@ -10,7 +10,7 @@ from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
 from mamba_jax.files import replacement
 from mamba_jax.report.page import render
-from mamba_jax.report.run import read_run
+from mamba_jax.report.run import read_runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Arguments:
     """Shows training runs as one HTML page that needs no network; a run that is still going will do.
 
     Attributes:
-        run_dirs: directories of runs; several are compared in one page.
+        run_dirs: directories of runs, or folders of such; several runs are compared in one page.
         output: the file to write; None is report.html in the first run's directory.
     """
 
@@ -32,7 +32,7 @@ def main() -> None:
         arguments = parse(Arguments, prog="python -m mamba_jax.report")
         if not arguments.run_dirs:
             raise InputError("missing RUN_DIR: give the train.run_dir of a run, or of several to compare")
-        page = render([read_run(Path(folder)) for folder in arguments.run_dirs])
+        page = render([run for folder in arguments.run_dirs for run in read_runs(Path(folder))])
         output = Path(arguments.output or Path(arguments.run_dirs[0]) / "report.html")
         # Half of a surrogate pair, as in the name of a folder that is not UTF-8, is shown as an escape.
         content = page.encode("utf-8", "backslashreplace")

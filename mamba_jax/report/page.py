@@ -10,6 +10,7 @@ from mamba_jax.report.sections import (
     config_section,
     events_section,
     goodput_section,
+    lineage_section,
     restarts_section,
     samples_section,
     skipped_section,
@@ -57,6 +58,7 @@ def render(runs: Sequence[Run]) -> str:
         [
             head,
             _headline(runs),
+            lineage_section(runs),
             _curves(runs),
             goodput_section(runs),
             restarts_section(runs),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.errors import InputError
+from mamba_jax.run.record import Lineage, read_record
 from mamba_jax.telemetry.events import read_events
 from mamba_jax.telemetry.goodput import GoodputSummary, summarize
 from mamba_jax.telemetry.metrics import read_metrics, read_samples
@@ -51,6 +52,7 @@ class Run:
         events: events of all starts, oldest first.
         samples: (step, text) of each sample, oldest first.
         goodput: where the time went; None without events.
+        lineage: what the run began with; None for random weights.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Run:
     events: list[dict[str, Any]]
     samples: list[tuple[int, str]]
     goodput: GoodputSummary | None
+    lineage: Lineage | None = None
 
     @property
     def step(self) -> int:
@@ -111,6 +114,22 @@ def read_run(folder: Path) -> Run:
         ) from None
 
 
+def read_runs(folder: Path) -> list[Run]:
+    """The run in a folder; if it holds none itself, those in the folders right below it, by name.
+
+    Raises:
+        InputError: the folder is missing, cannot be read, or there is no run in either place.
+    """
+    try:
+        return [read_run(folder)]
+    except InputError:
+        below = sorted(path.parent for path in folder.glob("*/config.json"))
+        runs = [read_run(path) for path in below if (path / "events.jsonl").is_file()]
+        if not runs:
+            raise
+        return runs
+
+
 def _read(folder: Path) -> Run:
     """Collects all that the files of a run directory tell; raises an InputError if it holds no run."""
     config = _read_config(folder)
@@ -121,6 +140,7 @@ def _read(folder: Path) -> Run:
         )
     events = read_events(folder)
     flat = _flatten(config)
+    record = read_record(folder)
     name, num_steps = config.get("name"), flat.get("train.num_steps", "")
     return Run(
         name=name if isinstance(name, str) and name.strip() else folder.resolve().name,
@@ -131,6 +151,7 @@ def _read(folder: Path) -> Run:
         events=events,
         samples=read_samples(folder),
         goodput=summarize(events) if any(event["event"] == "start" for event in events) else None,
+        lineage=None if record is None else record.lineage,
     )
 
 

@@ -70,6 +70,19 @@ def _bar(run: Run, summary: GoodputSummary) -> str:
     return f'<div class="card">{head}<div class="bar">{bar}</div><div class="legend">{names}</div></div>'
 
 
+def lineage_section(runs: Sequence[Run]) -> str:
+    """What each run began with, which fields it changed of that, and where its schedule was extended."""
+    rows = []
+    for run in runs:
+        if run.lineage is not None:
+            changes = "; ".join(run.lineage.changes) or "nothing, as far as is known"
+            rows.append([run.name, str(run.lineage.first_step), f"began as {run.lineage}", changes])
+        extended = [event for event in run.events if event["event"] == "extended"]
+        rows += [[run.name, str(event.get("step", "")), "extended", event.get("changes", "")] for event in extended]
+    header = ["run", "step", "what", "changed"]
+    return f'<h2>Lineage</h2><div class="card">{table(header, rows[-_MOST_ROWS:])}</div>' if rows else ""
+
+
 def restarts_section(runs: Sequence[Run]) -> str:
     """Every process that worked on a run, and what became of it."""
     parts = []

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mamba_jax.checkpoint import FOLDER, StoredRun, check_path, newest_step, stored_run
-from mamba_jax.config_base import from_json, nested_fields, to_json
+from mamba_jax.config_base import from_json, to_json
 from mamba_jax.errors import InputError, reason
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.files import replacement
+from mamba_jax.run.changes import check_extension, is_of_schedule, result_changes
 from mamba_jax.run.distributed import from_first, raise_in_all
 from mamba_jax.run.ownership import LOCK, OWNER
 from mamba_jax.run.record import (
     RECORD,
+    Lineage,
     RunRecord,
     check_may_begin,
     data_problem,
@@ -54,33 +56,13 @@ _RECORDS = (
     _CONFIG,
 )
 
-# Fields that may change when a run is resumed: they decide where, how fast and how visibly it runs, not its result. The
-# backends of mixers are among them.
-_CHANGEABLE = {
-    "name",
-    "data.cache_dir",
-    "data.prefetch",
-    "faults.deadline_seconds",
-    "faults.max_skipped",
-    "faults.startup_seconds",
-    "model.remat",
-    "train.run_dir",
-    "train.loss_chunk",
-    "train.log_every",
-    "train.profile_steps",
-    "train.sample_every",
-    "train.sample_prompt",
-    "train.sample_tokens",
-}
-_CHANGEABLE_SECTIONS = ("mesh", "checkpoint", "evaluation", "data.validation")
-
 
 def check_run_directory(config: ExperimentConfig, *, from_scratch: bool = False) -> None:
     """Makes sure that the run directory is free, or that the run in it is the one that `config` describes.
 
     Args:
         config: `config.train.run_dir` is the directory; the other fields are compared with those of the run in it,
-            except for the ones in `_CHANGEABLE`, which do not change the result.
+            except for those that do not change the result, or only that of steps to come (`mamba_jax.run.changes`).
         from_scratch: the run in the directory is going to be set aside, so it may have another config.
 
     Raises:
@@ -137,7 +119,9 @@ def begins_at_zero(config: ExperimentConfig, *, from_scratch: bool) -> bool:
         return begins
 
 
-def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratch: bool) -> RunRecord:
+def settle_run(
+    config: ExperimentConfig, data: Mapping[str, Any], *, from_scratch: bool, lineage: Lineage | None = None
+) -> RunRecord:
     """The record of the run that begins or resumes in the run directory; call it after `begins_at_zero`.
 
     The first process decides, and all processes return the same record.
@@ -146,6 +130,7 @@ def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratc
         config: `config.train.run_dir` is the directory.
         data: identity of the training data, see `TokenDataset.identity`.
         from_scratch: make a new record, whatever the directory holds.
+        lineage: where the run comes from, if it begins; None if from nothing.
 
     Returns:
         The record; its field `saved` is None if the run begins.
@@ -157,24 +142,34 @@ def settle_run(config: ExperimentConfig, data: Mapping[str, Any], *, from_scratc
 
     def settle() -> str:
         with _reading(run_dir):
-            return to_text(RunRecord.new(data) if from_scratch else _find_run(run_dir, data))
+            return to_text(RunRecord.new(data, lineage) if from_scratch else _find_run(run_dir, data, lineage))
 
     record = from_text(from_first(settle))
     raise_in_all(data_problem(run_dir, record.data, data))
     return record
 
 
-def _find_run(run_dir: Path, data: Mapping[str, Any]) -> RunRecord:
+def _find_run(run_dir: Path, data: Mapping[str, Any], lineage: Lineage | None) -> RunRecord:
     """The record of the run in the directory, else that of its newest checkpoint, else a new one."""
     record, newest = read_record(run_dir), newest_step(run_dir)
     if newest is None and not has_recorded_steps(run_dir):
-        return RunRecord.new(data)
+        return RunRecord.new(data, lineage)
     if record is None and (stored := _stored_run(run_dir)) is not None:
         record = from_identity(stored.identity)
     if record is None:
         record = RunRecord.new(data)
+    if newest is None:
+        record = dataclasses.replace(record, lineage=lineage)
     saved = None if newest is None else max(newest, record.saved or 0)
     return dataclasses.replace(record, data=record.data or data, saved=saved)
+
+
+def schedule_changes(config: ExperimentConfig) -> list[str]:
+    """What a run that is extended changes of its schedule, a phrase for each field; call it before the claim."""
+    run_dir = Path(config.train.run_dir)
+    with _reading(run_dir):
+        stored = _read_config(run_dir)
+    return list(result_changes(stored, config).values()) if isinstance(stored, ExperimentConfig) else []
 
 
 def claim_run_directory(config: ExperimentConfig) -> Path:
@@ -298,14 +293,19 @@ def _is_empty_place(path: Path) -> bool:
 
 def _check_config(config: ExperimentConfig, run_dir: Path) -> None:
     """Compares `config` with both configs that a run leaves: `config.json`, and the one in its newest checkpoint."""
-    if newest_step(run_dir) is None and not has_recorded_steps(run_dir):
+    newest = newest_step(run_dir)
+    if newest is None and not has_recorded_steps(run_dir):
         return
     stored = _stored_run(run_dir)
     for other in (_read_config(run_dir), stored and stored.config):
-        if isinstance(other, ExperimentConfig) and (changes := _result_changes(other, config)):
+        if not isinstance(other, ExperimentConfig) or not (changes := result_changes(other, config)):
+            continue
+        if newest is not None and all(is_of_schedule(name) for name in changes):
+            check_extension(other, config, run_dir, newest)
+        else:
             raise InputError(
-                f"{run_dir} holds a run with another config ({'; '.join(changes)}): choose another train.run_dir, "
-                "or undo the change to resume it"
+                f"{run_dir} holds a run with another config ({'; '.join(changes.values())}): choose another "
+                "train.run_dir, or undo the change to resume it"
             )
 
 
@@ -330,18 +330,3 @@ def _read_config(run_dir: Path) -> ExperimentConfig | InputError | None:
 
 def _stored_run(run_dir: Path) -> StoredRun | None:
     return None if newest_step(run_dir) is None else stored_run(run_dir)
-
-
-def _result_changes(stored: ExperimentConfig, current: ExperimentConfig) -> list[str]:
-    """What differs between two configs and changes the result, a phrase for each field."""
-    old, new = (dict(nested_fields(dataclasses.asdict(config))) for config in (stored, current))
-    return [
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not _may_change(name)
-    ]
-
-
-def _may_change(name: str) -> bool:
-    is_backend = name.startswith("model.mixer.") and name.endswith("_implementation")
-    return is_backend or name in _CHANGEABLE or name.startswith(_CHANGEABLE_SECTIONS)

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 
 from mamba_jax.checkpoint import Checkpointer
-from mamba_jax.config_base import nested_fields
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.batches import Task
 from mamba_jax.data.pipeline import evaluation_batches, open_source, train_batches
@@ -17,13 +16,14 @@ from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
 from mamba_jax.experiment import ExperimentConfig
-from mamba_jax.export.initial import initial_params as _initial_params
 from mamba_jax.generation.text import complete
 from mamba_jax.models.parameters import Params
+from mamba_jax.run.checks import check_model, check_runs_here
 from mamba_jax.run.directory import (
     begins_at_zero,
     check_is_run_or_free,
     claim_run_directory,
+    schedule_changes,
     set_aside,
     settle_run,
     store_record,
@@ -34,6 +34,7 @@ from mamba_jax.run.out_of_memory import out_of_memory_in_one_line
 from mamba_jax.run.ownership import owned
 from mamba_jax.run.record import RunRecord
 from mamba_jax.run.saves import Saves
+from mamba_jax.run.start import Start, find_start
 from mamba_jax.run.stop_requests import StopRequests
 from mamba_jax.run.watchdog import Watchdog
 from mamba_jax.sharding import make_mesh, process_rows, put_batch
@@ -87,64 +88,33 @@ def train(
             were skipped; one line says what is wrong, the value and what to do.
     """
     tokenizer = make_tokenizer(config.data.tokenizer)
-    _check_model(config, tokenizer)
+    check_model(config, tokenizer)
     if config.train.sample_every:
         tokenizer.check_prompt(config.train.sample_prompt)
     check_is_run_or_free(config)
     with owned(Path(config.train.run_dir), wait=wait):
         begins = from_first(lambda: begins_at_zero(config, from_scratch=from_scratch)) == str(True)
-        initial = _initial_params(config) if begins else None
+        start = find_start(config) if begins else Start()
         mesh = make_mesh(config.mesh, devices)
         check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
         program = TrainProgram(config.program, mesh)
         dataset = open_source(config.data.train, config.data.cache_dir, tokenizer)
         held_out = config.data.validation
         validation = None if held_out is None else open_source(held_out, config.data.cache_dir, tokenizer)
-        record = settle_run(config, dataset.identity, from_scratch=from_scratch)
+        start.check_data(config, dataset.identity)
+        record = settle_run(config, dataset.identity, from_scratch=from_scratch, lineage=start.lineage)
         given = _Given(
             tokenizer=tokenizer,
             dataset=dataset,
             validation=validation,
             record=record,
-            initial=initial,
+            start=start,
             from_scratch=from_scratch,
         )
         with StopRequests() as stop, Watchdog() as watchdog, out_of_memory_in_one_line(config, watchdog):
             watchdog.arm(config.faults.startup_seconds, "starting")
             run = _Run(config, program, given, stop=stop, watchdog=watchdog, hooks=hooks or Hooks())
             return run.execute()
-
-
-def _check_model(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
-    """Refuses models that cannot hold the tokenizer's ids, or that would train badly in their dtypes."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} ids: "
-            f"set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
-    if config.model.param_dtype != "float32":
-        raise InputError(f"training needs model.param_dtype='float32', got {config.model.param_dtype!r}")
-    if config.model.compute_dtype == "float16":
-        raise InputError("model.compute_dtype='float16' would lose small gradients: choose 'bfloat16' or 'float32'")
-
-
-def _check_runs_here(program: TrainProgram) -> None:
-    """Traces the step if the config names a kernel implementation, so that one that cannot run is refused early."""
-    asked = {
-        f"{name}={value!r}": None
-        for stack in program.config.model.stacks
-        for path, value in nested_fields(dataclasses.asdict(stack.mixer))
-        if (name := path.rpartition(".")[2]).endswith("_implementation") and value is not None
-    }
-    if not asked:
-        return
-    try:
-        with jax.set_mesh(program.mesh):
-            program.step.trace(program.state, program.batch)
-    except NotImplementedError as error:
-        raise InputError(
-            f"model.mixer.{', '.join(asked)} cannot run this: {error}; None lets the platform decide"
-        ) from error
 
 
 def _open_checkpoints(config: ExperimentConfig, record: RunRecord, log: RunLog) -> Checkpointer:
@@ -164,7 +134,7 @@ class _Given:
         dataset: training text.
         validation: held-out text; None without a validation source.
         record: record of the run that begins or resumes.
-        initial: parameters to begin with; None if they are drawn at random or restored from a checkpoint.
+        start: what the run begins with, unless it is resumed.
         from_scratch: move the run that is in the run directory aside.
     """
 
@@ -172,7 +142,7 @@ class _Given:
     dataset: TokenDataset | Task
     validation: TokenDataset | Task | None
     record: RunRecord
-    initial: Params | None
+    start: Start
     from_scratch: bool
 
 
@@ -196,22 +166,26 @@ class _Run:
         self.batches = train_batches(
             given.dataset, config.data, seed=config.seed, process_index=index, process_count=count
         )
-        _check_runs_here(program)
+        check_runs_here(program)
         self.run_dir = Path(config.train.run_dir)
         aside = from_first(lambda: set_aside(self.run_dir)) if given.from_scratch else ""
         self.log = RunLog(config, self.mesh, self.run_dir)
         with self.log.measure("init"):
             self.checkpointer = _open_checkpoints(config, given.record, self.log)
             restored = self.checkpointer.restore_newest(program.state.items())
-            self.first_step, self.is_resumed = (0, False) if restored is None else (restored.step, True)
+            self.is_resumed = restored is not None
             if restored is None:
-                self.state = program.initialize(given.initial)
+                self.first_step, self.state = given.start.step, given.start.state(program)
             else:
-                self.state = TrainState.from_items(restored.items)
+                self.first_step, self.state = restored.step, TrainState.from_items(restored.items)
             jax.block_until_ready(self.state)
+        changes = from_first(lambda: "; ".join(schedule_changes(config))) if self.is_resumed else ""
+        # What the last evaluation and sample of a shorter run have left is made again, as they were.
+        self.extended_at = self.first_step if changes else None
         from_first(lambda: store_record(claim_run_directory(config), given.record))
         self.saves = Saves(config, self.checkpointer, given.record, self.log)
         self.log.start(self.first_step)
+        self._tell_origin(changes)
         if aside:
             self.log.note(f"the records of the run before are in {aside}")
         if given.tokenizer.lossy:
@@ -222,6 +196,14 @@ class _Run:
         self.last_loss: float | None = None
         self.last_validation: Perplexity | None = None
         self.skipped_in_a_row = 0
+
+    def _tell_origin(self, changes: str) -> None:
+        """Says what the run began with, and which fields of its schedule (`changes`) are others from here on."""
+        if not self.is_resumed and self.given.record.lineage is not None:
+            self.log.note(f"begins as {self.given.record.lineage}")
+        if changes:
+            self.log.event("extended", step=self.first_step, changes=changes)
+            self.log.note(f"goes on from step {self.first_step} with another schedule: {changes}")
 
     def execute(self) -> TrainResult:
         """Trains and saves, then evaluates: if the last evaluation fails, a restart need not train again."""
@@ -259,12 +241,14 @@ class _Run:
         config, last = self.config, self.config.train.num_steps
         batches = self.batches.iterate(self.first_step)
         self.hooks.on_start(self.first_step, self.state)
+        # What was learned elsewhere is measured before this run changes it.
+        begun_at = self.given.record.lineage.first_step if self.given.record.lineage is not None else None
         pending: tuple[int, StepMetrics] | None = None
         step = self.first_step
         while step < last and not self.stop.requested():
-            evaluate_now = _is_due(step, config.evaluation.every)
+            evaluate_now = _is_due(step, config.evaluation.every) or step in (begun_at, self.extended_at)
             save_now = _is_due(step, config.checkpoint.every)
-            sample_now = _is_due(step, config.train.sample_every)
+            sample_now = _is_due(step, config.train.sample_every) or step == self.extended_at
             if evaluate_now or save_now or sample_now:
                 self._finish_step(pending)
                 pending = None
@@ -343,7 +327,7 @@ class _Run:
     def _evaluation(self, kind: Kind, step: int, params: Params) -> Perplexity | None:
         """Held-out loss of the parameters; None if a stop request cut it short."""
         assert self.given.validation is not None
-        is_last = step == self.config.train.num_steps
+        is_last = step in (self.config.train.num_steps, self.extended_at)
         index, count = process_rows(self.mesh)
         batches = evaluation_batches(
             self.given.validation,

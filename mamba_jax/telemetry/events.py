@@ -9,6 +9,7 @@ from mamba_jax.telemetry.records import AppendOnlyFile, is_number, is_seconds, i
 
 EventName = Literal[
     "start",
+    "extended",
     "compiled",
     "checkpoint",
     "save_failed",
@@ -106,6 +107,7 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "device_kind": _text,
     "reason": _text,
     "folder": _text,
+    "changes": _text,
     "grad_norm": _number,
     "seconds": _seconds,
 }

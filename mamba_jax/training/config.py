@@ -17,15 +17,22 @@ class CosineSchedule(Config):
     Attributes:
         kind: discriminator.
         warmup_fraction: share of all steps spent warming up.
+        warmup_steps: the same as a number of steps, in place of the fraction.
         final_lr: learning rate at the last step.
     """
 
     kind: Literal["cosine"] = "cosine"
     warmup_fraction: float = 0.1
+    warmup_steps: int | None = None
     final_lr: float = 1e-5
+
+    def warmup(self, num_steps: int) -> int:
+        """Updates of the warm-up in a run of `num_steps`."""
+        return _number(self.warmup_steps, self.warmup_fraction * num_steps)
 
     def _check(self) -> None:
         self._require_fraction("warmup_fraction")
+        _require_not_negative(self, "warmup_steps")
         require(self.final_lr >= 0, f"CosineSchedule.final_lr must not be negative, got {self.final_lr}")
 
 
@@ -33,20 +40,35 @@ class CosineSchedule(Config):
 class WarmupStableDecaySchedule(Config):
     """Linear warm-up from 0, a constant plateau, then a linear decay to `final_lr` at the last step.
 
+    A run can be extended, and branches be taken from it, while the plateau lasts; without a decay it never ends.
+
     Attributes:
         kind: discriminator.
         warmup_fraction: share of all steps spent warming up.
+        warmup_steps: the same as a number of steps, in place of the fraction; it stays when `num_steps` changes.
         decay_fraction: share of all steps spent decaying.
+        decay_steps: the same as a number of steps, in place of the fraction.
         final_lr: learning rate at the last step.
     """
 
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     warmup_fraction: float = 0.02
+    warmup_steps: int | None = None
     decay_fraction: float = 0.2
+    decay_steps: int | None = None
     final_lr: float = 0.0
+
+    def warmup(self, num_steps: int) -> int:
+        """Updates of the warm-up in a run of `num_steps`."""
+        return _number(self.warmup_steps, self.warmup_fraction * num_steps)
+
+    def decay(self, num_steps: int) -> int:
+        """Updates of the decay in a run of `num_steps`."""
+        return _number(self.decay_steps, self.decay_fraction * num_steps)
 
     def _check(self) -> None:
         self._require_fraction("warmup_fraction", "decay_fraction")
+        _require_not_negative(self, "warmup_steps", "decay_steps")
         total = self.warmup_fraction + self.decay_fraction
         require(
             total <= 1, f"WarmupStableDecaySchedule: warmup_fraction + decay_fraction must not exceed 1, got {total}"
@@ -54,6 +76,16 @@ class WarmupStableDecaySchedule(Config):
 
 
 Schedule = CosineSchedule | WarmupStableDecaySchedule
+
+
+def _number(given: int | None, share: float) -> int:
+    return round(share) if given is None else given
+
+
+def _require_not_negative(config: Schedule, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= 0, f"{type(config).__name__}.{name} must not be negative, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +146,12 @@ class TrainConfig(Config):
         sample_every: steps between text samples; 0 disables them.
         sample_prompt: text that samples continue.
         sample_tokens: tokens of a sample.
-        init_from: safetensors folder to start from instead of random weights.
+        init_from: weights to start from instead of random ones: a training run, RUN or RUN@STEP, or a safetensors
+            folder. The schedule and the data begin anew.
+        init_weights: of a training run, "weights" for those of the last update, "average" for their moving average.
+        init_optimizer: take the moments of that run's optimizer too.
+        branch_from: another run's step to go on from, RUN@STEP, with its weights, moments and position in the data;
+            the learning rate of every step before it must be the same here.
         profile_steps: first and last step of a profiler trace, counted from 1; None traces nothing.
     """
 
@@ -130,13 +167,27 @@ class TrainConfig(Config):
     sample_prompt: str = "\n"
     sample_tokens: int = 128
     init_from: str | None = None
+    init_weights: Literal["weights", "average"] = "weights"
+    init_optimizer: bool = False
+    branch_from: str | None = None
     profile_steps: tuple[int, int] | None = None
 
     def _check(self) -> None:
+        """Refuses numbers that no run has, and two things to begin with."""
         self._require_positive("num_steps", "accumulation_steps", "windows", "loss_chunk", "log_every", "sample_tokens")
         require(self.z_loss >= 0, f"TrainConfig.z_loss must not be negative, got {self.z_loss}")
         require(self.sample_every >= 0, f"TrainConfig.sample_every must not be negative, got {self.sample_every}")
         require(self.num_steps < 2**31, f"TrainConfig.num_steps must be below 2**31, got {self.num_steps}")
+        require(
+            self.init_from is None or self.branch_from is None,
+            f"TrainConfig.init_from ({self.init_from}) and branch_from ({self.branch_from}) exclude each other: the "
+            "first takes weights alone, the second the whole state",
+        )
+        require(
+            not self.init_optimizer or (self.init_from is not None and self.init_weights == "weights"),
+            "TrainConfig.init_optimizer takes the moments of the weights of a run: give init_from=RUN or RUN@STEP, and "
+            "no init_weights",
+        )
         first, last = self.profile_steps or (1, 1)
         fits = 1 <= first <= last <= self.num_steps
         require(fits, f"TrainConfig.profile_steps must be 1 <= first <= last <= num_steps, got ({first}, {last})")
@@ -241,7 +292,19 @@ class ProgramConfig(Config):
         if self.order == "streams":
             for stack in self.model.stacks:
                 stack.mixer.check_endless()
+        self._check_schedule()
         self._check_recipe()
+
+    def _check_schedule(self) -> None:
+        """Refuses numbers of steps that the run does not have; fractions always fit."""
+        schedule, total = self.optimizer.schedule, self.num_steps
+        decay = schedule.decay(total) if isinstance(schedule, WarmupStableDecaySchedule) else 0
+        given = (schedule.warmup_steps, getattr(schedule, "decay_steps", None))
+        require(
+            given == (None, None) or schedule.warmup(total) + decay <= total,
+            f"optimizer.schedule has {schedule.warmup(total)} steps of warm-up and {decay} of decay, more than "
+            f"train.num_steps = {total}: change one of them",
+        )
 
     def _check_recipe(self) -> None:
         """Makes sure that weights and moments stay finite as long as gradients do.

@@ -25,14 +25,14 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         num_steps: number of updates in the whole run.
     """
     schedule = config.schedule
-    warmup = round(schedule.warmup_fraction * num_steps)
+    warmup = schedule.warmup(num_steps)
     if isinstance(schedule, CosineSchedule):
         after_warmup = optax.cosine_decay_schedule(
             config.peak_lr, max(num_steps - warmup, 1), alpha=schedule.final_lr / config.peak_lr
         )
         pieces, boundaries = [after_warmup], []
     else:
-        decay = round(schedule.decay_fraction * num_steps)
+        decay = schedule.decay(num_steps)
         stable = optax.constant_schedule(config.peak_lr)
         falling = optax.linear_schedule(config.peak_lr, schedule.final_lr, max(decay, 1))
         pieces, boundaries = [stable, falling], [num_steps - decay]
@@ -79,6 +79,20 @@ def make_optimizer(
             optax.scale_by_learning_rate(learning_rate(config, num_steps)),
         ),
     )
+
+
+def begin_schedule(stored: Any, fresh: Any) -> Any:
+    """The state of an optimizer with stored moments, whose learning rate begins at its first update again.
+
+    Args:
+        stored: state of an optimizer after some updates; the corrections of its means go on from there.
+        fresh: state of the same kind before the first.
+    """
+
+    def is_count(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(lambda new, old: new if is_count(new) else old, fresh, stored, is_leaf=is_count)
 
 
 def matrix_dimensions(definition: ModelDefinition) -> Params:

@@ -21,7 +21,7 @@ from mamba_jax.config import (
 )
 from mamba_jax.errors import InputError
 from mamba_jax.export import companions, huggingface
-from mamba_jax.export.initial import initial_params
+from mamba_jax.export.initial import initial_weights, model_of
 from mamba_jax.models import parameters
 
 MODEL = ModelConfig(vocab_size=257, d_model=16, num_layers=1, mixer=Mamba1Config(state_dim=2))
@@ -66,7 +66,9 @@ def experiment(folder: Path, tokenizer: TokenizerConfig | None = None, **changes
 def test_what_no_weight_depends_on_may_differ(
     weights: Path, params: parameters.Params, changes: dict[str, Any]
 ) -> None:
-    jax.tree.map(np.testing.assert_array_equal, initial_params(experiment(weights, **changes)), params)
+    found = initial_weights(experiment(weights, **changes))
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_what_no_weight_depends_on_may_differ(
 )
 def test_every_difference_is_named(weights: Path, changes: dict[str, Any], messages: list[str]) -> None:
     with pytest.raises(InputError, match=r"holds another model, 1 layers of width 16") as error:
-        initial_params(experiment(weights, **changes))
+        initial_weights(experiment(weights, **changes))
     for message in messages:
         assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -98,10 +100,10 @@ def test_every_difference_is_named(weights: Path, changes: dict[str, Any], messa
 def test_only_the_original_layout_tells_how_many_rows_are_tokens(weights: Path) -> None:
     config = experiment(weights, vocab_size=260)
     if weights.name == "hf":
-        assert initial_params(config) is not None
+        assert initial_weights(config) is not None
     else:
         with pytest.raises(InputError, match=r"model\.vocab_size was 257, here 260"):
-            initial_params(config)
+            initial_weights(config)
 
 
 def test_epsilon_of_the_original_layout_is_read(params: parameters.Params, tmp_path: Path) -> None:
@@ -109,8 +111,8 @@ def test_epsilon_of_the_original_layout_is_read(params: parameters.Params, tmp_p
     content = json.loads((tmp_path / "weights" / "config.json").read_text())
     (tmp_path / "weights" / "config.json").write_text(json.dumps(content | {"norm_epsilon": 1e-6}))
     with pytest.raises(InputError, match=r"model\.norm_eps was 1e-06, here 1e-05"):
-        initial_params(experiment(tmp_path / "weights"))
-    assert initial_params(experiment(tmp_path / "weights", norm_eps=1e-6)) is not None
+        initial_weights(experiment(tmp_path / "weights"))
+    assert initial_weights(experiment(tmp_path / "weights", norm_eps=1e-6)) is not None
 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
@@ -122,20 +124,30 @@ def test_tokenizer_in_the_folder(
         config = tokenizer_configs[kind]
         files = companions.written(config, MODEL, layout=layout)
         huggingface.save(tmp_path / kind, MODEL, params, layout=layout, companions=files)
-        assert initial_params(experiment(tmp_path / kind, config)) is not None
+        assert initial_weights(experiment(tmp_path / kind, config)) is not None
     with pytest.raises(
         InputError, match=r"data\.tokenizer was .*tokenizer\.json \(72 ids, end of document 2\), here by"
     ):
-        initial_params(experiment(tmp_path / "wordpiece"))
+        initial_weights(experiment(tmp_path / "wordpiece"))
     other = dataclasses.replace(tokenizer_configs["wordpiece"], end_of_document="[CLS]")
     with pytest.raises(InputError, match=r"end of document 2\), here .*end of document 1\), which gives other ids"):
-        initial_params(experiment(tmp_path / "wordpiece", other))
+        initial_weights(experiment(tmp_path / "wordpiece", other))
 
 
-def test_a_training_run_is_exported_first(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(InputError, match="is a training run: export it"):
-        initial_params(experiment(tmp_path))
-    config = experiment(tmp_path)
+def test_only_a_training_run_has_steps_and_an_average(weights: Path) -> None:
+    with pytest.raises(InputError, match="is not a training run, so it has no step 7: leave that out"):
+        initial_weights(experiment(Path(f"{weights}@7")))
+    config = experiment(weights)
+    averaged = dataclasses.replace(config, train=dataclasses.replace(config.train, init_weights="average"))
+    with pytest.raises(InputError, match=r"has no average of the weights \(train\.init_weights\)"):
+        initial_weights(averaged)
     none = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=None))
-    assert initial_params(none) is None
+    assert initial_weights(none) is None
+
+
+def test_model_of_a_folder_takes_its_weights(weights: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(experiment(weights), model=model_of(str(weights)))
+    assert initial_weights(config) is not None
+    for source in (f"{weights}@3", str(tmp_path / "nowhere")):
+        with pytest.raises(InputError, match="is no training run, and no folder with config"):
+            model_of(source)

@@ -94,6 +94,11 @@ def test_warmup_stable_decay() -> None:
     np.testing.assert_allclose(rates[:5], 1e-2 * np.arange(1, 6) / 5, atol=1e-2 * RTOL)
     np.testing.assert_allclose(rates[5:40], 1e-2, rtol=RTOL)
     np.testing.assert_allclose(rates[39:], np.linspace(1e-2, 1e-4, 11), rtol=RTOL, atol=1e-2 * RTOL)
+    counted = dataclasses.replace(schedule, warmup_fraction=0.5, warmup_steps=5, decay_fraction=0.0, decay_steps=10)
+    same = learning_rate(OptimizerConfig(peak_lr=1e-2, schedule=counted), 50)(jnp.arange(50))
+    np.testing.assert_array_equal(
+        same, learning_rate(OptimizerConfig(peak_lr=1e-2, schedule=schedule), 50)(jnp.arange(50))
+    )
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(warmup_fraction=0.0), CosineSchedule(warmup_fraction=1.0)])
