@@ -6,14 +6,20 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
 
 from mamba_jax.errors import InputError, reason
 
 # The largest index of a published model takes a few MiB; parsed JSON takes up to fifty times its text.
 _JSON_BYTES = 16 * 2**20
+# What tells readers that a folder is complete.
+_LAST = ("config.json", "stablehlo.json")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -95,7 +101,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Context manager that yields a folder to write to; its files appear in `path` if the block ends without an error.
 
     If `path` does not exist, the folder is renamed to it. If `path` is an empty folder, it may be a mount point, the
-    working directory or a link, which cannot be replaced by renaming. Then the files are moved into it, config.json
+    working directory or a link, which cannot be replaced by renaming. Then the files are moved into it, configs
     last, so that no reader takes an incomplete folder for a model.
 
     Args:
@@ -122,11 +128,28 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as a safetensors file that whoever may read other new files may read too.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    # The library keeps others from reading what it writes.
+    path.chmod(mode)
+
+
 def _move_files(source: Path, target: Path) -> None:
-    """Moves all files into the folder `target`, config.json last; after a failure none of them is left there."""
+    """Moves all files into the folder `target`, configs last; after a failure none of them is left there."""
     moved: list[Path] = []
     try:
-        for file in sorted(source.iterdir(), key=lambda file: file.name == "config.json"):
+        for file in sorted(source.iterdir(), key=lambda file: file.name in _LAST):
             moved.append(target / file.name)
             file.rename(moved[-1])
     except BaseException:

@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
 from mamba_jax.errors import InputError, short
@@ -67,6 +64,15 @@ def save(
     path = Path(path)
     files.require_new_folder(path)
     config_json = _config_text(config, layout, extra or {})
+    tensors = tensors_of(config, params, layout=layout)
+    with files.new_folder(path) as folder:
+        files.write_safetensors(folder / "model.safetensors", tensors)
+        for name, data in {"config.json": config_json, **(companions or {})}.items():
+            (folder / name).write_bytes(data)
+
+
+def tensors_of(config: ModelConfig, params: Params, *, layout: str) -> dict[str, np.ndarray]:
+    """The tensors of a model's files in a layout, by name; arguments as in `save`."""
     published = format_of(config, layout)
     table = published.tensors(config)
     flat = traverse_util.flatten_dict(params)
@@ -80,16 +86,7 @@ def save(
     tensors = {name: _joined(given) for name, given in parts.items()}
     if published.tied_head is not None and config.tie_embeddings:
         tensors[published.tied_head] = tensors[table["embedding", "table"][0].name]
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    with files.new_folder(path) as folder:
-        try:
-            safetensors.numpy.save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise OSError(str(error)) from error
-        for name, data in {"config.json": config_json, **(companions or {})}.items():
-            (folder / name).write_bytes(data)
-        # The library keeps others from reading what it writes.
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    return tensors
 
 
 def _joined(parts: list[tuple[tuple[int, int] | None, np.ndarray]]) -> np.ndarray:

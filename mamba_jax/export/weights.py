@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from os.path import lexists
 from pathlib import Path
@@ -145,8 +147,15 @@ def _open_torch(path: Path) -> dict[str, StoredTensor]:
             f"reading {path} needs PyTorch: install torch, or convert it to safetensors elsewhere"
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
         arrays = {str(name): tensor.float().numpy() for name, tensor in state.items()}
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} is damaged, or asks for something else than tensors, which is not done: fetch it again, as "
+            "safetensors if there are any"
+        ) from None
     except Exception as error:  # which one depends on where the damage is
         text = str(error).partition("\n")[0][:200]
         raise InputError(f"{path} is damaged or not a PyTorch state dictionary ({text}): fetch it again") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -333,6 +334,13 @@ def test_pytorch_files_are_read_through_torch_alone(tmp_path, monkeypatch) -> No
     jax.tree.map(np.testing.assert_array_equal, huggingface.load(folder).params, params)
     state["backbone.norm_f.weight"] = "no tensor"
     with pytest.raises(InputError, match=r"pytorch_model\.bin is damaged"):
+        huggingface.load(folder)
+
+    def refuse(path: Path, *, map_location: str, weights_only: bool) -> None:
+        raise pickle.UnpicklingError("Weights only load failed: set `weights_only` to `False`")
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(load=refuse))
+    with pytest.raises(InputError, match=r"asks for something else than tensors, which is not done: fetch it again"):
         huggingface.load(folder)
 
 

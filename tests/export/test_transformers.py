@@ -1,11 +1,11 @@
 """An export is the same model, with the same tokenizer, to the program that most people will load it with.
 
-`TORCH_PYTHON=/path/to/python` names the interpreter of an environment with torch and transformers.
+`TORCH_PYTHON=/path/to/python` names the interpreter of an environment with torch and transformers; without it one is
+made where that can be done.
 """
 
 import dataclasses
 import json
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +30,11 @@ from mamba_jax.models.mixers import (
     SharedBlockConfig,
     WithSharedConfig,
 )
+from tests.export.torch_environment import environment, torch_python
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("TORCH_PYTHON" not in os.environ, reason="TORCH_PYTHON names no interpreter with transformers"),
-]
+__all__ = ["torch_python"]
+
+pytestmark = pytest.mark.slow
 TEXTS = [
     "plain text",
     " lead and  two ",
@@ -126,6 +126,7 @@ MODELS = {
 @pytest.fixture(scope="module", params=MODELS)
 def theirs(
     request: pytest.FixtureRequest,
+    torch_python: str,
     tokenizer_configs: dict[str, TokenizerConfig],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> SimpleNamespace:
@@ -157,8 +158,7 @@ def theirs(
     }
     (folder / "job.json").write_text(json.dumps(job))
     worker = Path(__file__).with_name("transformers_worker.py")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([os.environ["TORCH_PYTHON"], str(worker), str(folder / "job.json")], env=env, check=True)
+    subprocess.run([torch_python, str(worker), str(folder / "job.json")], env=environment(), check=True)
     answers = json.loads((folder / "answers.json").read_text())
     return SimpleNamespace(folder=folder, params=params, ids=ids, logits=np.load(folder / "logits.npy"), **answers)
 
