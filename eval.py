@@ -2,24 +2,27 @@
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from mamba_jax.cli import one_line_errors, parse, print_result
 from mamba_jax.evaluation.checkpoints import EvaluationRequest, evaluate_checkpoint
+from mamba_jax.evaluation.printed import as_json, as_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Held-out loss, perplexity and bits per byte of a checkpoint, and text that it writes.
+    """Held-out loss, perplexity and bits per byte of a checkpoint, its results on tasks, and text that it writes.
 
     Attributes:
         checkpoint: a training run's directory, or a folder with config.json and safetensors.
+        output: "text", or "json" for a line of JSON for each result.
         request: what to do with it.
     """
 
     checkpoint: tyro.conf.Positional[str]
+    output: Literal["text", "json"] = "text"
     request: Annotated[EvaluationRequest, tyro.conf.arg(name="")] = EvaluationRequest()
 
 
@@ -29,16 +32,8 @@ def main() -> None:
         report = evaluate_checkpoint(arguments.checkpoint, arguments.request)
         text = "" if report.text is None else f", text {report.text}"
         print(f"tokenizer {report.tokenizer}, computed in {report.compute_dtype}{text}", file=sys.stderr)
-        if report.perplexity is not None:
-            result = report.perplexity
-            print_result(
-                f"tokens         {result.num_tokens:,}\n"
-                f"loss           {result.loss:.4f} nats/token\n"
-                f"perplexity     {result.perplexity:.3f}\n"
-                f"bits per byte  {result.bits_per_byte:.4f}"
-            )
-        if report.sample is not None:
-            print_result(report.sample)
+        for result in (as_json if arguments.output == "json" else as_text)(report):
+            print_result(result)
 
 
 if __name__ == "__main__":

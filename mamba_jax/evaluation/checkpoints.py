@@ -1,7 +1,8 @@
-"""The work of `eval.py`: held-out loss and text samples of any checkpoint."""
+"""The work of `eval.py`: held-out loss, tasks and text samples of any checkpoint."""
 
 import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,11 +11,14 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from mamba_jax.data.config import Documents, Source, TextFolderSource, TokenizerConfig
+from mamba_jax.data.config import Documents, FilesSource, Source, TextFolderSource, TokenizerConfig
 from mamba_jax.data.pipeline import evaluation_batches, open_source
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
+from mamba_jax.evaluation.scoring import Scorer
+from mamba_jax.evaluation.task_files import read_task
+from mamba_jax.evaluation.tasks import TaskResult, measure_task
 from mamba_jax.export.companions import open_tokenizer
 from mamba_jax.export.load import LoadedCheckpoint, load_model
 from mamba_jax.generation.sampling import SamplingConfig
@@ -37,6 +41,8 @@ _BATCH_SIZE = 8
 _DOCUMENTS: Documents = "packed"
 # Positions whose logits exist at the same time: 8 rows * 512 * 50,000 ids * 4 bytes = 0.8 GB in float32.
 _LOSS_CHUNK = 512
+# Texts of tasks are shorter than windows; rows of the published evaluations.
+_TASK_BATCH_SIZE = 16
 
 
 def _tokenizer_flags(
@@ -55,16 +61,21 @@ class EvaluationRequest:
 
     Attributes:
         split: which text of the training run to read.
-        text: folder of text files to read instead; needed for a safetensors folder, which names no data.
+        text: folder of text files, or a file of text, JSON lines or parquet, to read instead; needed for a safetensors
+            folder, which names no data.
         tokenizer: None takes that of the checkpoint: `tokenizer.json` in its folder, or what its training run used.
         compute_dtype: dtype of matrix products and activations; None takes that of the training run, or of the weights.
         cache_dir: folder where tokenised text is kept for the next call; None keeps nothing. The `data.cache_dir` in a
             checkpoint's config is not used, because it may come from another machine.
         seq_len: tokens of a window; None takes that of the training run, or 2,048.
-        batch_size: sequences of a batch; None takes that of the training run, or 8.
+        batch_size: sequences of a batch; None takes that of the training run, or 8, and 16 for tasks.
         max_batches: read at most this many batches, spread evenly over the text; None reads all.
         step: which checkpoint of a training run; None is the newest.
         weights: "weights" for those of the last update, "average" for their moving average if the run keeps one.
+        tasks: tasks to measure; then a text is only read if `text` names one.
+        task_data: the file of the task, or a folder with a file NAME.jsonl or NAME_test.jsonl for each.
+        limit: the first questions of a task only; None takes all.
+        max_length: most tokens of a question that the model sees, which is cut from the left; None cuts nothing.
         prompt: text to continue; None writes no sample.
         num_tokens: largest number of tokens in the continuation.
         sampling: how its tokens are drawn.
@@ -81,13 +92,17 @@ class EvaluationRequest:
     max_batches: int | None = None
     step: int | None = None
     weights: Literal["weights", "average"] = "weights"
+    tasks: tuple[str, ...] = ()
+    task_data: str = "data"
+    limit: int | None = None
+    max_length: int | None = None
     prompt: str | None = None
     num_tokens: int = 256
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "max_batches", "num_tokens"):
+        for name in ("seq_len", "batch_size", "max_batches", "limit", "max_length", "num_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -101,6 +116,7 @@ class Evaluation:
 
     Attributes:
         perplexity: loss on the text; None if no text was read.
+        tasks: results of the tasks.
         sample: prompt and continuation; None without a prompt.
         text: name or folder of the text; None if no text was read.
         tokenizer: path of the tokenizer's JSON file, or "bytes".
@@ -108,6 +124,7 @@ class Evaluation:
     """
 
     perplexity: Perplexity | None
+    tasks: tuple[TaskResult, ...]
     sample: str | None
     text: str | None
     tokenizer: str
@@ -115,16 +132,17 @@ class Evaluation:
 
 
 def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluation:
-    """Measures the loss of a checkpoint on a text, and lets it continue a prompt, as `request` asks.
+    """Measures a checkpoint on a text and on tasks, and lets it continue a prompt, as `request` asks.
 
     Args:
         checkpoint: a run directory, or a folder with `config.json` and safetensors.
-        request: which text, prompt, checkpoint step and settings.
+        request: which text, tasks, prompt, checkpoint step and settings.
 
     Raises:
-        InputError: checkpoint, text or tokenizer are missing, damaged or do not fit each other; one line says what to
-            do.
+        InputError: checkpoint, text, tasks or tokenizer are missing, damaged or do not fit each other; one line says
+            what to do.
     """
+    tasks = [read_task(name, request.task_data, limit=request.limit) for name in request.tasks]
     loaded = load_model(checkpoint, step=request.step, weights=request.weights)
     model = dataclasses.replace(loaded.config, compute_dtype=request.compute_dtype or loaded.config.compute_dtype)
     loaded = dataclasses.replace(loaded, config=model)
@@ -139,6 +157,11 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
         tokenizer.check_prompt(request.prompt)
     source = _source(loaded, request, checkpoint)
     perplexity = None if source is None else _perplexity(loaded, source, request, tokenizer)
+    results: tuple[TaskResult, ...] = ()
+    if tasks:
+        batch_size = request.batch_size or _TASK_BATCH_SIZE
+        scorer = Scorer(define(model), loaded.params, batch_size=batch_size, max_length=request.max_length)
+        results = tuple(measure_task(task, tokenizer, scorer) for task in tasks)
     sample = None
     if request.prompt is not None:
         sample = complete(
@@ -152,6 +175,7 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
         )
     return Evaluation(
         perplexity=perplexity,
+        tasks=results,
         sample=sample,
         text=None if source is None else source.place,
         tokenizer=tokenizer_config.path or "bytes",
@@ -175,9 +199,11 @@ def byte_tokenizer(loaded: LoadedCheckpoint, checkpoint: str) -> TokenizerConfig
 
 
 def _source(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoint: str) -> Source | None:
-    """The text to read; None if only a sample is asked for."""
+    """The text to read; None if only tasks or a sample are asked for."""
     if request.text is not None:
-        return TextFolderSource(path=request.text)
+        return (FilesSource if os.path.isfile(request.text) else TextFolderSource)(path=request.text)
+    if request.tasks:
+        return None
     source = getattr(loaded.experiment.data, request.split) if loaded.experiment is not None else None
     if source is None and request.prompt is None:
         raise InputError(

@@ -52,10 +52,15 @@ class Perplexity:
         loss = sums["loss"] / sums["tokens"]
         return cls(
             loss=loss,
-            perplexity=math.exp(min(loss, _LARGEST_EXPONENT)),
+            perplexity=exp_of(loss),
             bits_per_byte=loss / math.log(2) * tokens_per_byte,
             num_tokens=int(sums["tokens"]),
         )
+
+
+def exp_of(loss: float) -> float:
+    """exp(loss), or exp(700) for larger losses."""
+    return math.exp(min(loss, _LARGEST_EXPONENT))
 
 
 def evaluate(

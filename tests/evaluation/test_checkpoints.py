@@ -1,6 +1,7 @@
 """`eval.py` on both kinds of checkpoint, and its refusals."""
 
 import dataclasses
+import json
 import runpy
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_run_directory(saved_run: SavedRun) -> None:
     assert held_out.num_tokens != training.num_tokens
 
 
-def test_safetensors_folder(saved_run: SavedRun, exported: Path) -> None:
+def test_safetensors_folder(saved_run: SavedRun, exported: Path, tmp_path: Path) -> None:
     expected = evaluate_checkpoint(str(saved_run.folder), EvaluationRequest(batch_size=8)).perplexity
     text = saved_run.validation.path
     request = EvaluationRequest(text=text, seq_len=12, batch_size=8)
@@ -54,6 +55,10 @@ def test_safetensors_folder(saved_run: SavedRun, exported: Path) -> None:
     # it, starts each document anew and does not predict its first token.
     assert result.num_tokens == expected.num_tokens - 2
     assert result.loss == pytest.approx(expected.loss, rel=0.05)
+    lines = (json.dumps({"text": path.read_text()}) + "\n" for path in sorted(Path(text).iterdir()))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    of_file = evaluate_checkpoint(str(exported), dataclasses.replace(request, text=str(tmp_path / "a.jsonl")))
+    assert of_file.perplexity == result
 
 
 def test_sample_is_reproducible_and_continues_the_prompt(saved_run: SavedRun, exported: Path) -> None:
