@@ -14,6 +14,9 @@ _MIXERS = Path(__file__).parent / "models" / "mixers"
 _MOVED = {
     "data.text_files": "data.sources.text_files",
     "data.tfds_documents": "data.sources.tfds",
+    "data.token_bytes": "data.tokenization.token_bytes",
+    "data.tokenizer_file": "data.tokenization.file",
+    "data.tokenizer_loss": "data.tokenization.loss",
     "distributed": "run.distributed",
     "evaluation.report": "evaluation.checkpoints",
     "export.configs": "export.published_config",

@@ -65,8 +65,8 @@ class Source(Config):
 
     @property
     def place(self) -> str:
-        """Name or folder of the data, for messages."""
-        return self.kind
+        """Name or folder of the data, for messages: the field `path` or `name` if there is one, else the kind."""
+        return str(getattr(self, "path", None) or getattr(self, "name", None) or self.kind)
 
 
 SOURCES = Kinds()
@@ -90,11 +90,6 @@ class ShardSource(Source):
         from mamba_jax.data.shards import TokenDataset
 
         return TokenDataset(Path(self.path))
-
-    @property
-    def place(self) -> str:
-        """The folder."""
-        return self.path
 
 
 @SOURCES.register
@@ -128,10 +123,53 @@ class TextFolderSource(Source):
 
         return TextFolder(self)
 
-    @property
-    def place(self) -> str:
-        """The folder."""
-        return self.path
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordSource(Source):
+    """What sources of records share: which text of a record is taken, and which records.
+
+    Attributes:
+        text_field: the field of a JSON object, or the column of a table, that holds the text.
+        template: text with fields in braces, such as "{title} {body}", in place of `text_field`.
+        part: "all" text, or the side of the held-out split by `validation_fraction`.
+        validation_fraction: share that is "validation": of the files by a hash of the name, if they are few the end of
+            each, and of other sets the last rows.
+        skip_bad: whether records without text are passed over and counted; else the first one ends the run.
+        deduplicate: "exact" leaves out documents that are equal to an earlier one of the part.
+    """
+
+    text_field: str = "text"
+    template: str | None = None
+    part: Literal["all", "train", "validation"] = "all"
+    validation_fraction: float = 0.05
+    skip_bad: bool = False
+    deduplicate: Literal["none", "exact"] = "none"
+
+    def _check(self) -> None:
+        self._require_fraction("validation_fraction")
+
+
+@SOURCES.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesSource(RecordSource):
+    """Files of text (one document a file), JSON lines or parquet, tokenised once into a cache before the run starts.
+
+    Text and JSON lines may be packed by gzip or zstd: `.txt`, `.jsonl.gz`, `.txt.zst`.
+
+    Attributes:
+        kind: discriminator.
+        path: a file, a folder with all files below it, or a glob.
+    """
+
+    prepare_flag = ("path", "files")
+    kind: Literal["files"] = "files"
+    path: str
+
+    def open(self) -> "DocumentReader":
+        """The files, found and not read yet, but for footers of tables and where packed files are cut in two."""
+        from mamba_jax.data.sources.files import Files
+
+        return Files(self)
 
 
 @SOURCES.register
@@ -166,10 +204,49 @@ class TfdsSource(Source):
 
         require_prepared(self)
 
-    @property
-    def place(self) -> str:
-        """The name of the set."""
-        return self.name
+
+@SOURCES.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HuggingFaceSource(RecordSource):
+    """A set of the Hugging Face `datasets` library, tokenised once into a cache before the run starts.
+
+    Attributes:
+        kind: discriminator.
+        name: a folder that `save_to_disk` wrote, a folder of data files that the library can load, or a published name.
+        subset: name of a configuration of the set.
+        split: split such as "train"; with an expression such as "train[:90%]" unless it is streamed or saved to disk.
+        revision: commit or tag of a published set.
+        streaming: whether a set is read as it comes over the network, and not stored first.
+    """
+
+    prepare_flag = ("name", "hf")
+    kind: Literal["hf_dataset"] = "hf_dataset"
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+
+    def _check(self) -> None:
+        super()._check()
+        require(
+            not self.streaming or self.part == "all",
+            f"HuggingFaceSource: part={self.part!r} needs the number of rows, which a streamed set does not tell: give "
+            "another split, or leave streaming out",
+        )
+
+    def open(self) -> "DocumentReader":
+        """The rows of the split; a published set that is not stored yet is downloaded unless it is streamed."""
+        from mamba_jax.data.sources.hf_datasets import HuggingFaceDocuments
+
+        return HuggingFaceDocuments(self)
+
+    def require_present(self) -> None:
+        """See `Source.require_present`."""
+        require(
+            Path(self.name).is_dir(),
+            f"the published set {self.name!r} may have to be downloaded: give a folder with it, or other text",
+        )
 
 
 Documents = Literal["packed", "concatenated"]

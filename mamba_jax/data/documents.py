@@ -15,12 +15,15 @@ class Piece:
         num_bytes: length of the text in UTF-8.
         continues: whether it continues the document of the previous piece.
         ends_document: whether it is the last piece of its document.
+        amount: how far the source has been read since the last piece, in the reader's `unit`, for the progress bar;
+            None is the bytes of the text, or one document.
     """
 
     text: str
     num_bytes: int
     continues: bool
     ends_document: bool
+    amount: int | None = None
 
 
 class DocumentReader(abc.ABC):
@@ -29,14 +32,21 @@ class DocumentReader(abc.ABC):
     Attributes:
         name: name of the source, for messages.
         identity: JSON value that changes whenever the documents may have changed; tokenised text is cached under it.
-        total: size of the source in `unit`, for the progress bar.
+        total: size of the source in `unit`, for the progress bar; 0 if it is not known.
         unit: unit that progress is counted in.
+        note: what to tell about the choice of the documents before they are tokenised, in one line; may be empty.
     """
 
     name: str
     identity: Any
     total: int
     unit: Literal["bytes", "documents"]
+    note: str = ""
+
+    @property
+    def left_out(self) -> str:
+        """What the last `pieces` passed over, in words; empty if that is nothing."""
+        return ""
 
     @abc.abstractmethod
     def pieces(self) -> Iterator[Piece]:

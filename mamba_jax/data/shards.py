@@ -29,6 +29,18 @@ def block_digest(block: bytes) -> bytes:
     return hashlib.sha256(block).digest()[:_DIGEST_BYTES]
 
 
+def shard_digests(path: Path, entry: ShardEntry) -> bytes:
+    """The digests of a shard's blocks, one after the other, once all of the file has been compared with its entry.
+
+    Raises:
+        InputError: the file cannot be read.
+        DamagedShards: it is missing or not the file that was written.
+    """
+    _check_file(path, entry)
+    _require_sha256(path, entry)
+    return _open(path, entry).digests
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OpenShard:
     """A file that is open for reading, and the digests of its blocks; empty in version 1, where there are none."""

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -15,9 +15,9 @@ from jaxtyping import Bool, Int
 from tokenizers import decoders, models, pre_tokenizers
 
 from mamba_jax.data.config import TokenizerConfig
-from mamba_jax.data.token_bytes import TokenBytes, byte_characters, find_token_bytes
-from mamba_jax.data.tokenizer_file import library_errors, read_tokenizer, without_prefix_space
-from mamba_jax.data.tokenizer_loss import find_loss
+from mamba_jax.data.tokenization.file import library_errors, read_tokenizer, without_prefix_space
+from mamba_jax.data.tokenization.loss import find_loss
+from mamba_jax.data.tokenization.token_bytes import TokenBytes, byte_characters, find_token_bytes
 from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
 
@@ -38,12 +38,14 @@ class Tokenizer(abc.ABC):
         known: (V,), whether each id stands for a token; the numbering of tokens may have gaps.
         lossy: a warning, in one sentence, if different texts get equal ids, so that bits per byte are too low; None if
             text can be recovered from its ids.
+        runs_in_workers: whether several processes tokenise a long text faster; then it can be pickled.
     """
 
     vocab_size: int
     end_of_document: int
     fingerprint: str
     known: Bool[np.ndarray, " V"]
+    runs_in_workers: ClassVar[bool] = False
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -192,6 +194,8 @@ class JsonTokenizer(Tokenizer):
             spelled by ordinary text.
     """
 
+    runs_in_workers = True
+
     def __init__(self, path: str, *, end_of_document: str) -> None:
         file = read_tokenizer(path)
         self._tokenizer = file.tokenizer
@@ -228,6 +232,15 @@ class JsonTokenizer(Tokenizer):
             )
         self._is_special = np.zeros(self.vocab_size, bool)
         self._is_special[list({self.end_of_document, *special} - {unknown})] = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = {"_rest_of_document", "token_bytes", "lossy"}
+        return {name: value for name, value in vars(self).items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # The library stores all of a tokenizer but this.
+        self._tokenizer.encode_special_tokens = True
 
     @functools.cached_property
     def _rest_of_document(self) -> tokenizers.Tokenizer:

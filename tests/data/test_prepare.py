@@ -46,7 +46,7 @@ def test_bpe_of_pieces_equals_bpe_of_documents(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     """Lines end outside of every token of this tokenizer, so pieces must not change a single id."""
-    monkeypatch.setattr(text_folder, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(text_folder, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(prepare, "_BATCH_BYTES", 100)
     config = train_bpe(tmp_path / "bpe.json")
     run(monkeypatch, "--text", str(text), "--output", str(tmp_path / "out"), "--tokenizer", str(config.path))
@@ -79,7 +79,7 @@ def test_a_tokenizer_that_adds_a_space_adds_one_a_document(
     pre_tokenizer: pre_tokenizers.PreTokenizer,
     normalizer: normalizers.Normalizer | None,
 ) -> None:
-    monkeypatch.setattr(text_folder, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(text_folder, "PIECE_BYTES", 100)
     (text / "d.txt").write_text("\n\n".join("  the thing of the theory and the other thing" for _ in range(40)))
     (text / "e.txt").write_text("the thing of the theory and the other thing\r\n" * 40)
     pieces = list(TextFolderSource(path=str(text)).open().pieces())
@@ -106,8 +106,11 @@ def test_a_tokenizer_that_adds_a_space_adds_one_a_document(
     ("arguments", "expected"),
     [
         (["--text", "TEXT"], "missing --output"),
-        (["--output", "OUT"], "give exactly one of --text FOLDER and --tfds NAME"),
-        (["--output", "OUT", "--text", "TEXT", "--tfds", "lm1b"], "give exactly one of --text FOLDER and --tfds NAME"),
+        (["--output", "OUT"], "give exactly one of --text FOLDER, --files PATH, --tfds NAME and --hf NAME"),
+        (
+            ["--output", "OUT", "--text", "TEXT", "--tfds", "lm1b"],
+            "give exactly one of --text FOLDER, --files PATH, --tfds NAME and --hf NAME",
+        ),
         (["--output", "OUT", "--tfds", "lm1b"], "--tfds NAME needs --split"),
         (
             ["--output", "OUT", "--text", "TEXT", "--split", "train"],

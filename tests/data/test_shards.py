@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
 
 
-def write(folder: Path, documents: Iterable[np.ndarray], **options: int) -> None:
+def write(folder: Path, documents: Iterable[np.ndarray], **options: Any) -> None:
     with ShardWriter(folder, ByteTokenizer().vocabulary, **options) as writer:
         for ids in documents:
             writer.add(ids, num_bytes=len(ids), ends_document=True)

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import pytest
 
 from mamba_jax.config import TextFolderSource
-from mamba_jax.data.sources import text_folder
+from mamba_jax.data.sources import text_folder, text_pieces
+from mamba_jax.data.sources.held_out import is_held_out as _is_held_out
 from mamba_jax.data.sources.text_files import find_files
 from mamba_jax.data.sources.text_folder import TextFolder as open_documents
-from mamba_jax.data.sources.text_folder import _is_held_out
 from mamba_jax.errors import InputError
 
 
@@ -118,7 +118,7 @@ def test_names_that_are_no_utf8_or_hold_line_breaks(folder: Path) -> None:
 def test_what_is_no_prose_is_refused(folder: Path, suffix: str) -> None:
     (folder / "sub" / f"x.txt{suffix}").write_text('{"text": "prose"}')
     with pytest.raises(
-        InputError, match=rf"x\.txt\{suffix} is not plain text by its suffix .*: unpack it, or write its"
+        InputError, match=rf"x\.txt\{suffix} is not plain text by its suffix .*: read JSON lines, parquet and"
     ):
         open_documents(TextFolderSource(path=str(folder), pattern="**/*"))
     assert len(texts(TextFolderSource(path=str(folder)))) == 3
@@ -186,7 +186,7 @@ def test_parts_split_all_files_and_stay_when_files_are_added(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 3, 5, 16, 10_000])
 def test_long_files_come_in_pieces_that_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
-    monkeypatch.setattr(text_folder, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(text_folder, "PIECE_BYTES", piece_bytes)
     text = "eins\n\nzwei é 漢字 🐍\r\ndrei" * 7 + "x" * 40 + "\n"
     if piece_bytes == 10_000:
         text *= 100
@@ -195,7 +195,7 @@ def test_long_files_come_in_pieces_that_join(tmp_path: Path, monkeypatch: pytest
 
 
 def test_pieces_end_at_line_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_folder, "_PIECE_BYTES", 16)
+    monkeypatch.setattr(text_folder, "PIECE_BYTES", 16)
     (tmp_path / "a.txt").write_text("a short line\n" * 21)
     pieces = list(open_documents(TextFolderSource(path=str(tmp_path))).pieces())
     assert [piece.continues for piece in pieces] == [False] + [True] * (len(pieces) - 1)
@@ -216,7 +216,7 @@ def test_pieces_end_at_line_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_pieces_end_where_tokens_do(text: str, expected: str) -> None:
-    assert text[: text_folder._cut(text)] == expected
+    assert text[: text_pieces.cut(text)] == expected
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(folder: Path) -> None:
@@ -304,7 +304,7 @@ def test_bad_folders_get_one_line(
     expected: str,
     piece_bytes: int,
 ) -> None:
-    monkeypatch.setattr(text_folder, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(text_folder, "PIECE_BYTES", piece_bytes)
     damage(folder)
     given: dict[str, Any] = {"path": str(folder)} | fields
     with pytest.raises(InputError, match=expected) as raised:

@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mamba_jax.config import TokenizerConfig
-from mamba_jax.data import prepare, tokenizer_file
+from mamba_jax.data import prepare
+from mamba_jax.data.tokenization import file as tokenizer_file
 from mamba_jax.data.tokenizer import JsonTokenizer, Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
 from tests.data.small_tokenizers import END, LOSSLESS, LOSSY, opened, saved, small

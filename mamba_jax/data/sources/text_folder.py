@@ -1,38 +1,19 @@
 """The source "text_folder": the files of a folder as documents, some of which are held out for validation."""
 
-import codecs
 import dataclasses
-import hashlib
+import functools
 import importlib.util
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from mamba_jax.data.config import TextFolderSource
 from mamba_jax.data.documents import DocumentReader, Piece
+from mamba_jax.data.sources.formats import NO_PROSE
+from mamba_jax.data.sources.held_out import take_part, text_cut
 from mamba_jax.data.sources.text_files import find_files
+from mamba_jax.data.sources.text_pieces import PIECE_BYTES, decoded_pieces
 from mamba_jax.errors import InputError
-
-# Files longer than 1 MiB are tokenised in pieces of about that size, which bounds memory.
-_PIECE_BYTES = 2**20
-# Places where a document may be cut into pieces, the best first: behind a single line break, or before a single space.
-# There a token ends in any case. Across blank lines, indentation and "\r\n" a token may continue.
-_CUTS = (re.compile(r"\S\n(?=\S)"), re.compile(r"\w(?= \w)"))
-# How many characters at the end of a piece are searched for such a place: a judgement, far longer than usual lines.
-_CUT_WINDOW = 2**14
-# Suffixes of archives and record formats. Read as plain text, they would train the model on their syntax.
-_NO_PROSE = frozenset(
-    f".{name}"
-    for names in (
-        ("csv", "db", "json", "jsonl", "jsonlines", "ndjson", "pickle", "pkl", "sqlite", "tsv", "xlsx"),
-        ("array_record", "arrow", "avro", "feather", "h5", "hdf5", "orc", "parquet", "tfrecord"),
-        ("bin", "npy", "npz", "safetensors"),
-        ("7z", "bz2", "gz", "lz4", "rar", "tar", "tgz", "xz", "zip", "zst"),
-        ("doc", "docx", "epub", "odt", "pdf"),
-    )
-    for name in names
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +42,10 @@ class TextFolder(DocumentReader):
         names = find_files(self._root, source.pattern)
         if not names:
             raise InputError(f"no file in {self.name} matches {source.pattern!r}")
-        self._documents = self._part([self._whole(name) for name in names], source)
+        fraction = source.validation_fraction
+        files = {name: self._whole(name) for name in names}
+        cut = functools.partial(self._cut_in_two, fraction)
+        self._documents = take_part(files, source.part, fraction, cut=cut, place=self.name).files
         self.total = sum(document.end - document.start for document in self._documents)
         self.identity = {
             "source": dataclasses.asdict(source),
@@ -72,10 +56,10 @@ class TextFolder(DocumentReader):
     def _whole(self, name: str) -> _Document:
         """A file as one document, all of its bytes; refuses empty files and formats that are not plain text."""
         path = self._root / name
-        if (suffix := path.suffix.lower()) in _NO_PROSE:
+        if (suffix := path.suffix.lower()) in NO_PROSE:
             raise InputError(
-                f"{path} is not plain text by its suffix {suffix}, and its syntax would be trained on: unpack it, or "
-                "write its texts to files such as .txt, and exclude it by the pattern"
+                f"{path} is not plain text by its suffix {suffix}, and its syntax would be trained on: read JSON "
+                "lines, parquet and packed text by FilesSource (--files), or exclude it by the pattern"
             )
         try:
             found = path.stat()
@@ -85,27 +69,27 @@ class TextFolder(DocumentReader):
             raise InputError(f"{path} is empty: remove it, or exclude it by the pattern")
         return _Document(name=name, size=found.st_size, modified_ns=found.st_mtime_ns, start=0, end=found.st_size)
 
-    def _part(self, documents: list[_Document], source: TextFolderSource) -> list[_Document]:
-        """The training or validation part: whole files, or a piece of every file if all files fall in the same part."""
-        if source.part == "all":
-            return documents
-        fraction, wanted = source.validation_fraction, source.part == "validation"
-        held_out = [_is_held_out(document.name, fraction) for document in documents]
-        if 0 < fraction < 1 and len(set(held_out)) == 1:
-            cut = [_cut_in_two(self._root / document.name, document, fraction)[wanted] for document in documents]
-            part = [document for document in cut if document.start < document.end]
-        else:
-            part = [document for document, held in zip(documents, held_out, strict=True) if held == wanted]
-        if not part:
-            raise InputError(
-                f"none of the {len(documents)} files in {self.name} falls in the {source.part!r} part at "
-                f"validation_fraction={fraction}: change the fraction"
-            )
-        return part
+    def _cut_in_two(self, fraction: float, document: _Document) -> tuple[_Document | None, _Document | None]:
+        """The bytes of a file to train on and those that are held out, each None if it is empty."""
+        path = self._root / document.name
+
+        def read(start: int, length: int) -> bytes:
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+
+        try:
+            position = text_cut(read, document.size, fraction)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        pieces = dataclasses.replace(document, end=position), dataclasses.replace(document, start=position)
+        train, validation = (piece if piece.start < piece.end else None for piece in pieces)
+        return train, validation
 
     def pieces(self) -> Iterator[Piece]:
         for document in self._documents:
-            yield from _document_pieces(self._root / document.name, document)
+            path = self._root / document.name
+            yield from decoded_pieces(path, _blocks(path, document), start=document.start)
 
 
 def _folder(source: TextFolderSource) -> Path:
@@ -134,64 +118,8 @@ def _package_folder(package: str) -> Path:
     raise InputError(f"no package {package!r} is installed, which should hold the text: pip install it")
 
 
-def _is_held_out(name: str, fraction: float) -> bool:
-    """Whether a file is held out; only its name decides, so that adding files moves no other file between the parts."""
-    # `fsencode` gives the bytes of the name on disk, which need not be UTF-8.
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64 < fraction
-
-
-def _cut_in_two(path: Path, document: _Document, fraction: float) -> tuple[_Document, _Document]:
-    position = _cut_position(path, document.size, fraction)
-    return dataclasses.replace(document, end=position), dataclasses.replace(document, start=position)
-
-
-def _cut_position(path: Path, size: int, fraction: float) -> int:
-    """Position in bytes where the held-out end of a file begins, near `(1 - fraction) * size`.
-
-    The cut is behind the nearest line break, else the nearest space, else at the next character. Neither side gets less
-    than half of its share. For a file that is too short to be cut, the position is its size.
-    """
-    end = round(size * fraction)
-    target = size - end
-    reach = min(end // 2, target // 2, _PIECE_BYTES)
-    try:
-        with path.open("rb") as file:
-            file.seek(target - reach)
-            near = file.read(2 * reach + 4)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    for separator in (b"\n", b" "):
-        before, behind = near.rfind(separator, 0, reach), near.find(separator, reach, 2 * reach)
-        cuts = [target - reach + found + 1 for found in (before, behind) if found >= 0]
-        if cuts:
-            return min(cuts, key=lambda cut: abs(cut - target))
-    behind = near[reach:]
-    return target + next((i for i, byte in enumerate(behind) if byte & 0xC0 != 0x80), len(behind))
-
-
-def _document_pieces(path: Path, document: _Document) -> Iterator[Piece]:
-    """Decodes a document block by block, so that a large file never lies in memory as a whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="strict")
-    continues, rest = False, ""
-    for offset, block in _blocks(path, document):
-        last = offset + len(block) == document.end
-        try:
-            text = rest + decoder.decode(block, final=last)
-        except UnicodeDecodeError as error:
-            # The decoder keeps an incomplete character of the last block in front of this one.
-            position = offset + len(block) - len(error.object) + error.start
-            raise InputError(
-                f"{path} is not UTF-8 text: {error.reason} at byte {position}; convert or exclude it"
-            ) from None
-        cut = len(text) if last else _cut(text)
-        if cut:
-            yield Piece(text=text[:cut], num_bytes=len(text[:cut].encode()), continues=continues, ends_document=last)
-            continues = True
-        rest = text[cut:]
-
-
-def _blocks(path: Path, document: _Document) -> Iterator[tuple[int, bytes]]:
-    """Reads a document in blocks; yields the offset in the file and the bytes of each.
+def _blocks(path: Path, document: _Document) -> Iterator[bytes]:
+    """Reads a document in blocks.
 
     Raises:
         InputError: the file cannot be read, or has changed since it was found.
@@ -199,21 +127,11 @@ def _blocks(path: Path, document: _Document) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
             file.seek(document.start)
-            for offset in range(document.start, document.end, _PIECE_BYTES):
-                block = file.read(min(_PIECE_BYTES, document.end - offset))
+            for offset in range(document.start, document.end, PIECE_BYTES):
+                block = file.read(min(PIECE_BYTES, document.end - offset))
                 found = os.fstat(file.fileno())
                 if (found.st_size, found.st_mtime_ns) != (document.size, document.modified_ns):
                     raise InputError(f"{path} was changed while it was read: start again")
-                yield offset, block
+                yield block
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _cut(text: str) -> int:
-    """Where to end a piece so that, if possible, the tokens of the pieces are those of the whole text; see `_CUTS`."""
-    start = max(0, len(text) - _CUT_WINDOW)
-    for place in _CUTS:
-        cuts = [found.end() for found in place.finditer(text, start)]
-        if cuts:
-            return cuts[-1]
-    return text.rfind("\n") + 1 or len(text)

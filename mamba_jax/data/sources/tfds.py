@@ -11,7 +11,7 @@ from typing import Any
 
 from mamba_jax.data.config import TfdsSource
 from mamba_jax.data.documents import DocumentReader, Piece
-from mamba_jax.errors import InputError
+from mamba_jax.errors import InputError, brief
 
 # Families of TFDS builders that TFDS finds by name only after their module was imported.
 _LEGACY_FAMILIES = ("text", "question_answering", "summarization", "translate")
@@ -60,7 +60,7 @@ class TfdsDocuments(DocumentReader):
             return self._records[index]
         except Exception as error:
             raise InputError(
-                f"record {index} of TFDS set {self.name} cannot be read: {_brief(error)}; restore or prepare it again"
+                f"record {index} of TFDS set {self.name} cannot be read: {brief(error)}; restore or prepare it again"
             ) from error
 
     def pieces(self) -> Iterator[Piece]:
@@ -128,7 +128,7 @@ def _builder(source: TfdsSource) -> Any:
     except Exception as error:
         raise InputError(
             f"TFDS set {source.name!r} is not prepared in {builder.data_path} and could not be prepared here: "
-            f"{_brief(error)}; on a machine with TensorFlow and network run `tfds build {source.name} "
+            f"{brief(error)}; on a machine with TensorFlow and network run `tfds build {source.name} "
             "--file_format=array_record` and point data_dir at the result"
         ) from error
     return builder
@@ -149,7 +149,7 @@ def _find_builder(source: TfdsSource) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"cannot open TFDS set {source.name!r}: {_brief(error)}") from error
+        raise InputError(f"cannot open TFDS set {source.name!r}: {brief(error)}") from error
 
 
 def _prepared(folder: str) -> Any:
@@ -164,7 +164,7 @@ def _prepared(folder: str) -> Any:
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:
-        raise InputError(f"{folder!r} is not a prepared TFDS set; {advice} ({_brief(error)})") from error
+        raise InputError(f"{folder!r} is not a prepared TFDS set; {advice} ({brief(error)})") from error
 
 
 def _records(builder: Any, source: TfdsSource) -> Sequence[Any]:
@@ -179,7 +179,7 @@ def _records(builder: Any, source: TfdsSource) -> Sequence[Any]:
     except Exception as error:
         known = ", ".join(sorted(builder.info.splits))
         raise InputError(
-            f"TFDS set {builder.info.full_name} cannot give split {source.split!r} (it has: {known}): {_brief(error)}"
+            f"TFDS set {builder.info.full_name} cannot give split {source.split!r} (it has: {known}): {brief(error)}"
         ) from error
 
 
@@ -207,8 +207,3 @@ def _suggestion(name: str) -> str:
         known.update(path.stem for path in (Path(tfds.__file__).parent / family).iterdir() if path.suffix != ".pyc")
     close = difflib.get_close_matches(name.split("/")[0].split(":")[0], sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "; a folder of a prepared set works too"
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
