@@ -22,6 +22,12 @@ def reason(error: OSError | ValueError) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
+def brief(error: Exception) -> str:
+    """What another library says of an error, as one line of at most 300 characters; its class if that is nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."
+
+
 def short(value: object) -> str:
     """A short text for any value, such as one read from a file, to be quoted in a message."""
     return _SHORT.repr(value)

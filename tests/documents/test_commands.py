@@ -21,8 +21,17 @@ SCRIPTS = [
     for path in (ROOT / "train.py", ROOT / "eval.py", *sorted(ROOT.glob("benchmarks/*.py")))
     if '__name__ == "__main__"' in path.read_text()
 ]
-MODULES = ("mamba_jax.data.prepare", "mamba_jax.export", "mamba_jax.report")
+MODULES = (
+    "mamba_jax.data.prepare",
+    "mamba_jax.data.train_tokenizer",
+    "mamba_jax.export",
+    "mamba_jax.report",
+    "mamba_jax.serve",
+    "mamba_jax.sweep",
+)
 PROGRAMS = [*(str(path.relative_to(ROOT)) for path in SCRIPTS), *(f"-m {name}" for name in MODULES)]
+# The libraries of extras that programs hand over to.
+LIBRARIES = {"-m mamba_jax.evaluation.lm_eval": "lm_eval"}
 # The texts that a program or a config explains itself with show commands too.
 TEXTS = PAGES | {
     str(path.relative_to(ROOT)): path.read_text().split('"""')[1]
@@ -94,6 +103,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, list[str]], 
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if commands(text)])
 def test_commands(name: str, run: Callable[[str, list[str]], None], capsys: pytest.CaptureFixture[str]) -> None:
     for program, arguments in commands(TEXTS[name]):
+        if importlib.util.find_spec(LIBRARIES.get(program, "sys")) is None:
+            continue
         words = ["configs/quickstart.py" if word == "CONFIG" else word for word in shlex.split(arguments)]
         with pytest.raises((Accepted, SystemExit)) as stop:
             run(program, words)
@@ -127,7 +138,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_unknown_flags_are_refused(program: str, run: Callable[[str, list[str]], None]) -> None:
-    config = ["configs/quickstart.py"] if program == "train.py" else []
+    config = ["configs/quickstart.py"] if program in ("train.py", "-m mamba_jax.sweep") else []
     with pytest.raises(SystemExit) as stop:
         run(program, [*config, "--no-such-flag", "1"])
     assert stop.value.code == 2
