@@ -34,7 +34,8 @@ from mamba_jax.run.out_of_memory import out_of_memory_in_one_line
 from mamba_jax.run.ownership import owned
 from mamba_jax.run.record import RunRecord
 from mamba_jax.run.saves import Saves
-from mamba_jax.run.start import Start, find_start
+from mamba_jax.run.start import Start
+from mamba_jax.run.start import find_start as _initial_params
 from mamba_jax.run.stop_requests import StopRequests
 from mamba_jax.run.watchdog import Watchdog
 from mamba_jax.sharding import make_mesh, process_rows, put_batch
@@ -94,7 +95,7 @@ def train(
     check_is_run_or_free(config)
     with owned(Path(config.train.run_dir), wait=wait):
         begins = from_first(lambda: begins_at_zero(config, from_scratch=from_scratch)) == str(True)
-        start = find_start(config) if begins else Start()
+        start = _initial_params(config) if begins else Start()
         mesh = make_mesh(config.mesh, devices)
         check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
         program = TrainProgram(config.program, mesh)
