@@ -3,10 +3,12 @@
 JAX_PLATFORMS=cuda in the environment runs the same tests on a GPU.
 """
 
+import gc
 import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,6 +32,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook(["mamba_jax", "pallas_kernels"], "beartype.beartype")
 
 import jax  # noqa: E402  the environment and the import hook must come first
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Bounds are those of float32; a GPU rounds factors of float32 products to 11 bits unless told otherwise.
@@ -37,6 +40,19 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # A writer that a test leaves open has a thread that fails in the middle of a later test. One test takes the module.
 sys.modules["tensorboardX"] = None  # type: ignore[assignment]
+
+
+# A process may have 65,530 areas of memory, and crashes in the compiler beyond. A program for a CPU takes some twenty.
+MAPS, MAX_MAPS = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """After a file of tests, programs are let go of if there are many; those on disk are read again."""
+    yield
+    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MAX_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_configure(config) -> None:
