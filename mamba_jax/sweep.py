@@ -203,7 +203,7 @@ def _read(trial: Trial) -> Run | None:
 
 def _is_finished(trial: Trial) -> bool:
     run = _read(trial)
-    return run is not None and run.status == f"finished at step {trial.config.train.num_steps:,}"
+    return run is not None and run.finished_step == trial.config.train.num_steps
 
 
 def _name(values: Mapping[str, str]) -> str:

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 
 from mamba_jax.errors import InputError
 from mamba_jax.generation.decoder import Decoder, Prefilled
-from mamba_jax.generation.engine import Request, check_request
+from mamba_jax.generation.engine import Request, check_request, read_alone
+from mamba_jax.generation.rows import NOT_FINITE
 from mamba_jax.models.language_model import LanguageModel
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.models.reading.prompts import read_token
@@ -117,17 +118,12 @@ def beam_search(
         raise InputError(f"the number of beams must lie in 1 .. {vocab_size // 2}, half of the ids, got {num_beams}")
     if not math.isfinite(length_penalty):
         raise InputError(f"the length penalty must be a finite number, got {length_penalty}")
-    if request.start is None:
-        read = decoder.prefill(np.asarray([request.tokens], np.int32))
-    elif request.tokens:
-        read = decoder.extend(request.start.state, np.asarray([request.tokens], np.int32))
-    else:
-        read = request.start
     rules = _Rules(
         allowed=jnp.ones(vocab_size, bool) if allowed is None else jnp.asarray(allowed),
         end=jnp.asarray(end),
         length_penalty=jnp.float32(length_penalty),
     )
+    read = read_alone(decoder, request)
     found = jax.device_get(_search(decoder.definition, num_beams, request.num_tokens, decoder.params, read, rules))
     hypotheses = []
     for ids, total, score in zip(found.tokens.tolist(), found.sums.tolist(), found.scores.tolist(), strict=True):
@@ -136,7 +132,7 @@ def beam_search(
             finished: Literal["end", "length"] = "end" if tokens[-1] == end else "length"
             hypotheses.append(Hypothesis(tokens=tokens, log_probability=total, score=score, finished=finished))
     if not hypotheses:
-        raise InputError("the model's logits are not finite, so that nothing can be searched: its weights are damaged")
+        raise InputError(NOT_FINITE)
     return hypotheses
 
 

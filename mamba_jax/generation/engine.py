@@ -96,6 +96,14 @@ def check_request(request: Request, *, vocab_size: int, max_length: int | None) 
     Sampling.of([request.sampling], vocab_size=vocab_size)
 
 
+def read_alone(decoder: Decoder, request: Request) -> Prefilled:
+    """What the model says after a request's prompt, which is read by itself, behind its start if it has one."""
+    if request.start is not None and not request.tokens:
+        return request.start
+    tokens = np.asarray([request.tokens], np.int32)
+    return decoder.prefill(tokens) if request.start is None else decoder.extend(request.start.state, tokens)
+
+
 @dataclasses.dataclass(eq=False)
 class _Active:
     """A request.
@@ -272,7 +280,7 @@ class Engine:
         first = self._waiting[0]
         if first.request.start is not None:
             self._waiting.popleft()
-            self._group = _Group(prompts=[first], read=self._resume(first.request))
+            self._group = _Group(prompts=[first], read=read_alone(self.decoder, first.request))
             return
         length = self.padded_length(len(first.request.tokens))
         beginnings = (active for active in self._waiting if active.request.start is None)
@@ -292,13 +300,6 @@ class Engine:
         part = self.decoder.part_length
         padded = round_up(length, part) if length > part else round_to_few(length, least=_SHORTEST)
         return min(padded, self.decoder.max_length or padded)
-
-    def _resume(self, request: Request) -> Prefilled:
-        """What a request goes on from that has a start."""
-        assert request.start is not None
-        if not request.tokens:
-            return request.start
-        return self.decoder.extend(request.start.state, np.asarray([request.tokens], np.int32))
 
     def _place(self) -> None:
         """Gives prompts of the group that was read the rows that are free."""

@@ -72,21 +72,35 @@ class Run:
         return max(steps, default=0)
 
     @property
+    def finished_step(self) -> int | None:
+        """The step at which it came to its end; None if it has not, or was started again since."""
+        ending = self._ending()
+        if ending is not None:
+            return ending.get("step", self.step) if ending["event"] == "finished" else None
+        is_done = not self.events and self.num_steps is not None and self.step >= self.num_steps
+        return self.step if is_done else None
+
+    @property
     def status(self) -> str:
         """How the run stands, in a few words."""
+        if (finished := self.finished_step) is not None:
+            return f"finished at step {finished:,}"
+        ending = self._ending()
+        if ending is None:
+            return f"running, or killed, at step {self.step:,}"
+        step = ending.get("step", self.step)
+        if ending["event"] == "aborted":
+            return f"aborted at step {step:,}: {ending.get('reason', 'no reason given')}"
+        return f"stopped and saved at step {step:,}"
+
+    def _ending(self) -> dict[str, Any] | None:
+        """The event that ended its newest start; None if nothing tells of an end."""
         for event in reversed(self.events):
-            kind, step = event["event"], event.get("step", self.step)
-            if kind == "finished":
-                return f"finished at step {step:,}"
-            if kind == "aborted":
-                return f"aborted at step {step:,}: {event.get('reason', 'no reason given')}"
-            if kind == "preempted":
-                return f"stopped and saved at step {step:,}"
-            if kind == "start":
+            if event["event"] in ("finished", "aborted", "preempted"):
+                return event
+            if event["event"] == "start":
                 break
-        if not self.events and self.num_steps is not None and self.step >= self.num_steps:
-            return f"finished at step {self.step:,}"
-        return f"running, or killed, at step {self.step:,}"
+        return None
 
     def last(self, kind: str, name: str) -> float | None:
         """Newest finite value of a series; None if there is none."""

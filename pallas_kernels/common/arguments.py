@@ -171,6 +171,13 @@ class Arguments:
             if not fits:
                 raise ValueError(f"{self.op}: {name} has dtype {value.dtype}, expected {expected}")
 
+    def require_one_dtype(self, first: str, *others: str) -> None:
+        """Raises ValueError unless these arrays have the dtype of the first one."""
+        expected = getattr(self, first).dtype
+        for name in others:
+            if (dtype := getattr(self, name).dtype) != expected:
+                raise ValueError(f"{self.op}: {name} is {dtype} and {first} {expected}; cast them to one dtype")
+
     def _check_options(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -69,11 +69,7 @@ class StepArguments(Arguments):
         columns = self.dt_proj.shape[0] + 2 * self.A_log.shape[1]
         if self.x_proj.shape[1] != columns:
             raise ValueError(f"{self.op}: x_proj has {self.x_proj.shape[1]} columns, expected R + 2 N = {columns}")
-        for name in ("x_proj", "dt_proj", "out_proj"):
-            if (dtype := getattr(self, name).dtype) != self.in_proj.dtype:
-                raise ValueError(
-                    f"{self.op}: {name} is {dtype} and in_proj {self.in_proj.dtype}; cast them to one dtype"
-                )
+        self.require_one_dtype("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 @result

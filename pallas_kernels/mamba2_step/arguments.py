@@ -103,11 +103,7 @@ class StepArguments(Arguments):
             raise ValueError(f"{self.op}: ring_B has {self.ring_B.shape[2]} channels, expected G N = {of_both // 2}")
         if self.group_size < 1 or channels % self.group_size:
             raise ValueError(f"{self.op}: group_size={self.group_size} does not divide the {channels} channels")
-        for name in ("BC_proj", "dt_proj", "out_proj"):
-            if (dtype := getattr(self, name).dtype) != self.in_proj.dtype:
-                raise ValueError(
-                    f"{self.op}: {name} is {dtype} and in_proj {self.in_proj.dtype}; cast them to one dtype"
-                )
+        self.require_one_dtype("in_proj", "BC_proj", "dt_proj", "out_proj")
 
 
 @result

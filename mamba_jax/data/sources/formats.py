@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import os
 import shlex
 import zlib
 from collections.abc import Iterator
@@ -68,13 +69,27 @@ def file_on_disk(path: Path) -> FileOnDisk:
             the line tells how to convert it.
     """
     kind, compression = _format(path)
+    found = stat_of_content(path, exclude_by="a glob")
+    return FileOnDisk(path=path, kind=kind, compression=compression, size=found.st_size, modified_ns=found.st_mtime_ns)
+
+
+def stat_of_content(path: Path, *, exclude_by: str) -> os.stat_result:
+    """Size and time of a file that holds something.
+
+    Args:
+        path: the file.
+        exclude_by: what would leave it out of the source, for the message.
+
+    Raises:
+        InputError: it is empty, or cannot be looked at.
+    """
     try:
         found = path.stat()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if found.st_size == 0:
-        raise InputError(f"{path} is empty: remove it, or exclude it by a glob")
-    return FileOnDisk(path=path, kind=kind, compression=compression, size=found.st_size, modified_ns=found.st_mtime_ns)
+        raise InputError(f"{path} is empty: remove it, or exclude it by {exclude_by}")
+    return found
 
 
 def _format(path: Path) -> tuple[Kind, Compression | None]:

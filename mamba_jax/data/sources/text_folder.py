@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mamba_jax.data.config import TextFolderSource
 from mamba_jax.data.documents import DocumentReader, Piece
-from mamba_jax.data.sources.formats import NO_PROSE
+from mamba_jax.data.sources.formats import NO_PROSE, stat_of_content
 from mamba_jax.data.sources.held_out import take_part, text_cut
 from mamba_jax.data.sources.text_files import find_files
 from mamba_jax.data.sources.text_pieces import PIECE_BYTES, decoded_pieces
@@ -61,12 +61,7 @@ class TextFolder(DocumentReader):
                 f"{path} is not plain text by its suffix {suffix}, and its syntax would be trained on: read JSON "
                 "lines, parquet and packed text by FilesSource (--files), or exclude it by the pattern"
             )
-        try:
-            found = path.stat()
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
-        if found.st_size == 0:
-            raise InputError(f"{path} is empty: remove it, or exclude it by the pattern")
+        found = stat_of_content(path, exclude_by="the pattern")
         return _Document(name=name, size=found.st_size, modified_ns=found.st_mtime_ns, start=0, end=found.st_size)
 
     def _cut_in_two(self, fraction: float, document: _Document) -> tuple[_Document | None, _Document | None]:
