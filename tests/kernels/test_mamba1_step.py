@@ -20,7 +20,6 @@ from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tiling, co
 from tests.kernels.triton_interpreter import compiled, interpreted
 from tests.kernels.triton_steps import (
     check_binaries,
-    check_in_the_interpreter,
     compiled_by,
     drawn,
     interpreter,  # noqa: F401
@@ -189,13 +188,6 @@ def test_triton_declines() -> None:
     half = jax.tree.map(lambda array: array.astype(jnp.float16), call)
     with pytest.raises(NotImplementedError, match="computes in bfloat16 or float32, got float16"):
         by_kernels(half)
-
-
-@compiled
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_arithmetic_in_the_interpreter() -> None:
-    check_in_the_interpreter(__file__)
 
 
 @interpreted

@@ -32,7 +32,6 @@ from tests.kernels.test_mamba2_step import (
 from tests.kernels.triton_interpreter import compiled, interpreted
 from tests.kernels.triton_steps import (
     check_binaries,
-    check_in_the_interpreter,
     compiled_by,
     drawn,
     interpreter,  # noqa: F401
@@ -108,13 +107,6 @@ def test_part_of_a_ring_is_refused() -> None:
     wide = jnp.zeros((2, RING, G * N + 1))
     with pytest.raises(ValueError, match="ring_B has 21 channels, expected G N = 20"):
         mamba2_step(dataclasses.replace(call.before, ring_B=wide), call.weights, **STATIC)
-
-
-@compiled
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_ring_in_the_interpreter() -> None:
-    check_in_the_interpreter(__file__)
 
 
 @interpreted

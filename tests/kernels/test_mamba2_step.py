@@ -20,7 +20,6 @@ from pallas_kernels.mamba2_step.triton.tilings import RecurrenceTile, Tiling, de
 from tests.kernels.triton_interpreter import compiled, interpreted
 from tests.kernels.triton_steps import (
     check_binaries,
-    check_in_the_interpreter,
     compiled_by,
     drawn,
     interpreter,  # noqa: F401
@@ -200,13 +199,6 @@ def test_triton_declines() -> None:
         by_kernels(call)
     with pytest.raises(NotImplementedError, match="normalises whole heads of 12 channels, got group_size=6"):
         by_kernels(call, group_size=6)
-
-
-@compiled
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_arithmetic_in_the_interpreter() -> None:
-    check_in_the_interpreter(__file__)
 
 
 @interpreted

@@ -1,9 +1,5 @@
 """What tests of steps of one token by Triton kernels share: runs in the interpreter, and compiled kernels."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,16 +52,6 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     multiply_bfloat16(monkeypatch)
     monkeypatch.setattr(launch, "require_triton", lambda op: None)
     monkeypatch.setattr(launch, "run", interpreted_run)
-
-
-def check_in_the_interpreter(path: str) -> None:
-    """Runs the tests of a file whose names have "interpreted" in a process that interprets Triton."""
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", path, "-k", "interpreted"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert "passed" in result.stdout
 
 
 def compiled_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, launch.Compiled]:
