@@ -26,6 +26,7 @@ import numpy as np
 
 import harness
 from decoding import peer
+from decoding.profile import time_by_kernel
 from decoding.tiles import Search, Workload
 from harness import MIB, Results, Setting, select_platform, time_calls
 from mamba_jax.chips import CHIPS
@@ -59,7 +60,7 @@ NOTES = (
     "and as many of the mean lengths. The rows of transformers: the same weights, exported, in the same run; the time "
     "between one token and the next, and the first greedy tokens are compared.",
 )
-Step = Literal["layers", "triton", "triton_columns", "xla", "best"]
+Step = Literal["layers", "triton", "xla", "best"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,7 @@ class Options:
         weights: how they are stored.
         state_dtypes: what recurrent states are kept in.
         steps: how a block reads a token: "layers" one layer after the other, "triton" by the kernels of
-            `pallas_kernels.mamba1_step` or `mamba2_step`, "triton_columns" by those of the first that read matrices by
-            columns, "best" as the platform and the size decide.
+            `pallas_kernels.mamba1_step` or `mamba2_step`, "best" as the platform decides.
         rings: for steps of Mamba-2 by kernels, tokens whose inputs are kept instead of writing the state; 0 is none.
         num_tokens: tokens of a decoding program.
         prompts: batches of prompts to read; none by default.
@@ -84,6 +84,7 @@ class Options:
         transformers: an interpreter with torch and transformers, which then read the same weights on as many
             processors, batch for batch; None leaves that out.
         seconds: time to spend on each measurement, at least three runs.
+        kernels: of how many kernels of a GPU, those that take longest, to add the time for a token.
         compile_seconds: programs that are not compiled by then are left out.
         tile_seconds: for a search of the kernels' tiles for each model and batch, instead of decoding; 0 is none.
         output: folder of the results.
@@ -103,6 +104,7 @@ class Options:
     rows: int = 16
     transformers: Path | None = None
     seconds: float = 1.0
+    kernels: int = 0
     compile_seconds: float = 600.0
     tile_seconds: float = 0.0
     output: Path = harness.RESULTS
@@ -140,8 +142,6 @@ def cases(options: Options) -> list[Case]:
     for model in options.models:
         width = functools.partial(Case, model=model)
         for step in options.steps:
-            if step == "triton_columns" and not isinstance(SIZES[model][2], Mamba1Config):
-                continue
             for weights in options.weights:
                 for state_dtype in options.state_dtypes:
                     case = functools.partial(width, weights=weights, state_dtype=state_dtype, step=step)
@@ -254,7 +254,8 @@ def size(tree: Any) -> int:
 def measure(results: Results, case: Case, options: Options, program: Any, params: Any) -> None:
     """Times a program and keeps the result."""
     definition = definition_of(case, options)
-    timing = time_calls(call_of(case, options, program, params), seconds=options.seconds, in_a_row=False)
+    call = call_of(case, options, program, params)
+    timing = time_calls(call, seconds=options.seconds, in_a_row=False)
     chip = CHIPS.get(jax.devices()[0].device_kind)
     seconds, share = timing.milliseconds / 1e3, None
     tokens = case.batch * (options.num_tokens if case.prompt_length is None else case.prompt_length)
@@ -276,6 +277,18 @@ def measure(results: Results, case: Case, options: Options, program: Any, params
         percent_of_bound=None if share is None else 100 * share,
         temporaries_MiB=None if memory is None else memory.temp_size_in_bytes / MIB,
     )
+    steps = options.num_tokens if case.prompt_length is None else 1
+    longest = list(time_by_kernel(call).items())[: options.kernels] if options.kernels else []
+    for name, (launches, microseconds) in longest:
+        results.add(
+            "kernels",
+            f"{case.workload}, {case.implementation}",
+            implementation=name,
+            direction="forward",
+            milliseconds=microseconds / 1e3 / steps,
+            launches=launches / steps,
+            microseconds_each=microseconds / launches,
+        )
 
 
 def engine_requests(kind: str, options: Options, vocab_size: int) -> list[Request]:
@@ -355,8 +368,10 @@ def main() -> None:
         for model, batch, dtype in itertools.product(options.models, options.batches, options.state_dtypes):
             if options.tile_seconds:
                 width, _, mixer = SIZES[model]
-                workload = Workload(width=width, mixer=mixer, rows=batch, state_dtype=dtype)
-                Search(results, f"{model}, batch {batch}, {dtype} state", workload, seconds=options.tile_seconds).run()
+                for ring in options.rings if isinstance(mixer, Mamba2Config) else (0,):
+                    workload = Workload(width=width, mixer=mixer, rows=batch, state_dtype=dtype, ring=ring)
+                    name = f"{model}, batch {batch}, {dtype} state" + (f", ring of {ring}" if ring else "")
+                    Search(results, name, workload, seconds=options.tile_seconds).run()
         for model in options.models:
             if options.requests:
                 measure_engine(results, model, options)

@@ -4,8 +4,8 @@ from pallas_kernels.causal_conv1d.api import causal_conv1d
 from pallas_kernels.causal_conv1d.arguments import CONVOLUTION, ConvOutput
 from pallas_kernels.common.arguments import OpTable
 from pallas_kernels.common.derivatives import differentiable
+from pallas_kernels.common.triton.launch import has_triton as has_step_kernels
 from pallas_kernels.mamba1_step.api import mamba1_step
-from pallas_kernels.mamba1_step.api import pays as mamba1_step_pays
 from pallas_kernels.mamba1_step.arguments import Mamba1StepOutput, Mamba1Weights
 from pallas_kernels.mamba2_step.api import mamba2_step
 from pallas_kernels.mamba2_step.arguments import Mamba2Carry, Mamba2Weights
@@ -52,8 +52,8 @@ __all__ = [
     "causal_conv1d",
     "decaying_attention",
     "differentiable",
+    "has_step_kernels",
     "mamba1_step",
-    "mamba1_step_pays",
     "mamba2_settled_state",
     "mamba2_step",
     "selective_scan",

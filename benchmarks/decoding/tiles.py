@@ -20,16 +20,16 @@ from harness import Results, time_calls
 from mamba_jax.config import Mamba1Config, Mamba2Config
 from pallas_kernels.mamba1_step import arguments as mamba1
 from pallas_kernels.mamba1_step.triton import op as mamba1_triton
-from pallas_kernels.mamba1_step.triton.tilings import column_tiling
+from pallas_kernels.mamba1_step.triton import tilings as mamba1_tilings
 from pallas_kernels.mamba2_step import arguments as mamba2
 from pallas_kernels.mamba2_step.triton import op as mamba2_triton
-from pallas_kernels.mamba2_step.triton.tilings import default_tiling
+from pallas_kernels.mamba2_step.triton import tilings as mamba2_tilings
 
 TOKENS = 16
 # Bytes of all layers, so that no weight is still in the cache when it is read again.
 LEAST_BYTES = 400e6
 MATRICES = ("in_proj", "x_proj", "BC_proj", "dt_proj", "out_proj")
-CARRIED = ("window", "BC_window", "state")
+CARRIED = ("window", "BC_window", "state", "ring_x", "ring_B", "ring_dt", "ring_length")
 # A change counts as faster from this on.
 GAIN = 0.99
 Arrays = dict[str, Any]
@@ -44,12 +44,14 @@ class Workload:
         mixer: of all layers.
         rows: B.
         state_dtype: of the recurrent state.
+        ring: tokens whose inputs are kept instead of writing the state; 0 is none.
     """
 
     width: int
     mixer: Any
     rows: int
     state_dtype: str
+    ring: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -66,13 +68,17 @@ class Workload:
         M = 2 * G * N
         own = {"BC_proj": (D, 2, G, N), "dt_proj": (D, H), "BC_conv_weight": (K, M), "BC_conv_bias": (M,)}
         own |= {"dt_bias": (H,), "A_log": (H,), "D": (H,), "gated_norm_scale": (E,)}
-        return {**shared, **own, "BC_window": (B, K - 1, M), "state": (B, H, P, N)}
+        own |= {"BC_window": (B, K - 1, M), "state": (B, H, P, N)}
+        if self.ring:
+            ring = {"x": (self.ring, E), "B": (self.ring, G * N), "dt": (self.ring, H), "length": ()}
+            own |= {f"ring_{name}": (B, *sizes) for name, sizes in ring.items()}
+        return {**shared, **own}
 
     def layer(self, place: Any) -> Arrays:
         """Shapes of a layer's arrays, which say how they lie on a device."""
 
         def shape(name: str, sizes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-            dtype = self.state_dtype if name == "state" else "bfloat16"
+            dtype = {"state": self.state_dtype, "ring_length": "int32"}.get(name, "bfloat16")
             order = (*range(1, len(sizes)), 0) if name in MATRICES else tuple(range(len(sizes)))
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=Format(Layout(order), place))
 
@@ -80,15 +86,19 @@ class Workload:
 
     @property
     def moved(self) -> int:
-        """Bytes that a layer moves for a token: all that it reads, and what it writes."""
+        """Bytes that a layer moves for a token: all that it reads, and what it writes; of a ring a place."""
         sizes = {name: math.prod(shape) * 2 for name, shape in self.shapes.items()}
         sizes["state"] *= jnp.dtype(self.state_dtype).itemsize // 2
-        return sum(sizes.values()) + sum(sizes[name] for name in CARRIED if name in sizes)
+        writes = {"window": 1, "BC_window": 1, "state": 1 / max(self.ring, 1)}
+        writes |= {name: 1 / self.ring for name in sizes if name.startswith("ring")}
+        return sum(sizes.values()) + round(sum(sizes[name] * share for name, share in writes.items() if name in sizes))
 
     def tiling(self) -> Any:
         """What the search starts from."""
-        find = column_tiling if isinstance(self.mixer, Mamba1Config) else default_tiling
-        return find(self.rows, width=self.width)
+        if isinstance(self.mixer, Mamba1Config):
+            return mamba1_tilings.default_tiling(self.rows, width=self.width)
+        ring = jnp.dtype(self.state_dtype) if self.ring else None
+        return mamba2_tilings.default_tiling(self.rows, width=self.width, ring=ring)
 
     def step(self, arrays: Arrays, tiling: Any) -> Any:
         """One layer."""
@@ -133,6 +143,8 @@ def drawn(shapes: Any) -> Any:
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
 
     def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if shape.dtype == jnp.int32:
+            return jnp.zeros(shape.shape, shape.dtype)
         return jax.device_put(0.02 * jax.random.normal(next(keys), shape.shape, shape.dtype), shape.format)
 
     return jax.tree.map(draw, shapes)

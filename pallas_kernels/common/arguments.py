@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.array_types import Size
 
-DType = Literal["real", "complex", "integer"]
+DType = Literal["real", "complex", "weight", "integer"]
 
 
 def array(*letters: str, optional: bool = False, dtype: DType = "real", complex_with: str | None = None) -> Any:
@@ -35,7 +35,8 @@ def array(*letters: str, optional: bool = False, dtype: DType = "real", complex_
     Args:
         *letters: the dimensions it may have; different numbers of them tell layouts apart.
         optional: None stands for its absence.
-        dtype: "real" floating, "complex" for real or complex floating, or "integer", which has no derivative.
+        dtype: "real" floating, "complex" for real or complex floating, "weight" for real floating or int8, or
+            "integer", which has no derivative.
         complex_with: it may be complex where this other argument is.
     """
     metadata = {"letters": letters, "optional": optional, "dtype": dtype, "complex_with": complex_with}
@@ -159,6 +160,9 @@ class Arguments:
             is_complex = jnp.issubdtype(value.dtype, jnp.complexfloating)
             if metadata["dtype"] == "integer":
                 fits, expected = jnp.issubdtype(value.dtype, jnp.integer), "an integer dtype"
+            elif metadata["dtype"] == "weight":
+                fits = jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.int8
+                expected = "a real floating dtype or int8"
             else:
                 fits = jnp.issubdtype(value.dtype, jnp.floating) or (is_complex and may_be_complex)
                 takes_complex = metadata["dtype"] == "complex" or companion is not None
@@ -177,6 +181,16 @@ class Arguments:
         for name in others:
             if (dtype := getattr(self, name).dtype) != expected:
                 raise ValueError(f"{self.op}: {name} is {dtype} and {first} {expected}; cast them to one dtype")
+
+    def require_scales(self, *names: str) -> None:
+        """Raises ValueError unless just those of these matrices that are int8 come with a scale."""
+        for name in names:
+            is_int8, is_scaled = getattr(self, name).dtype == jnp.int8, getattr(self, f"{name}_scale") is not None
+            if is_int8 != is_scaled:
+                raise ValueError(
+                    f"{self.op}: {name} is {getattr(self, name).dtype} {'with' if is_scaled else 'without'} "
+                    f"{name}_scale: give it to int8 matrices and to no others"
+                )
 
     def _check_options(self) -> None:
         for field in dataclasses.fields(self):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.common.arguments import Arguments, arguments, array, result
 from pallas_kernels.common.array_types import Leaf
@@ -13,8 +14,9 @@ from pallas_kernels.common.array_types import Leaf
 class Mamba1Weights:
     """What a residual block with a Mamba-1 mixer computes with.
 
-    The dtype of `in_proj` is the compute dtype, which the other projections share. Vectors and A may have any floating
-    dtype; sizes are D of the residual stream, E inner channels, N states, K taps, R rank of the step size.
+    The dtype of the window is the compute dtype, which the projections have too, or they are int8 and come with a scale
+    for each column: a weight is their product. Vectors and A may have any floating dtype; sizes are D of the residual
+    stream, E inner channels, N states, K taps, R rank of the step size.
 
     Attributes:
         norm_scale: (D,) of the RMSNorm before the mixer.
@@ -27,6 +29,10 @@ class Mamba1Weights:
         A_log: (E, N), of which exp(A_log) = -A are the decay rates.
         D: (E,) skip connection.
         out_proj: (E, D).
+        in_proj_scale: (2, E) of int8 weights, as all scales; None without.
+        x_proj_scale: (R + 2 N,).
+        dt_proj_scale: (E,).
+        out_proj_scale: (D,).
     """
 
     norm_scale: Leaf
@@ -39,6 +45,10 @@ class Mamba1Weights:
     A_log: Leaf
     D: Leaf
     out_proj: Leaf
+    in_proj_scale: Leaf | None = None
+    x_proj_scale: Leaf | None = None
+    dt_proj_scale: Leaf | None = None
+    out_proj_scale: Leaf | None = None
 
 
 @arguments("mamba1_step")
@@ -49,17 +59,21 @@ class StepArguments(Arguments):
 
     residual: Leaf = array("BD")
     norm_scale: Leaf = array("D")
-    in_proj: Leaf = array("DPE")
+    in_proj: Leaf = array("DPE", dtype="weight")
     conv_weight: Leaf = array("KE")
     conv_bias: Leaf = array("E")
     A_log: Leaf = array("EN")
-    dt_proj: Leaf = array("RE")
-    x_proj: Leaf = array("EM")
+    dt_proj: Leaf = array("RE", dtype="weight")
+    x_proj: Leaf = array("EM", dtype="weight")
     dt_bias: Leaf = array("E")
     D: Leaf = array("E")
-    out_proj: Leaf = array("ED")
+    out_proj: Leaf = array("ED", dtype="weight")
     window: Leaf = array("BWE")
     state: Leaf = array("BEN")
+    in_proj_scale: Leaf | None = array("PE", optional=True)
+    x_proj_scale: Leaf | None = array("M", optional=True)
+    dt_proj_scale: Leaf | None = array("E", optional=True)
+    out_proj_scale: Leaf | None = array("D", optional=True)
     eps: float = dataclasses.field(metadata={"static": True})
 
     def check_projections(self) -> None:
@@ -70,6 +84,12 @@ class StepArguments(Arguments):
         if self.x_proj.shape[1] != columns:
             raise ValueError(f"{self.op}: x_proj has {self.x_proj.shape[1]} columns, expected R + 2 N = {columns}")
         self.require_one_dtype("in_proj", "x_proj", "dt_proj", "out_proj")
+        self.require_scales("in_proj", "x_proj", "dt_proj", "out_proj")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """What operands and results of the products are rounded to."""
+        return self.in_proj.dtype if self.in_proj_scale is None else self.window.dtype
 
 
 @result

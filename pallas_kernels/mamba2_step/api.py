@@ -5,9 +5,9 @@ from pallas_kernels.mamba2_step.arguments import Mamba2Carry, Mamba2Weights, Ste
 from pallas_kernels.ssd.arguments import UNLIMITED
 
 _HERE, _NAME = "pallas_kernels.mamba2_step", "mamba2_step"
-# No platform takes the kernels by itself: they have not run on a GPU yet.
 _dispatch = Dispatcher[Mamba2Carry](
     op=_NAME,
+    platform_order={"gpu": ("triton", "xla")},
     implementations={
         "triton": Backend(f"{_HERE}.triton.op", _NAME),
         "xla": Backend(f"{_HERE}.xla.op", _NAME),
@@ -37,12 +37,13 @@ def mamba2_step(
         y         = y / sqrt(mean(y^2) + gated_norm_eps) * gated_norm_scale, means over groups of channels
         residual' = residual + y out_proj
 
-    Operands and results of the products, and the recurrence's output before its gate, are rounded to the dtype of
-    `in_proj`, everything else is computed in float32 (float64 where the residual is), as the layers of a model do one
-    by one. A kernel may round before it divides by a root mean square, which is the same but for the last bit of an
-    operand. For generation only: there is no gradient. On a GPU the results take the place of `before` in memory if the
-    caller gives it up, by donation or as the carry of a loop. Kernels read matrices by columns: they are fast where
-    these lie in memory that way.
+    Operands and results of the products, and the recurrence's output before its gate, are rounded to the compute dtype,
+    everything else is computed in float32 (float64 where the residual is), as the layers of a model do one by one.
+    Integers of int8 matrices are exact in the compute dtype, and their sum is multiplied with the scales. A kernel may
+    round before it divides by a root mean square, which is the same but for the last bit of an operand. For generation
+    only: there is no gradient. On a GPU the results take the place of `before` in memory if the caller gives it up, by
+    donation or as the carry of a loop. Kernels read matrices by columns: they are fast where these lie in memory that
+    way.
 
     With a ring the state is read for every token and written for every L-th only: the inputs of the tokens since are
     kept, and what they add to the output is computed from them. It is the same recurrence, added up in another order:
@@ -56,8 +57,7 @@ def mamba2_step(
         gated_norm_eps: of the norm of what the gate gates.
         group_size: channels that this norm takes together; divides E.
         dt_limit: least and greatest step size.
-        implementation: a name runs or raises; None takes the platform's best that accepts the arguments. "triton" has
-            to be asked for, as it has not run on a GPU yet.
+        implementation: a name runs or raises; None takes the platform's best that accepts the arguments.
 
     Returns:
         The residual stream, the windows, the state and the ring after the token.

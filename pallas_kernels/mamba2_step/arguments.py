@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.common.arguments import Arguments, arguments, array, interval, result
 from pallas_kernels.common.array_types import Leaf
@@ -14,9 +15,9 @@ from pallas_kernels.ssd.arguments import UNLIMITED
 class Mamba2Weights:
     """What a residual block with a Mamba-2 mixer computes with.
 
-    The dtype of `in_proj` is the compute dtype, which the other projections share. Vectors may have any floating dtype;
-    sizes are D of the residual stream, E = H P inner channels in H heads, N states of a channel, G groups of heads, K
-    taps, M = 2 G N channels of B and C.
+    The dtype of the window is the compute dtype, which the projections have too, or they are int8 and come with a scale
+    for each column: a weight is their product. Vectors may have any floating dtype; sizes are D of the residual stream,
+    E = H P inner channels in H heads, N states of a channel, G groups of heads, K taps, M = 2 G N channels of B and C.
 
     Attributes:
         norm_scale: (D,) of the RMSNorm before the mixer.
@@ -32,6 +33,10 @@ class Mamba2Weights:
         D: (H,) or (H, P) skip connection.
         gated_norm_scale: (E,) of the RMSNorm of what the gate gates.
         out_proj: (E, D).
+        in_proj_scale: (2, E) of int8 weights, as all scales; None without.
+        BC_proj_scale: (2, G, N).
+        dt_proj_scale: (H,).
+        out_proj_scale: (D,).
     """
 
     norm_scale: Leaf
@@ -47,6 +52,10 @@ class Mamba2Weights:
     D: Leaf
     gated_norm_scale: Leaf
     out_proj: Leaf
+    in_proj_scale: Leaf | None = None
+    BC_proj_scale: Leaf | None = None
+    dt_proj_scale: Leaf | None = None
+    out_proj_scale: Leaf | None = None
 
 
 @arguments("mamba2_step")
@@ -60,9 +69,9 @@ class StepArguments(Arguments):
     residual: Leaf = array("BD")
     state: Leaf = array("BHPN")
     norm_scale: Leaf = array("D")
-    in_proj: Leaf = array("DTE")
-    BC_proj: Leaf = array("DTGN")
-    dt_proj: Leaf = array("DH")
+    in_proj: Leaf = array("DTE", dtype="weight")
+    BC_proj: Leaf = array("DTGN", dtype="weight")
+    dt_proj: Leaf = array("DH", dtype="weight")
     conv_weight: Leaf = array("KE")
     conv_bias: Leaf = array("E")
     BC_conv_weight: Leaf = array("KM")
@@ -71,13 +80,17 @@ class StepArguments(Arguments):
     A_log: Leaf = array("H")
     D: Leaf = array("H", "HP")
     gated_norm_scale: Leaf = array("E")
-    out_proj: Leaf = array("ED")
+    out_proj: Leaf = array("ED", dtype="weight")
     window: Leaf = array("BWE")
     BC_window: Leaf = array("BWM")
     ring_x: Leaf | None = array("BLE", optional=True)
     ring_B: Leaf | None = array("BLR", optional=True)
     ring_dt: Leaf | None = array("BLH", optional=True)
     ring_length: Leaf | None = array("B", optional=True, dtype="integer")
+    in_proj_scale: Leaf | None = array("TE", optional=True)
+    BC_proj_scale: Leaf | None = array("TGN", optional=True)
+    dt_proj_scale: Leaf | None = array("H", optional=True)
+    out_proj_scale: Leaf | None = array("D", optional=True)
     dt_limit: tuple[float, float] = interval(UNLIMITED)
     eps: float = dataclasses.field(metadata={"static": True})
     gated_norm_eps: float = dataclasses.field(metadata={"static": True})
@@ -104,6 +117,12 @@ class StepArguments(Arguments):
         if self.group_size < 1 or channels % self.group_size:
             raise ValueError(f"{self.op}: group_size={self.group_size} does not divide the {channels} channels")
         self.require_one_dtype("in_proj", "BC_proj", "dt_proj", "out_proj")
+        self.require_scales("in_proj", "BC_proj", "dt_proj", "out_proj")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """What operands and results of the products are rounded to."""
+        return self.in_proj.dtype if self.in_proj_scale is None else self.window.dtype
 
 
 @result

@@ -1,7 +1,6 @@
 """The Mamba-1 step: values in plain JAX, and its Triton kernels interpreted, compiled and refused without a GPU."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,46 +15,37 @@ from pallas_kernels.common.triton.tiles import Tile
 from pallas_kernels.mamba1_step.api import mamba1_step
 from pallas_kernels.mamba1_step.arguments import Mamba1Weights, StepArguments
 from pallas_kernels.mamba1_step.triton import op as triton_backend
-from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tiling, column_tiling, default_tiling
+from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tiling
 from tests.kernels.triton_interpreter import compiled, interpreted
 from tests.kernels.triton_steps import (
     check_binaries,
     compiled_by,
     drawn,
+    in_double,
+    in_int8,
+    int8_shapes,
     interpreter,  # noqa: F401
     on_gpu,
     without_gpu,
 )
 
 EPS = 1e-5
+MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")
 # Sizes that no tile divides.
 D, E, N, R, K = 40, 80, 8, 3, 4
-_TILE = Tile(columns=32, depth=16, stages=1, warps=1)
-_BY_COLUMNS = Tile(columns=16, depth=32, stages=2, warps=1)
+_TILE = Tile(columns=16, depth=32, stages=2, warps=1)
 ONE = RecurrenceTile(rows=1, channels=32, warps=1)
+FOUR = RecurrenceTile(rows=4, channels=32, warps=1)
 SIXTEEN = RecurrenceTile(rows=16, channels=16, warps=1)
-TILINGS = {
-    "parts": Tiling(
-        project_in=_TILE,
-        project_selection=dataclasses.replace(_TILE, columns=16, parts=3),
-        advance=SIXTEEN,
-        project_out=_TILE,
-    ),
-    "one_row": Tiling(
-        project_in=_TILE,
-        project_selection=dataclasses.replace(_TILE, columns=16, parts=3),
-        advance=ONE,
-        project_out=_TILE,
-    ),
-    "selection_in_the_first": Tiling(project_in=_TILE, project_selection=None, advance=ONE, project_out=_TILE),
-    "by_columns": Tiling(
-        project_in=_BY_COLUMNS,
-        project_selection=dataclasses.replace(_BY_COLUMNS, parts=3),
-        advance=ONE,
-        project_out=_BY_COLUMNS,
-        by_column=True,
-    ),
-}
+
+
+def of_tiles(advance: RecurrenceTile) -> Tiling:
+    """Tiles for the sizes above."""
+    selection = dataclasses.replace(_TILE, parts=3)
+    return Tiling(project_in=_TILE, project_selection=selection, advance=advance, project_out=_TILE)
+
+
+TILINGS = {"one_row": of_tiles(ONE), "sixteen_rows": of_tiles(SIXTEEN)}
 
 
 def make_call(*, rows: int, states: int = N, taps: int = K, seed: int = 0) -> dict:
@@ -88,7 +78,7 @@ def in_dtype(call: dict, dtype: str) -> dict:
     def rounded(name: str, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array, jnp.float32).astype(dtype if name in narrow else "float32")
 
-    weights = {name: rounded(name, array) for name, array in vars(call["weights"]).items()}
+    weights = {name: rounded(name, array) for name, array in vars(call["weights"]).items() if array is not None}
     arrays = {name: rounded(name, array) for name, array in call.items() if name != "weights"}
     return {**arrays, "weights": Mamba1Weights(**weights)}
 
@@ -96,8 +86,7 @@ def in_dtype(call: dict, dtype: str) -> dict:
 def exact(call: dict):
     """The step in double precision, on the very numbers of `call`."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda array: jnp.asarray(np.asarray(array, np.float64)), call)
-        return mamba1_step(**wide, eps=EPS, implementation="xla")
+        return mamba1_step(**in_double(call), eps=EPS, implementation="xla")
 
 
 def by_kernels(call: dict, tiling: Tiling | None = None):
@@ -172,6 +161,7 @@ def test_bad_input_is_named() -> None:
         "expected R [+] 2 N = 19": {"x_proj": call["weights"].x_proj[:, 1:]},
         r"expected \(D, 2, E\)": {"in_proj": call["weights"].in_proj[:, :1]},
         "cast them to one dtype": {"out_proj": call["weights"].out_proj.astype(jnp.bfloat16)},
+        "in_proj is float32 with in_proj_scale: give it to int8": {"in_proj_scale": jnp.ones((2, E))},
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -200,6 +190,28 @@ def test_interpreted_values(name: str, rows: int, dtype: str) -> None:
     check_values(by_kernels(call, TILINGS[name]), call, dtype)
 
 
+def int8_call(rows: int, dtype: str) -> dict:
+    call = in_dtype(make_call(rows=rows), dtype)
+    return call | {"weights": in_int8(call["weights"], *MATRICES)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_values_of_int8_weights(dtype: str) -> None:
+    call = int8_call(5, dtype)
+    outputs = mamba1_step(**call, eps=EPS)
+    check_values(outputs, call, dtype)
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 16, 20])
+@pytest.mark.parametrize("name", TILINGS)
+def test_interpreted_values_of_int8_weights(name: str, rows: int, dtype: str) -> None:
+    call = int8_call(rows, dtype)
+    check_values(by_kernels(call, TILINGS[name]), call, dtype)
+
+
 @interpreted
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("states", "taps"), [(1, 4), (5, 3), (16, 2), (8, 1)])
@@ -211,9 +223,8 @@ def test_interpreted_other_states_and_taps(states: int, taps: int) -> None:
 @interpreted
 @pytest.mark.usefixtures("interpreter")
 def test_interpreted_few_rows_of_many() -> None:
-    tiling = dataclasses.replace(TILINGS["by_columns"], advance=RecurrenceTile(rows=4, channels=32, warps=1))
     call = in_dtype(make_call(rows=21), "bfloat16")
-    check_values(by_kernels(call, tiling), call, "bfloat16")
+    check_values(by_kernels(call, of_tiles(FOUR)), call, "bfloat16")
 
 
 @interpreted
@@ -241,8 +252,8 @@ def test_interpreted_rows_are_independent(rows: int) -> None:
 SHAPES = {"130m": (768, 48), "2.8b": (2560, 160)}
 
 
-def shapes_of_call(rows: int, width: int, rank: int) -> dict:
-    """Shapes of a call of a published size in bfloat16."""
+def shapes_of_call(rows: int, width: int, rank: int, *, is_int8: bool = False) -> dict:
+    """Shapes of a call of a published size in bfloat16, the matrices in it or in int8."""
     inner, states = 2 * width, 16
 
     def single(*shape: int) -> Any:
@@ -263,23 +274,22 @@ def shapes_of_call(rows: int, width: int, rank: int) -> dict:
         D=single(inner),
         out_proj=half(inner, width),
     )
+    if is_int8:
+        weights = int8_shapes(weights, *MATRICES)
     arrays = {"residual": single(rows, width), "window": half(rows, 3, inner), "state": single(rows, inner, states)}
     return {**arrays, "weights": weights}
 
 
 @compiled
-@pytest.mark.parametrize("tiling_of", [default_tiling, column_tiling])
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 128])
 @pytest.mark.parametrize("size", SHAPES)
-def test_kernels_compile(size: str, rows: int, tiling_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile(size: str, rows: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compile for Hopper, without arrays in local memory."""
     binaries = compiled_by(monkeypatch)
-    width, rank = SHAPES[size]
-    jax.eval_shape(
-        functools.partial(by_kernels, tiling=tiling_of(rows, width=width)), shapes_of_call(rows, width, rank)
-    )
-    few = {"project_in", "project_selection", "advance", "project_out"}
-    assert binaries.keys() == (few if rows <= 16 else {"convolve", "advance"})
+    jax.eval_shape(by_kernels, shapes_of_call(rows, *SHAPES[size], is_int8=is_int8))
+    few = {"project_in", "project_selection", "advance", "project_out"} | ({"normalize"} if rows > 1 else set())
+    assert binaries.keys() == (few if rows <= 16 else {"normalize", "convolve", "advance"})
     check_binaries(binaries)
 
 
@@ -293,13 +303,14 @@ def test_lowers_for_a_gpu_that_is_not_there() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("tiling_of", [default_tiling, column_tiling])
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 16, 20, 128])
 @pytest.mark.parametrize("size", SHAPES)
-def test_values_on_a_gpu(size: str, rows: int, tiling_of: Any) -> None:
+def test_values_on_a_gpu(size: str, rows: int, is_int8: bool) -> None:
     call = drawn(shapes_of_call(rows, *SHAPES[size]))
-    outputs = jax.jit(functools.partial(by_kernels, tiling=tiling_of(rows, width=SHAPES[size][0])))(call)
-    check_values(outputs, call, "bfloat16")
+    if is_int8:
+        call["weights"] = in_int8(call["weights"], *MATRICES)
+    check_values(jax.jit(by_kernels)(call), call, "bfloat16")
 
 
 @on_gpu

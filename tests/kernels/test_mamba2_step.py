@@ -22,12 +22,16 @@ from tests.kernels.triton_steps import (
     check_binaries,
     compiled_by,
     drawn,
+    in_double,
+    in_int8,
+    int8_shapes,
     interpreter,  # noqa: F401
     on_gpu,
     without_gpu,
 )
 
 EPS, LIMIT = 1e-5, (0.01, 0.9)
+MATRICES = ("in_proj", "BC_proj", "dt_proj", "out_proj")
 # Sizes that no tile divides; two groups of the gated norm.
 D, H, P, N, G, K = 40, 6, 12, 10, 2, 4
 E, M = H * P, 2 * G * N
@@ -94,9 +98,7 @@ def in_dtype(call: Call, dtype: str) -> Call:
 def exact(call: Call, **static: Any) -> Mamba2Carry:
     """The step in double precision, on the very numbers of `call`."""
     with jax.enable_x64(True):
-        before, weights = jax.tree.map(
-            lambda array: jnp.asarray(np.asarray(array, np.float64)), (call.before, call.weights)
-        )
+        before, weights = in_double((call.before, call.weights))
         return mamba2_step(before, weights, **STATIC | static, implementation="xla")
 
 
@@ -182,6 +184,8 @@ def test_bad_input_is_named() -> None:
         r"expected \(D, 2, H P\)": {"in_proj": w.in_proj[:, :1], "BC_proj": w.BC_proj[:, :1]},
         "expected 2 G N = 20": {"BC_proj": w.BC_proj[:, :, :1]},
         "cast them to one dtype": {"out_proj": w.out_proj.astype(jnp.bfloat16)},
+        "out_proj is int8 without out_proj_scale": {name: getattr(w, name).astype(jnp.int8) for name in MATRICES}
+        | {f"{name}_scale": jnp.ones(getattr(w, name).shape[1:]) for name in MATRICES[:3]},
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -209,6 +213,25 @@ def test_triton_declines() -> None:
 def test_interpreted_values(tiling: Tiling | None, rows: int, dtype: str) -> None:
     call = in_dtype(make_call(rows=rows, skips=(H,) if tiling else (H, P)), dtype)
     check_values(by_kernels(call, tiling), call, dtype)
+
+
+def with_int8(call: Call) -> Call:
+    return Call(call.before, in_int8(call.weights, *MATRICES))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_values_of_int8_weights(dtype: str) -> None:
+    call = with_int8(in_dtype(make_call(rows=5), dtype))
+    check_values(mamba2_step(call.before, call.weights, **STATIC), call, dtype)
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 16, 20])
+def test_interpreted_values_of_int8_weights(rows: int, dtype: str) -> None:
+    call = with_int8(in_dtype(make_call(rows=rows), dtype))
+    check_values(by_kernels(call, SMALL), call, dtype)
 
 
 @interpreted
@@ -278,15 +301,18 @@ def of_published_size(tiling: Tiling | None, before: Mamba2Carry, weights: Mamba
 
 
 @compiled
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 128])
 @pytest.mark.parametrize("size", SHAPES)
-def test_kernels_compile(size: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile(size: str, rows: int, is_int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compile for Hopper, without arrays in local memory."""
     binaries = compiled_by(monkeypatch)
     call = shapes_of_call(rows, *SHAPES[size])
     tiling = default_tiling(rows, width=SHAPES[size][0])
-    jax.eval_shape(functools.partial(of_published_size, tiling), call.before, call.weights)
-    assert binaries.keys() == ({"project_in", "advance", "project_out"} if rows <= 16 else {"convolve", "advance"})
+    weights = int8_shapes(call.weights, *MATRICES) if is_int8 else call.weights
+    jax.eval_shape(functools.partial(of_published_size, tiling), call.before, weights)
+    few = {"project_in", "advance", "project_out"} | ({"normalize"} if rows > 1 else set())
+    assert binaries.keys() == (few if rows <= 16 else {"normalize", "convolve", "advance"})
     check_binaries(binaries)
 
 
@@ -301,12 +327,13 @@ def test_lowers_for_a_gpu_that_is_not_there() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("state", "is_int8"), [("float32", False), ("bfloat16", False), ("float32", True)])
 @pytest.mark.parametrize("rows", [1, 2, 16, 20, 128])
 @pytest.mark.parametrize("size", ["130m", "2.7b"])
-def test_values_on_a_gpu(size: str, rows: int, state: str) -> None:
+def test_values_on_a_gpu(size: str, rows: int, state: str, is_int8: bool) -> None:
     shapes = shapes_of_call(rows, *SHAPES[size], state=state)
     call = Call(*drawn((shapes.before, shapes.weights)))
+    call = with_int8(call) if is_int8 else call
     static = STATIC | {"group_size": call.weights.gated_norm_scale.shape[0]}
     outputs = jax.jit(functools.partial(of_published_size, None))(call.before, call.weights)
     check_values(outputs, call, "bfloat16", **static)

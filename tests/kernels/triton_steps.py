@@ -1,5 +1,7 @@
 """What tests of steps of one token by Triton kernels share: runs in the interpreter, and compiled kernels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,33 @@ def drawn(shapes, seed: int = 0):
         return jnp.asarray(scale * rng.standard_normal(shape.shape, np.float32)).astype(shape.dtype)
 
     return jax.tree.map(draw, shapes)
+
+
+def in_int8(weights, *names: str):
+    """A step's weights with these matrices in int8, a scale for each column."""
+    found = {}
+    for name in names:
+        matrix = np.asarray(getattr(weights, name), np.float32)
+        scale = np.abs(matrix).max(axis=0) / 127
+        found |= {name: jnp.asarray(np.round(matrix / scale), jnp.int8), f"{name}_scale": jnp.asarray(scale)}
+    return dataclasses.replace(weights, **found)
+
+
+def in_double(tree):
+    """The numbers of a tree of arrays in double precision; integers stay what they are."""
+    return jax.tree.map(
+        lambda array: array if array.dtype == jnp.int8 else jnp.asarray(np.asarray(array, np.float64)), tree
+    )
+
+
+def int8_shapes(weights, *names: str):
+    """`in_int8` of shapes."""
+    found = {}
+    for name in names:
+        shape = getattr(weights, name).shape
+        found |= {name: jax.ShapeDtypeStruct(shape, jnp.int8)}
+        found |= {f"{name}_scale": jax.ShapeDtypeStruct(shape[1:], jnp.float32)}
+    return dataclasses.replace(weights, **found)
 
 
 def interpreted_run(kernel, inputs, outputs, constants, shape):

@@ -88,18 +88,18 @@ def save(
 
 
 def _on_any_backend(value: Any) -> Any:
-    """A config whose mixers name no backend."""
+    """A config whose mixers name no backend, and read one token by what every platform has."""
     if isinstance(value, tuple):
         return tuple(map(_on_any_backend, value))
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    return dataclasses.replace(
-        value,
-        **{
-            field.name: None if field.name.endswith("_implementation") else _on_any_backend(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-        },
-    )
+
+    def on_any(name: str) -> Any:
+        if name.endswith("_implementation"):
+            return "layers" if name == "step_implementation" else None
+        return _on_any_backend(getattr(value, name))
+
+    return dataclasses.replace(value, **{field.name: on_any(field.name) for field in dataclasses.fields(value)})
 
 
 def _file(program: str) -> str:

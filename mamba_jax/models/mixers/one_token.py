@@ -4,23 +4,30 @@ from typing import Any
 
 import jax
 
-from mamba_jax.models.layers import Linear, read
+import pallas_kernels
 from mamba_jax.models.mixers.mixer import BlockInput
-from mamba_jax.models.storage.matrix import is_quantized
+from mamba_jax.models.storage.matrix import Quantized, read_matrix
 from mamba_jax.sharding import is_split
 
 
-def reads_one_token(given: BlockInput, projection: Linear) -> bool:
-    """Whether a block reads a single token of a text that grows, on one device, with weights that are not quantised.
+def is_by_kernels(implementation: str | None) -> bool:
+    """Whether the operation is one of kernels: by name, or by default where they run."""
+    return implementation == "triton" or (implementation is None and pallas_kernels.has_step_kernels())
 
-    Args:
-        given: what the block has.
-        projection: one of the mixer's.
-    """
+
+def reads_one_token(given: BlockInput) -> bool:
+    """Whether a block reads a single token of a text that grows, on one device."""
     is_one_token = given.is_generating and given.residual.shape[1] == 1 and given.segment_ids is None
-    return is_one_token and not is_split() and not is_quantized(projection.kernel)
+    return is_one_token and not is_split()
 
 
-def matrix_of(layer: Any, *, dtype: str) -> jax.Array:
-    """The weights of a projection in the compute dtype."""
-    return read(layer.kernel).astype(dtype)
+def matrices_of(mixer: Any, *names: str, dtype: str) -> dict[str, jax.Array]:
+    """The weights of projections as an operation takes them, by name: in the compute dtype, or int8 and `..._scale`."""
+    found = {}
+    for name in names:
+        matrix = read_matrix(getattr(mixer, name).kernel)
+        if isinstance(matrix, Quantized):
+            found |= {name: matrix.qvalue, f"{name}_scale": matrix.scale[0]}
+        else:
+            found[name] = matrix.astype(dtype)
+    return found

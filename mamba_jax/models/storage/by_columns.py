@@ -3,11 +3,13 @@
 Only the place of elements in memory changes: shapes and values are the same, and so is what any program computes.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 from jax.experimental.layout import Format, Layout
 
+from mamba_jax.models.storage.matrix import Quantized
 from mamba_jax.models.storage.per_layer import PerLayer
 
 
@@ -21,6 +23,9 @@ def by_columns(tree: Any, summed: Any) -> Any:
     """
 
     def moved(dim: int | None, leaf: Any) -> Any:
+        if dim is not None and isinstance(leaf, Quantized):
+            matrix: Any = leaf
+            return dataclasses.replace(matrix, qvalue=moved(dim, matrix.qvalue))
         if dim is None or not isinstance(leaf, PerLayer):
             return leaf
         return PerLayer(tuple(_moved(array, dim - 1) for array in leaf.arrays))

@@ -34,11 +34,6 @@ class Quantized(Protocol):
 Matrix = jax.Array | Quantized
 
 
-def is_quantized(param: nnx.Param) -> bool:
-    """Whether the value of a parameter is in int8."""
-    return isinstance(param.get_value(), Quantized)
-
-
 def read_matrix(param: nnx.Param) -> Matrix:
     """The value of a parameter that may be quantised, for use under the mesh of the context."""
     return jax.tree.map(in_context, param.get_value())

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from pallas_kernels.common.checks import decline_double_precision, decline_symbolic_sizes
 from pallas_kernels.common.triton import launch
 from pallas_kernels.common.triton.launch import Launch
-from pallas_kernels.common.triton.tiles import ConvolutionConstants, Tile
+from pallas_kernels.common.triton.tiles import ConvolutionConstants, NormConstants, Tile, by_column
+
+_NORM_WARPS = 4
 
 
 def decline(arguments: Any, backend: str) -> None:
@@ -23,8 +25,8 @@ def decline(arguments: Any, backend: str) -> None:
     op = arguments.op
     decline_double_precision(backend, arguments)
     decline_symbolic_sizes(op, backend, arguments.residual, arguments.state)
-    if arguments.in_proj.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"{op}: '{backend}' computes in bfloat16 or float32, got {arguments.in_proj.dtype}")
+    if arguments.compute_dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"{op}: '{backend}' computes in bfloat16 or float32, got {arguments.compute_dtype}")
     if arguments.residual.dtype != jnp.float32:
         raise NotImplementedError(f"{op}: '{backend}' takes a float32 residual, got {arguments.residual.dtype}")
     launch.require_triton(op)
@@ -35,14 +37,30 @@ def kernels(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def like(array: jax.Array, *shape: int) -> jax.ShapeDtypeStruct:
-    """An output of a shape, in the dtype of an array."""
-    return jax.ShapeDtypeStruct(shape, array.dtype)
+def rounded(arguments: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """An output of a shape, in a step's compute dtype."""
+    return jax.ShapeDtypeStruct(shape, arguments.compute_dtype)
 
 
 def same(array: jax.Array) -> jax.ShapeDtypeStruct:
     """An output of an array's shape and dtype."""
-    return like(array, *array.shape)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def matrices(arguments: Any, **names: str) -> dict[str, jax.Array]:
+    """Inputs of a kernel: a step's matrices by columns, and after each, by `..._scale`, the scales of its columns.
+
+    Args:
+        arguments: of the step.
+        **names: by the kernel's name of an input, the step's.
+    """
+    inputs = {}
+    for name, of_step in names.items():
+        matrix, scale = getattr(arguments, of_step), getattr(arguments, f"{of_step}_scale")
+        # Nobody reads the scales of a matrix that is not int8; something has to stand there.
+        scale = arguments.norm_scale if scale is None else scale.reshape(-1).astype(jnp.float32)
+        inputs |= {name: by_column(matrix), f"{name}_scale": scale}
+    return inputs
 
 
 def float32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -53,6 +71,16 @@ def float32(*shape: int) -> jax.ShapeDtypeStruct:
 def launch_of(tile: Tile, programs: int, **in_place: str) -> Launch:
     """The launch of a kernel that works on tiles; `in_place` is by output the input that it replaces."""
     return Launch(programs=programs, warps=tile.warps, stages=tile.stages, in_place=in_place)
+
+
+def normalize(arguments: Any) -> jax.Array:
+    """(B, D), the normalised residual stream of a step in the compute dtype."""
+    rows, width = arguments.residual.shape
+    constants = NormConstants(ROWS=rows, D=width, EPS=arguments.eps)
+    inputs = {"residual": arguments.residual, "norm_scale": arguments.norm_scale}
+    outputs = {"normalized": rounded(arguments, rows, width)}
+    kernel = kernels("pallas_kernels.common.triton.products").normalize
+    return launch.run(kernel, inputs, outputs, constants, Launch(programs=rows, warps=_NORM_WARPS))["normalized"]
 
 
 def convolve(
@@ -85,7 +113,7 @@ def convolve(
         OFFSET=offset,
     )
     inputs = {"inputs": inputs_BF, "conv_weight": weight, "conv_bias": bias, "window": window}
-    outputs = {"x": like(inputs_BF, constants.ROWS, channels), "new_window": same(window)}
+    outputs = {"x": jax.ShapeDtypeStruct((constants.ROWS, channels), inputs_BF.dtype), "new_window": same(window)}
     programs = -(-constants.ROWS // constants.M) * constants.blocks
     shape = launch_of(tile, programs, new_window="window")
     kernel = kernels("pallas_kernels.common.triton.convolution").convolve

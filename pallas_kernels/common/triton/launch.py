@@ -20,7 +20,7 @@ from pallas_kernels.common.partitioning import varying_like
 
 # Ampere, the first generation whose matrix units take bfloat16.
 MINIMUM_COMPUTE_CAPABILITY = 80
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8"}
 _THREADS_OF_A_WARP = 32
 # Bytes of shared memory that a program may have, by compute capability; others have the least.
 _SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -71,6 +71,15 @@ def require_triton(op: str) -> None:
         importlib.import_module("triton")
     except ImportError as error:
         raise NotImplementedError(f"{op}: 'triton' needs triton; install the cuda extra") from error
+
+
+def has_triton() -> bool:
+    """Whether the target is a GPU that kernels are written for, and triton is installed."""
+    try:
+        require_triton("")
+    except NotImplementedError:
+        return False
+    return True
 
 
 def run(

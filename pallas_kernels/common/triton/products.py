@@ -1,8 +1,8 @@
 """Parts of kernels that stream a matrix past a few rows; import only where triton is installed.
 
-A program owns a block of columns and all rows, at most M, and walks over the sum; what it adds up is float32. A matrix
-may lie by rows, (terms, columns), or by columns, (columns, terms): then a program reads one piece of memory. Suffixes
-spell shapes: M rows, C columns of a block, K terms of the sum.
+A program owns a block of columns and all rows, at most M, and walks over the sum; what it adds up is float32. Matrices
+lie by columns, (columns, terms), so that a program reads one piece of memory. Suffixes spell shapes: M rows, C columns
+of a block, K terms of the sum.
 """
 
 # Triton compiles what only looks like Python, and need not be installed.
@@ -12,8 +12,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-# Terms of a column that a thread loads at once: 16 bytes of bfloat16. It adds them up before it keeps the sum.
-VECTOR = tl.constexpr(8)
+# Bits that a thread loads of a column at once. It adds the products of these terms up before it keeps the sum.
+VECTOR_BITS = tl.constexpr(128)
 
 
 @triton.jit
@@ -26,28 +26,19 @@ def load_operand(pointer, row_M, term_K, last, STRIDE: tl.constexpr, constants: 
 
 @triton.jit
 @no_type_check
-def load_weight(
-    pointer, term_K, last, column_C, exists_C, TERMS: tl.constexpr, TOTAL: tl.constexpr, constants: tl.constexpr
-):
-    """(C, K) of a matrix of TOTAL columns that lies by columns, (K, C) of one that lies by rows.
-
-    By columns it is read as what no other program will read, which leaves the cache to what all of them do.
-    """
-    if constants.BY_COLUMN:
-        mask = exists_C[:, None] & (term_K < last)[None]
-        place = column_C[:, None] * TERMS + term_K[None]
-        loaded = tl.load(pointer + place, mask=mask, other=0.0, eviction_policy="evict_first")
-    else:
-        mask = (term_K < last)[:, None] & exists_C[None]
-        loaded = tl.load(pointer + term_K[:, None] * TOTAL + column_C[None], mask=mask, other=0.0)
-    return loaded
+def load_weight(pointer, term_K, last, column_C, exists_C, TERMS: tl.constexpr):
+    """(C, K) of a matrix of TERMS terms, read as what no other program will read: the cache is for what all do."""
+    mask = exists_C[:, None] & (term_K < last)[None]
+    place = column_C[:, None] * TERMS + term_K[None]
+    return tl.load(pointer + place, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 @no_type_check
-def begin_sum(constants: tl.constexpr):
-    """Zeros for `add_products`: (C, K / 8) if products of one row are added term by term, and else (M, C)."""
-    if constants.BY_COLUMN and constants.M == 1:
+def begin_sum(weight, constants: tl.constexpr):
+    """Zeros for `add_products`: (C, K / V) if products of one row are added V terms at a time, and else (M, C)."""
+    if constants.M == 1:
+        VECTOR: tl.constexpr = VECTOR_BITS // weight.dtype.element_ty.primitive_bitwidth
         zeros = tl.full((constants.COLUMNS, constants.DEPTH // VECTOR), 0.0, tl.float32)
     else:
         zeros = tl.full((constants.M, constants.COLUMNS), 0.0, tl.float32)
@@ -56,79 +47,110 @@ def begin_sum(constants: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def add_products(x_MK, weight, total, constants: tl.constexpr):
-    """`total` from `begin_sum` and the products of these terms, with a weight from `load_weight`."""
-    if constants.BY_COLUMN and constants.M == 1:
-        products = weight.to(tl.float32) * x_MK.to(tl.float32)
+def add_products(x_MK, weight_CK, total, constants: tl.constexpr):
+    """`total` from `begin_sum` and the products of these terms."""
+    if constants.M == 1:
+        products = weight_CK.to(tl.float32) * x_MK.to(tl.float32)
+        VECTOR: tl.constexpr = VECTOR_BITS // weight_CK.dtype.primitive_bitwidth
         products = tl.reshape(products, (constants.COLUMNS, constants.DEPTH // VECTOR, VECTOR))
         total += tl.sum(products, axis=2)
-    elif constants.BY_COLUMN:
-        total = tl.dot(x_MK, tl.trans(weight), total, input_precision="ieee")
     else:
-        total = tl.dot(x_MK, weight, total, input_precision="ieee")
+        total = tl.dot(x_MK, tl.trans(as_factor(weight_CK, x_MK.dtype)), total, input_precision="ieee")
     return total
 
 
 @triton.jit
 @no_type_check
-def finish_sum(total, constants: tl.constexpr):
-    """(M, C)."""
-    if constants.BY_COLUMN and constants.M == 1:
+def as_factor(weight, dtype: tl.constexpr):
+    """Weights as matrix units take them: integers of 8 bits are exact in any float."""
+    if weight.dtype == tl.int8:
+        weight = weight.to(tl.float32).to(dtype)
+    return weight
+
+
+@triton.jit
+@no_type_check
+def finish_sum(total, weight, scale, column_C, exists_C, constants: tl.constexpr):
+    """(M, C), times the scales of a matrix in int8."""
+    if constants.M == 1:
         total = tl.sum(total, axis=1)[None]
-    return total
+    return scaled(total, weight, scale, column_C, exists_C)
+
+
+@triton.jit
+@no_type_check
+def scaled(sum_MC, weight, scale, column_C, exists_C):
+    """A product with a matrix, times the scales of its columns if it is int8."""
+    if weight.dtype.element_ty == tl.int8:
+        sum_MC *= tl.load(scale + column_C, mask=exists_C, other=0.0)[None]
+    return sum_MC
 
 
 @triton.jit
 @no_type_check
 def sum_of_products(
-    x,
-    weight,
-    row_M,
-    column_C,
-    first,
-    last,
-    steps,
-    TERMS: tl.constexpr,
-    TOTAL: tl.constexpr,
-    constants: tl.constexpr,
+    x, weight, scale, row_M, column_C, exists_C, first, last, steps, TERMS: tl.constexpr, constants: tl.constexpr
 ):
-    """(M, C): the terms from `first` to `last` of the product of x (ROWS, TERMS) with a matrix of TOTAL columns."""
-    total = begin_sum(constants)
+    """(M, C): the terms from `first` to `last` of the product of x (ROWS, TERMS) with columns of a matrix."""
+    total = begin_sum(weight, constants)
     for step in tl.range(0, steps, num_stages=constants.STAGES):
         term_K = first + step * constants.DEPTH + tl.arange(0, constants.DEPTH)
         x_MK = load_operand(x, row_M, term_K, last, TERMS, constants)
-        weight_ = load_weight(weight, term_K, last, column_C, column_C < TOTAL, TERMS, TOTAL, constants)
-        total = add_products(x_MK, weight_, total, constants)
-    return finish_sum(total, constants)
+        weight_CK = load_weight(weight, term_K, last, column_C, exists_C, TERMS)
+        total = add_products(x_MK, weight_CK, total, constants)
+    return finish_sum(total, weight, scale, column_C, exists_C, constants)
 
 
 @triton.jit
 @no_type_check
-def product_of_normalized(
-    residual,
+def product_of_stream(
+    stream,
     norm_scale,
     weight,
+    scale,
     row_M,
     column_C,
     exists_C,
     TERMS: tl.constexpr,
-    TOTAL: tl.constexpr,
+    dtype: tl.constexpr,
     constants: tl.constexpr,
 ):
-    """(M, C) in float32: the residual stream over its root mean square, scaled, times a matrix (TERMS, TOTAL).
+    """(M, C) in float32: the normalised residual stream times columns of a matrix.
 
-    The scaled stream is rounded before it is divided by its root mean square, which is known only once the sum is
-    complete.
+    One row comes as it is, (1, TERMS), and is normalised on the way; it is scaled and rounded before it is divided by
+    its root mean square, which is known only once the sum is complete. More rows come from `normalize`. dtype is what
+    is rounded to.
     """
-    total = begin_sum(constants)
-    squares_MK = tl.full((constants.M, constants.DEPTH), 0.0, tl.float32)
-    for first in tl.range(0, TERMS, constants.DEPTH, num_stages=constants.STAGES):
-        term_K = first + tl.arange(0, constants.DEPTH)
-        residual_MK = load_operand(residual, row_M, term_K, TERMS, TERMS, constants).to(tl.float32)
-        scale_K = tl.load(norm_scale + term_K, mask=term_K < TERMS, other=0.0).to(tl.float32)
-        weight_ = load_weight(weight, term_K, TERMS, column_C, exists_C, TERMS, TOTAL, constants)
-        squares_MK += residual_MK * residual_MK
-        scaled_MK = (residual_MK * scale_K[None]).to(weight_.dtype)
-        total = add_products(scaled_MK, weight_, total, constants)
-    reciprocal_M = tl.rsqrt(tl.sum(squares_MK, axis=1) / TERMS + constants.EPS)
-    return finish_sum(total, constants) * reciprocal_M[:, None]
+    if constants.M == 1:
+        total = begin_sum(weight, constants)
+        squares_MK = tl.full((constants.M, constants.DEPTH), 0.0, tl.float32)
+        for first in tl.range(0, TERMS, constants.DEPTH, num_stages=constants.STAGES):
+            term_K = first + tl.arange(0, constants.DEPTH)
+            residual_MK = load_operand(stream, row_M, term_K, TERMS, TERMS, constants).to(tl.float32)
+            scale_K = tl.load(norm_scale + term_K, mask=term_K < TERMS, other=0.0).to(tl.float32)
+            weight_CK = load_weight(weight, term_K, TERMS, column_C, exists_C, TERMS)
+            squares_MK += residual_MK * residual_MK
+            scaled_MK = (residual_MK * scale_K[None]).to(dtype)
+            total = add_products(scaled_MK, weight_CK, total, constants)
+        reciprocal_M = tl.rsqrt(tl.sum(squares_MK, axis=1) / TERMS + constants.EPS)
+        product_MC = finish_sum(total, weight, scale, column_C, exists_C, constants) * reciprocal_M[:, None]
+    else:
+        STEPS: tl.constexpr = (TERMS + constants.DEPTH - 1) // constants.DEPTH
+        product_MC = sum_of_products(
+            stream, weight, scale, row_M, column_C, exists_C, 0, TERMS, STEPS, TERMS, constants
+        )
+    return product_MC
+
+
+@triton.jit
+@no_type_check
+def normalize(residual, norm_scale, normalized, constants: tl.constexpr):
+    """The residual stream (ROWS, D) over its root mean square, scaled and rounded, a row a program."""
+    row = tl.program_id(0)
+    term_K = tl.arange(0, constants.WIDTH)
+    exists_K = term_K < constants.D
+    residual_K = tl.load(residual + row * constants.D + term_K, mask=exists_K, other=0.0)
+    scale_K = tl.load(norm_scale + term_K, mask=exists_K, other=0.0).to(tl.float32)
+    reciprocal = tl.rsqrt(tl.sum(residual_K * residual_K) / constants.D + constants.EPS)
+    normalized_K = (residual_K * reciprocal * scale_K).to(normalized.dtype.element_ty)
+    tl.store(normalized + row * constants.D + term_K, normalized_K, mask=exists_K)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from pallas_kernels.common.xla.token import product
+
 # Rows that the kernels which stream a matrix take: the least that matrix units multiply. More rows are left to XLA's
 # products, which have an arithmetic intensity worth their tiles.
 MOST_ROWS = 16
@@ -30,18 +32,18 @@ def by_column(matrix: jax.Array) -> jax.Array:
     return matrix.reshape(matrix.shape[0], -1).T
 
 
-def product_by_column(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def product_by_column(x: jax.Array, matrix: jax.Array, scale: jax.Array | None) -> jax.Array:
     """X (B, terms) times a matrix (terms, *columns) that lies by columns, by XLA: (B, columns).
 
     Without the constraint XLA would bring such matrices into another order first, all of them before a loop.
+
+    Args:
+        x: in the compute dtype, as the result.
+        matrix: likewise, or int8.
+        scale: (*columns), of a matrix in int8.
     """
     matrix = with_layout_constraint(matrix, Layout((*range(1, matrix.ndim), 0)))
-    return product_by_row(x, matrix)
-
-
-def product_by_row(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """X (B, terms) times a matrix (terms, *columns) that lies by rows, by XLA: (B, columns)."""
-    return jax.numpy.dot(x, matrix.reshape(matrix.shape[0], -1))
+    return product(x, matrix.reshape(matrix.shape[0], -1), None if scale is None else scale.reshape(-1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Tile:
 
     Attributes:
         columns: of a program, at least 16 where the product is one of matrix units.
-        depth: terms of the sum, at least 16.
+        depth: terms of the sum of a matrix of 2 bytes a weight, at least 32; of others as many bytes.
         stages: loads under way at a time.
         warps: of a program.
         parts: into which the sum is cut.
@@ -62,19 +64,18 @@ class Tile:
     warps: int
     parts: int = 1
 
-    def constants(self, rows: int, *, is_by_column: bool) -> dict[str, Any]:
-        """What a kernel that works on such tiles is compiled for, but for ROWS.
+    def constants(self, rows: int, matrix: jax.Array) -> dict[str, Any]:
+        """What a kernel that works on such tiles is compiled for, but for its sizes.
 
         Args:
             rows: of the call.
-            is_by_column: whether its matrix lies by columns.
+            matrix: that it multiplies with.
         """
         return {
-            "M": 1 if is_by_column and rows == 1 else MOST_ROWS,
+            "M": 1 if rows == 1 else MOST_ROWS,
             "COLUMNS": self.columns,
-            "DEPTH": self.depth,
+            "DEPTH": self.depth * 2 // matrix.dtype.itemsize,
             "STAGES": self.stages,
-            "BY_COLUMN": is_by_column,
         }
 
 
@@ -88,11 +89,10 @@ class ProductConstants:
 
     Attributes:
         ROWS: batch rows.
-        M: rows of a tile, a power of two. One row is multiplied without matrix units where a matrix lies by columns.
+        M: rows of a tile, a power of two. One row is multiplied without matrix units.
         COLUMNS: of a program, a power of two.
         DEPTH: terms of a sum that are loaded at a time, a power of two.
         STAGES: loads under way at a time.
-        BY_COLUMN: whether the terms of a column follow each other in memory, and not the columns of a term.
     """
 
     ROWS: int
@@ -100,7 +100,26 @@ class ProductConstants:
     COLUMNS: int
     DEPTH: int
     STAGES: int
-    BY_COLUMN: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormConstants:
+    """Of the kernel that normalises the residual stream, a row a program.
+
+    Attributes:
+        ROWS: batch rows.
+        D: width of the residual stream.
+        EPS: of the norm.
+    """
+
+    ROWS: int
+    D: int
+    EPS: float
+
+    @property
+    def WIDTH(self) -> int:
+        """D as a power of two."""
+        return next_power_of_two(self.D)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,19 @@ def wide(array: jax.Array, residual: jax.Array) -> jax.Array:
     return array.astype(jnp.result_type(jnp.float32, residual.dtype))
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Contracts the last dimension with the first; summed in float32 and rounded to the dtype of both."""
-    return jnp.tensordot(x, weight, axes=1)
+def product(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """Contracts the last dimension with the first; summed in float32 and rounded to the dtype of x.
+
+    Args:
+        x: (B, terms).
+        weight: (terms, *columns).
+        scale: (*columns), of weights in int8.
+    """
+    if scale is None:
+        return jnp.tensordot(x, weight, axes=1)
+    wide_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.tensordot(x, weight.astype(x.dtype), axes=1, preferred_element_type=wide_dtype)
+    return (y * scale[None]).astype(x.dtype)
 
 
 def over_root_mean_square(x: jax.Array, eps: float) -> jax.Array:

@@ -38,12 +38,10 @@ class ProjectionConstants(Sizes, ProductConstants):
     Attributes:
         PARTS: into which a sum is cut, one program each; 1 is not at all.
         EPS: of the norm; read by the in-projection only.
-        HAS_SELECTION: whether the in-projection multiplies its channels with the x-projection too.
     """
 
     PARTS: int = 1
     EPS: float = 0.0
-    HAS_SELECTION: bool = False
 
     @property
     def blocks(self) -> int:
@@ -61,9 +59,9 @@ class ProjectionConstants(Sizes, ProductConstants):
         return taps_of_window(self.K)
 
     @property
-    def SELECTION(self) -> int:
-        """Columns of the x-projection as a power of two, at least 16."""
-        return max(next_power_of_two(self.selection), 16)
+    def selection_blocks(self) -> int:
+        """Of the columns of the x-projection."""
+        return -(-self.selection // self.COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +75,6 @@ class StepConstants(Sizes):
         PARTS: that the x-projection comes in, to be added.
         Z_STRIDE: from a row of z to the next.
         Z_OFFSET: of the first row.
-        BY_COLUMN: whether the terms of a channel of the dt-projection follow each other in memory.
-        A_IS_LOG: whether A comes as log(-A).
         HAS_DT: whether the projected step size (ROWS, E) comes in the place of its projection.
     """
 
@@ -88,8 +84,6 @@ class StepConstants(Sizes):
     PARTS: int
     Z_STRIDE: int
     Z_OFFSET: int
-    BY_COLUMN: bool
-    A_IS_LOG: bool
     HAS_DT: bool
 
     @property

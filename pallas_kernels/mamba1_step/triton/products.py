@@ -12,29 +12,27 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.common.triton.convolution import finish_convolution, load_window, store_window, window_sum
-from pallas_kernels.common.triton.products import product_of_normalized, sum_of_products
+from pallas_kernels.common.triton.products import product_of_stream, sum_of_products
 
 
 @triton.jit
 @no_type_check
 def project_in(
-    residual,
+    stream,
     norm_scale,
     weight,
+    weight_scale,
     conv_weight,
     conv_bias,
     window,
-    x_proj,
     x,
     z,
     new_window,
-    parts,
     constants: tl.constexpr,
 ):
     """Norm, in-projection, convolution and SiLU: programs count blocks of x first, then those of z.
 
-    Writes x and z (ROWS, E), and the window in place of the old one. With HAS_SELECTION parts is (blocks, ROWS,
-    R + 2 N), the x-projection of each block's channels.
+    Writes x and z (ROWS, E), and the window in place of the old one.
     """
     program = tl.program_id(0)
     is_gate = program >= constants.blocks
@@ -47,16 +45,12 @@ def project_in(
     # Loaded long before they are needed: the sum hides the wait.
     window_MTC = load_window(window, row_M, channel_C, convolved_C, constants.E, constants)
     taps_C = window_sum(window_MTC, conv_weight, conv_bias, channel_C, convolved_C, constants.E, constants)
-    if constants.HAS_SELECTION:
-        selection_S = tl.arange(0, constants.SELECTION)
-        mask_CS = convolved_C[:, None] & (selection_S < constants.selection)[None]
-        matrix_CS = x_proj + channel_C[:, None] * constants.selection + selection_S[None]
-        x_proj_CS = tl.load(matrix_CS, mask=mask_CS, other=0.0)
 
-    sum_MC = product_of_normalized(
-        residual, norm_scale, weight, row_M, column_C, exists_C, constants.D, 2 * constants.E, constants
+    dtype: tl.constexpr = x.dtype.element_ty
+    sum_MC = product_of_stream(
+        stream, norm_scale, weight, weight_scale, row_M, column_C, exists_C, constants.D, dtype, constants
     )
-    value_MC = sum_MC.to(x.dtype.element_ty)
+    value_MC = sum_MC.to(dtype)
 
     place_MC = row_M[:, None] * constants.E + channel_C[None]
     is_row_M1 = (row_M < constants.ROWS)[:, None]
@@ -66,41 +60,38 @@ def project_in(
         x_MC = finish_convolution(taps_C, value_MC, conv_weight, channel_C, constants.E, constants)
         tl.store(x + place_MC, x_MC, mask=is_row_M1 & exists_C[None])
         store_window(new_window, window_MTC, value_MC, row_M, channel_C, constants.E, constants)
-        if constants.HAS_SELECTION:
-            part_MS = tl.dot(x_MC, x_proj_CS, input_precision="ieee")
-            place_MS = (block * constants.ROWS + row_M[:, None]) * constants.selection + selection_S[None]
-            tl.store(parts + place_MS, part_MS, mask=is_row_M1 & (selection_S < constants.selection)[None])
 
 
 @triton.jit
 @no_type_check
-def project_selection(x, weight, parts, constants: tl.constexpr):
+def project_selection(x, weight, weight_scale, parts, constants: tl.constexpr):
     """A part of the sum of the x-projection for a block of columns: parts is (PARTS, ROWS, R + 2 N)."""
     program = tl.program_id(0)
     part = program % constants.PARTS
     row_M = tl.arange(0, constants.M)
     column_C = program // constants.PARTS * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    exists_C = column_C < constants.selection
     first = part * constants.steps * constants.DEPTH
     sum_MC = sum_of_products(
-        x, weight, row_M, column_C, first, constants.E, constants.steps, constants.E, constants.selection, constants
+        x, weight, weight_scale, row_M, column_C, exists_C, first, constants.E, constants.steps, constants.E, constants
     )
     place_MC = (part * constants.ROWS + row_M[:, None]) * constants.selection + column_C[None]
-    mask_MC = (row_M < constants.ROWS)[:, None] & (column_C < constants.selection)[None]
-    tl.store(parts + place_MC, sum_MC, mask=mask_MC)
+    tl.store(parts + place_MC, sum_MC, mask=(row_M < constants.ROWS)[:, None] & exists_C[None])
 
 
 @triton.jit
 @no_type_check
-def project_out(residual, y, weight, new_residual, constants: tl.constexpr):
+def project_out(residual, y, weight, weight_scale, new_residual, constants: tl.constexpr):
     """The residual stream and the out-projection, for a block of columns, in place of the residual stream."""
     row_M = tl.arange(0, constants.M)
     column_C = tl.program_id(0) * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    exists_C = column_C < constants.D
     place_MC = row_M[:, None] * constants.D + column_C[None]
-    mask_MC = (row_M < constants.ROWS)[:, None] & (column_C < constants.D)[None]
+    mask_MC = (row_M < constants.ROWS)[:, None] & exists_C[None]
     residual_MC = tl.load(residual + place_MC, mask=mask_MC, other=0.0)
     sum_MC = sum_of_products(
-        y, weight, row_M, column_C, 0, constants.E, constants.steps, constants.E, constants.D, constants
+        y, weight, weight_scale, row_M, column_C, exists_C, 0, constants.E, constants.steps, constants.E, constants
     )
     # Rounded as the layer's output is.
-    output_MC = sum_MC.to(weight.dtype.element_ty).to(residual_MC.dtype)
+    output_MC = sum_MC.to(y.dtype.element_ty).to(residual_MC.dtype)
     tl.store(new_residual + place_MC, residual_MC + output_MC, mask=mask_MC)

@@ -11,13 +11,14 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from pallas_kernels.common.triton.products import as_factor, scaled
 from pallas_kernels.selective_scan.triton.equations import sigmoid, step_size
 from pallas_kernels.selective_scan.triton.tiles import LOG2_E
 
 
 @triton.jit
 @no_type_check
-def advance(parts, dt_proj, dt_bias, A, D, x, z, state, y, new_state, constants: tl.constexpr):
+def advance(parts, dt_proj, dt_proj_scale, dt_bias, A_log, D, x, z, state, y, new_state, constants: tl.constexpr):
     """dt-projection, step, gate: y (ROWS, E), and the state (ROWS, E, N) in place of the old one.
 
     The x-projection comes in parts (PARTS, ROWS, R + 2 N), which are added in a fixed order.
@@ -34,9 +35,9 @@ def advance(parts, dt_proj, dt_bias, A, D, x, z, state, y, new_state, constants:
     place_MEN = row_M[:, None, None] * (constants.E * constants.N) + matrix_EN[None]
     is_state_MEN = is_row_M[:, None, None] & is_state_EN[None]
     state_MEN = tl.load(state + place_MEN, mask=is_state_MEN, other=0.0).to(tl.float32)
-    A_EN = tl.load(A + matrix_EN, mask=is_state_EN, other=0.0).to(tl.float32) * LOG2_E
-    if constants.A_IS_LOG:
-        A_EN = tl.exp2(A_EN) * -LOG2_E
+    # Made here: within a loop XLA would make A from its logarithm anew, by another launch, for every token.
+    A_EN = tl.load(A_log + matrix_EN, mask=is_state_EN, other=0.0).to(tl.float32) * LOG2_E
+    A_EN = tl.exp2(A_EN) * -LOG2_E
     mask_ME = is_row_M[:, None] & exists_E[None]
     x_ME = tl.load(x + row_M[:, None] * constants.E + channel_E[None], mask=mask_ME, other=0.0).to(tl.float32)
     place_z_ME = row_M[:, None] * constants.Z_STRIDE + constants.Z_OFFSET + channel_E[None]
@@ -51,7 +52,7 @@ def advance(parts, dt_proj, dt_bias, A, D, x, z, state, y, new_state, constants:
         place_ME = row_M[:, None] * constants.E + channel_E[None]
         dt_ME = tl.load(dt_proj + place_ME, mask=mask_ME, other=0.0).to(tl.float32)
     else:
-        dt_ME = project_dt(parts, dt_proj, row_M, channel_E, exists_E, constants)
+        dt_ME = project_dt(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, y.dtype.element_ty, constants)
     B_MN = finish_selection(B, y.dtype.element_ty, constants).to(tl.float32)
     C_MN = finish_selection(C, y.dtype.element_ty, constants).to(tl.float32)
     # Rounded as the layer's output is.
@@ -67,25 +68,22 @@ def advance(parts, dt_proj, dt_bias, A, D, x, z, state, y, new_state, constants:
 
 @triton.jit
 @no_type_check
-def project_dt(parts, dt_proj, row_M, channel_E, exists_E, constants: tl.constexpr):
+def project_dt(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, dtype: tl.constexpr, constants: tl.constexpr):
     """(M, E), the dt-projection in float32. Matrix units want 16 rows; one row is multiplied without them."""
     dt_ME = tl.full((constants.M, constants.CHANNELS), 0.0, tl.float32)
     LOADS: tl.constexpr = constants.ranks
     for index in tl.static_range(LOADS):
         rank_R = index * constants.RANK + tl.arange(0, constants.RANK)
         mask_RE = (rank_R < constants.R)[:, None] & exists_E[None]
-        if constants.BY_COLUMN:
-            weight_RE = tl.load(dt_proj + rank_R[:, None] + channel_E[None] * constants.R, mask=mask_RE, other=0.0)
-        else:
-            weight_RE = tl.load(dt_proj + rank_R[:, None] * constants.E + channel_E[None], mask=mask_RE, other=0.0)
+        weight_RE = tl.load(dt_proj + rank_R[:, None] + channel_E[None] * constants.R, mask=mask_RE, other=0.0)
         dt = load_selection(parts, row_M, 0, rank_R, constants.R, constants)
-        dt_MR = finish_selection(dt, dt_proj.dtype.element_ty, constants)
+        dt_MR = finish_selection(dt, dtype, constants)
         if constants.M == 1:
             dt_R1 = tl.sum(dt_MR.to(tl.float32), axis=0)[:, None]
             dt_ME += tl.sum(dt_R1 * weight_RE.to(tl.float32), axis=0)[None]
         else:
-            dt_ME = tl.dot(dt_MR, weight_RE, dt_ME, input_precision="ieee")
-    return dt_ME
+            dt_ME = tl.dot(dt_MR, as_factor(weight_RE, dtype), dt_ME, input_precision="ieee")
+    return scaled(dt_ME, dt_proj, dt_proj_scale, channel_E, exists_E)
 
 
 @triton.jit

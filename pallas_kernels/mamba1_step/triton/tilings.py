@@ -29,79 +29,45 @@ class Tiling:
 
     Attributes:
         project_in: of norm, in-projection and convolution.
-        project_selection: of the x-projection; None makes it part of the kernel before, where matrices lie by rows.
+        project_selection: of the x-projection.
         advance: of the recurrence.
         project_out: of out-projection and residual stream.
         convolve: of the convolution alone, for many rows; `columns` and `warps` count, and `depth` is its rows.
-        by_column: whether matrices are read by columns.
     """
 
     project_in: Tile
-    project_selection: Tile | None
+    project_selection: Tile
     advance: RecurrenceTile
     project_out: Tile
     convolve: Tile = CONVOLUTION_TILE
-    by_column: bool = False
 
 
 def default_tiling(rows: int, *, width: int) -> Tiling:
-    """The tiling for a number of rows and D, the width of the residual stream: the fastest of a grid on an H100.
-
-    Narrow models have few columns, and so take narrow blocks to have bytes under way on all multiprocessors.
-    """
-    is_narrow, is_few = width < 2048, rows <= FEW_ROWS
-    if rows > MOST_ROWS:
-        advance = RecurrenceTile(rows=MOST_ROWS, channels=16, warps=4)
-    else:
-        advance = RecurrenceTile(rows=1, channels=32 if is_few else 64, warps=4)
-    # What a part costs the kernel after it grows with the rows.
-    parts = 16 if is_few else 8
-    if is_narrow:
-        return Tiling(
-            project_in=Tile(columns=32, depth=128, stages=5, warps=2),
-            project_selection=Tile(columns=32, depth=64, stages=4, warps=4 if is_few else 2, parts=parts),
-            advance=advance,
-            project_out=Tile(columns=16, depth=128 if is_few else 256, stages=6, warps=4 if is_few else 2),
-        )
-    return Tiling(
-        project_in=Tile(columns=64, depth=128, stages=4, warps=4),
-        project_selection=Tile(columns=32 if is_few else 16, depth=64, stages=4, warps=4 if is_few else 2, parts=parts),
-        advance=advance,
-        project_out=Tile(columns=32, depth=128 if is_few else 256, stages=6 if is_few else 5, warps=4),
-    )
-
-
-def column_tiling(rows: int, *, width: int) -> Tiling:
-    """The tiling for matrices that are read by columns: by arithmetic on bytes under way, not measured yet.
+    """The tiling for a number of rows and D, the width of the residual stream: the fastest of a search on an H100.
 
     One row is multiplied term by term: a program's columns are one piece of memory, all programs fit on the
-    multiprocessors at once, and each of these has 40 KB or more under way where the matrix is that large.
-
-    Args:
-        rows: B.
-        width: D, of the residual stream.
+    multiprocessors at once, and each of these has 40 KB or more under way where the matrix is that large. Narrow models
+    have few columns, and so take narrow blocks to have bytes under way on all multiprocessors.
     """
     is_narrow = width < 2048
-    if rows > 1:
-        tiling = default_tiling(rows, width=width)
-        return dataclasses.replace(
-            tiling,
-            advance=tiling.advance if rows <= MOST_ROWS else RecurrenceTile(rows=4, channels=64, warps=4),
-            project_in=Tile(columns=32 if is_narrow else 64, depth=128, stages=4, warps=4),
-            project_selection=Tile(columns=16, depth=128, stages=4, warps=2, parts=8),
-            project_out=Tile(columns=16, depth=256, stages=5, warps=2),
-            by_column=True,
+    if rows == 1:
+        return Tiling(
+            project_in=Tile(columns=8 if is_narrow else 16, depth=256, stages=3, warps=4),
+            project_selection=Tile(columns=8, depth=128, stages=4, warps=1, parts=12 if is_narrow else 8),
+            advance=RecurrenceTile(rows=1, channels=32, warps=4),
+            project_out=Tile(columns=2, depth=512, stages=3, warps=2)
+            if is_narrow
+            else Tile(columns=4, depth=512, stages=4, warps=4),
         )
-    if is_narrow:
-        project_in = Tile(columns=8, depth=256, stages=3, warps=4)
-        project_out = Tile(columns=2, depth=512, stages=3, warps=2)
+    if rows > MOST_ROWS:
+        advance = RecurrenceTile(rows=4, channels=64, warps=4)
     else:
-        project_in = Tile(columns=16, depth=256, stages=4, warps=4)
-        project_out = Tile(columns=4, depth=1024, stages=4, warps=4)
+        advance = RecurrenceTile(rows=1, channels=32 if rows <= FEW_ROWS else 64, warps=4)
     return Tiling(
-        project_in=project_in,
-        project_selection=Tile(columns=8, depth=128, stages=4, warps=1, parts=12 if is_narrow else 8),
-        advance=RecurrenceTile(rows=1, channels=32, warps=4),
-        project_out=project_out,
-        by_column=True,
+        project_in=Tile(columns=32, depth=128, stages=6, warps=2)
+        if is_narrow
+        else Tile(columns=64, depth=128, stages=4, warps=4),
+        project_selection=Tile(columns=16, depth=128, stages=4, warps=2, parts=8),
+        advance=advance,
+        project_out=Tile(columns=16, depth=256, stages=5, warps=2),
     )

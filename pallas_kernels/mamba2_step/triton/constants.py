@@ -68,6 +68,11 @@ class ProjectionConstants(Sizes, ProductConstants):
         return -(-self.H // self.COLUMNS)
 
     @property
+    def programs(self) -> int:
+        """Of the in-projections."""
+        return 2 * self.blocks + self.BC_blocks + self.dt_blocks
+
+    @property
     def TAPS(self) -> int:
         """K - 1 taps of the windows as a power of two."""
         return taps_of_window(self.K)

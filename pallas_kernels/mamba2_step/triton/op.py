@@ -1,8 +1,9 @@
 """The Mamba-2 step as three Triton kernels.
 
 `project_in` does norm, in-projections, convolutions and SiLU, `advance` the recurrence and the gate, and `project_out`
-normalises, projects, and adds to the residual stream. Windows, state and residual stream are written in place. All read
-matrices by columns. With many rows XLA's products do the projections.
+normalises, projects, and adds to the residual stream. More than one row is normalised before, by a kernel of its own.
+Windows, state and residual stream are written in place. All read matrices by columns; with many rows XLA's products do
+the projections.
 """
 
 from typing import Any
@@ -11,16 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.triton import calls, launch
-from pallas_kernels.common.triton.calls import float32, launch_of, like, same
+from pallas_kernels.common.triton.calls import float32, launch_of, matrices, rounded, same
 from pallas_kernels.common.triton.launch import Launch
-from pallas_kernels.common.triton.tiles import MOST_ROWS, Tile, by_column, product_by_column
+from pallas_kernels.common.triton.tiles import (
+    MOST_ROWS,
+    Tile,
+    product_by_column,
+)
 from pallas_kernels.mamba2_step.arguments import Mamba2Carry, StepArguments
 from pallas_kernels.mamba2_step.triton.constants import ProjectionConstants, Sizes, StepConstants
 from pallas_kernels.mamba2_step.triton.tilings import RecurrenceTile, Tiling, default_tiling
-from pallas_kernels.mamba2_step.xla.op import gated_norm, normalized
+from pallas_kernels.mamba2_step.xla.op import gated_norm
 
 _FOLDER = "pallas_kernels.mamba2_step.triton"
-_RING = ("ring_x", "ring_B", "ring_dt")
 
 
 def mamba2_step(arguments: StepArguments, *, tiling: Tiling | None = None) -> Mamba2Carry:
@@ -38,7 +42,8 @@ def mamba2_step(arguments: StepArguments, *, tiling: Tiling | None = None) -> Ma
         )
     calls.decline(arguments, "triton")
     rows, width = arguments.residual.shape
-    tiling = tiling or default_tiling(rows, width=width)
+    ring = arguments.state.dtype if arguments.ring_x is not None else None
+    tiling = tiling or default_tiling(rows, width=width, ring=ring)
     return (_few_rows if rows <= MOST_ROWS else _many_rows)(arguments, tiling)
 
 
@@ -54,10 +59,11 @@ def _few_rows(arguments: StepArguments, tiling: Tiling) -> Mamba2Carry:
 
 def _many_rows(arguments: StepArguments, tiling: Tiling) -> Mamba2Carry:
     """The projections by XLA, the rest by kernels that read x and z where the in-projection left them."""
-    u_BD, channels = normalized(arguments), arguments.out_proj.shape[0]
-    zx_BF, BC_BM = (product_by_column(u_BD, matrix) for matrix in (arguments.in_proj, arguments.BC_proj))
+    u_BD, channels = calls.normalize(arguments), arguments.out_proj.shape[0]
+    zx_BF = product_by_column(u_BD, arguments.in_proj, arguments.in_proj_scale)
+    BC_BM = product_by_column(u_BD, arguments.BC_proj, arguments.BC_proj_scale)
     # Of two products of the same rows XLA makes one, for which it joins their matrices for every token.
-    dt_BH = product_by_column(jax.lax.optimization_barrier(u_BD), arguments.dt_proj)
+    dt_BH = product_by_column(jax.lax.optimization_barrier(u_BD), arguments.dt_proj, arguments.dt_proj_scale)
     x_BE, window_BWE = calls.convolve(
         zx_BF,
         channels,
@@ -76,7 +82,7 @@ def _many_rows(arguments: StepArguments, tiling: Tiling) -> Mamba2Carry:
     )
     inputs = {"x": x_BE, "BC": BC_BM, "dt": dt_BH, "z": zx_BF}
     step = advance(arguments, inputs, tiling.advance, output=float32(*x_BE.shape))
-    output_BD = product_by_column(gated_norm(arguments, step["y"]), arguments.out_proj)
+    output_BD = product_by_column(gated_norm(arguments, step["y"]), arguments.out_proj, arguments.out_proj_scale)
     residual_BD = arguments.residual + output_BD.astype(jnp.float32)
     return Mamba2Carry(residual=residual_BD, window=window_BWE, BC_window=window_BWM, **_carried(step))
 
@@ -89,15 +95,15 @@ def _carried(step: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def project_in(arguments: StepArguments, tile: Tile) -> dict[str, jax.Array]:
     """What convolutions and SiLU make of x, and of B and C; z, dt, and the new windows."""
     constants = _of_product(arguments, tile, EPS=arguments.eps)
-    inputs = {"norm_scale": arguments.norm_scale, "residual": arguments.residual}
-    inputs |= {name: by_column(getattr(arguments, name)) for name in ("in_proj", "BC_proj", "dt_proj")}
+    stream = arguments.residual if constants.M == 1 else calls.normalize(arguments)
+    inputs = {"stream": stream, "norm_scale": arguments.norm_scale}
+    inputs |= matrices(arguments, in_proj="in_proj", BC_proj="BC_proj", dt_proj="dt_proj")
     names = ("conv_weight", "conv_bias", "BC_conv_weight", "BC_conv_bias", "window", "BC_window")
     inputs |= {name: getattr(arguments, name) for name in names}
     columns = {"z": constants.E, "x": constants.E, "BC": constants.BC, "dt": constants.H}
-    outputs = {name: like(arguments.in_proj, constants.ROWS, size) for name, size in columns.items()}
+    outputs = {name: rounded(arguments, constants.ROWS, size) for name, size in columns.items()}
     outputs |= {"new_window": same(arguments.window), "new_BC_window": same(arguments.BC_window)}
-    programs = 2 * constants.blocks + constants.BC_blocks + constants.dt_blocks
-    shape = launch_of(tile, programs, new_window="window", new_BC_window="BC_window")
+    shape = launch_of(tile, constants.programs, new_window="window", new_BC_window="BC_window")
     return launch.run(calls.kernels(f"{_FOLDER}.products").project_in, inputs, outputs, constants, shape)
 
 
@@ -124,26 +130,41 @@ def advance(
         LENGTH=0 if arguments.ring_x is None else arguments.ring_x.shape[1],
     )
     kernels = calls.kernels(f"{_FOLDER}.recurrence")
-    inputs = inputs | {"scale": arguments.gated_norm_scale}
-    inputs |= {name: getattr(arguments, name) for name in ("dt_bias", "A_log", "D", "state")}
+    learned = {"scale": arguments.gated_norm_scale}
+    learned |= {name: getattr(arguments, name) for name in ("dt_bias", "A_log", "D")}
+    state = {"state": arguments.state}
     outputs = {"y": output, "squares": float32(sizes.ROWS, sizes.H * constants.pieces)}
-    carried = {name: array for name in ("state", *_RING) if (array := getattr(arguments, name)) is not None}
-    outputs |= {f"new_{name}": same(array) for name, array in carried.items()}
-    in_place = {f"new_{name}": name for name in carried}
+    outputs["new_state"] = same(arguments.state)
     programs = sizes.ROWS * sizes.H * constants.pieces
-    shape = Launch(programs=programs, warps=tile.warps, in_place=in_place)
     if arguments.ring_length is None:
-        return launch.run(kernels.advance, inputs, outputs, constants, shape)
-    rings = {name: getattr(arguments, name) for name in (*_RING, "ring_length")}
-    step = launch.run(kernels.advance_ring, rings | inputs, outputs, constants, shape)
+        shape = Launch(programs=programs, warps=tile.warps, in_place={"new_state": "state"})
+        return launch.run(kernels.advance, inputs | learned | state, outputs, constants, shape)
+    ring = {name: getattr(arguments, name) for name in ("ring_x", "ring_B", "ring_dt", "ring_length")}
+    scored = _score(arguments, inputs["BC"], constants)
+    outputs |= {f"new_{name}": same(ring[name]) for name in ("ring_x", "ring_dt")}
+    in_place = {name: name.removeprefix("new_") for name in outputs if name.startswith("new_")}
+    ring |= {"ring_B": scored["new_ring_B"], "scores": scored["scores"]}
+    shape = Launch(programs=programs, warps=tile.warps, in_place=in_place)
+    step = launch.run(kernels.advance_ring, learned | ring | state | inputs, outputs, constants, shape)
     # Kernels of other programs may still read the lengths when one ends: XLA moves them on.
-    return step | {"new_ring_length": (arguments.ring_length + 1) % constants.LENGTH}
+    length_B = (arguments.ring_length + 1) % constants.LENGTH
+    return step | {"new_ring_B": scored["new_ring_B"], "new_ring_length": length_B}
+
+
+def _score(arguments: StepArguments, BC_BM: jax.Array, constants: StepConstants) -> dict[str, jax.Array]:
+    """What all heads of a group would compute alike: B C of the tokens of the ring; and the ring with the new B."""
+    assert arguments.ring_B is not None
+    assert arguments.ring_length is not None
+    inputs = {"ring_B": arguments.ring_B, "ring_length": arguments.ring_length, "BC": BC_BM}
+    outputs = {"scores": float32(constants.ROWS, constants.G, constants.LENGTH), "new_ring_B": same(arguments.ring_B)}
+    shape = Launch(programs=constants.ROWS * constants.G, warps=1, in_place={"new_ring_B": "ring_B"})
+    return launch.run(calls.kernels(f"{_FOLDER}.recurrence").score_ring, inputs, outputs, constants, shape)
 
 
 def project_out(arguments: StepArguments, y_BE: jax.Array, squares: jax.Array, tile: Tile) -> jax.Array:
     """The residual stream after the block."""
     constants = _of_product(arguments, tile, EPS=arguments.gated_norm_eps, SQUARES=squares.shape[1])
-    inputs = {"residual": arguments.residual, "y": y_BE, "squares": squares, "weight": by_column(arguments.out_proj)}
+    inputs = {"residual": arguments.residual, "y": y_BE, "squares": squares} | matrices(arguments, weight="out_proj")
     outputs = {"new_residual": same(arguments.residual)}
     shape = launch_of(tile, -(-constants.D // tile.columns), new_residual="residual")
     kernel = calls.kernels(f"{_FOLDER}.products").project_out
@@ -153,7 +174,7 @@ def project_out(arguments: StepArguments, y_BE: jax.Array, squares: jax.Array, t
 def _of_product(arguments: StepArguments, tile: Tile, **options: Any) -> ProjectionConstants:
     """What a kernel that multiplies is compiled for."""
     sizes: dict[str, Any] = vars(_sizes(arguments))
-    return ProjectionConstants(**sizes, **tile.constants(sizes["ROWS"], is_by_column=True), **options)
+    return ProjectionConstants(**sizes, **tile.constants(sizes["ROWS"], arguments.in_proj), **options)
 
 
 def _sizes(arguments: StepArguments) -> Sizes:

@@ -12,17 +12,20 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.common.triton.convolution import finish_convolution, load_window, store_window, window_sum
-from pallas_kernels.common.triton.products import product_of_normalized, sum_of_products
+from pallas_kernels.common.triton.products import product_of_stream, sum_of_products
 
 
 @triton.jit
 @no_type_check
 def project_in(
+    stream,
     norm_scale,
-    residual,
     in_proj,
+    in_proj_scale,
     BC_proj,
+    BC_proj_scale,
     dt_proj,
+    dt_proj_scale,
     conv_weight,
     conv_bias,
     BC_conv_weight,
@@ -43,95 +46,89 @@ def project_in(
     """
     program = tl.program_id(0)
     if program < constants.blocks:
-        project(norm_scale, residual, in_proj, z, program, constants.E, 2 * constants.E, constants)
+        project(stream, norm_scale, in_proj, in_proj_scale, z, program, constants.E, constants)
     elif program < 2 * constants.blocks:
         project_and_convolve(
+            stream,
             norm_scale,
-            residual,
-            in_proj,
             conv_weight,
             conv_bias,
             window,
+            in_proj,
+            in_proj_scale,
             x,
             new_window,
             program - constants.blocks,
             constants.E,
             constants.E,
-            2 * constants.E,
             constants,
         )
     elif program < 2 * constants.blocks + constants.BC_blocks:
         project_and_convolve(
+            stream,
             norm_scale,
-            residual,
-            BC_proj,
             BC_conv_weight,
             BC_conv_bias,
             BC_window,
+            BC_proj,
+            BC_proj_scale,
             BC,
             new_BC_window,
             program - 2 * constants.blocks,
             0,
             constants.BC,
-            constants.BC,
             constants,
         )
     else:
         block = program - 2 * constants.blocks - constants.BC_blocks
-        project(norm_scale, residual, dt_proj, dt, block, constants.H, constants.H, constants)
+        project(stream, norm_scale, dt_proj, dt_proj_scale, dt, block, constants.H, constants)
 
 
 @triton.jit
 @no_type_check
-def project(
-    norm_scale,
-    residual,
-    weight,
-    output,
-    block,
-    CHANNELS: tl.constexpr,
-    TOTAL: tl.constexpr,
-    constants: tl.constexpr,
-):
-    """A block of the first CHANNELS of a matrix's TOTAL columns: output is (ROWS, CHANNELS)."""
+def project(stream, norm_scale, weight, weight_scale, output, block, CHANNELS: tl.constexpr, constants: tl.constexpr):
+    """A block of the first CHANNELS columns of a matrix: output is (ROWS, CHANNELS)."""
     row_M = tl.arange(0, constants.M)
     channel_C = block * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
     exists_C = channel_C < CHANNELS
-    sum_MC = product_of_normalized(
-        residual, norm_scale, weight, row_M, channel_C, exists_C, constants.D, TOTAL, constants
+    dtype: tl.constexpr = output.dtype.element_ty
+    sum_MC = product_of_stream(
+        stream, norm_scale, weight, weight_scale, row_M, channel_C, exists_C, constants.D, dtype, constants
     )
     mask_MC = (row_M < constants.ROWS)[:, None] & exists_C[None]
-    tl.store(output + row_M[:, None] * CHANNELS + channel_C[None], sum_MC.to(output.dtype.element_ty), mask=mask_MC)
+    tl.store(output + row_M[:, None] * CHANNELS + channel_C[None], sum_MC.to(dtype), mask=mask_MC)
 
 
 @triton.jit
 @no_type_check
 def project_and_convolve(
+    stream,
     norm_scale,
-    residual,
-    weight,
     conv_weight,
     conv_bias,
     window,
+    weight,
+    weight_scale,
     output,
     new_window,
     block,
     FIRST: tl.constexpr,
     CHANNELS: tl.constexpr,
-    TOTAL: tl.constexpr,
     constants: tl.constexpr,
 ):
-    """A block of CHANNELS of a matrix's TOTAL columns, from FIRST on, convolved: output is (ROWS, CHANNELS)."""
+    """A block of CHANNELS columns of a matrix, from FIRST on, convolved: output is (ROWS, CHANNELS)."""
     row_M = tl.arange(0, constants.M)
     channel_C = block * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
     exists_C = channel_C < CHANNELS
     # Loaded long before they are needed: the sum hides the wait.
     window_MTC = load_window(window, row_M, channel_C, exists_C, CHANNELS, constants)
     taps_MC = window_sum(window_MTC, conv_weight, conv_bias, channel_C, exists_C, CHANNELS, constants)
-    sum_MC = product_of_normalized(
-        residual, norm_scale, weight, row_M, FIRST + channel_C, exists_C, constants.D, TOTAL, constants
+    dtype: tl.constexpr = output.dtype.element_ty
+    column_C = FIRST + channel_C
+    sum_MC = product_of_stream(
+        stream, norm_scale, weight, weight_scale, row_M, column_C, exists_C, constants.D, dtype, constants
     )
-    value_MC = sum_MC.to(output.dtype.element_ty)
+    value_MC = sum_MC.to(dtype)
     output_MC = finish_convolution(taps_MC, value_MC, conv_weight, channel_C, CHANNELS, constants)
     mask_MC = (row_M < constants.ROWS)[:, None] & exists_C[None]
     tl.store(output + row_M[:, None] * CHANNELS + channel_C[None], output_MC, mask=mask_MC)
@@ -140,7 +137,7 @@ def project_and_convolve(
 
 @triton.jit
 @no_type_check
-def project_out(residual, y, squares, weight, new_residual, constants: tl.constexpr):
+def project_out(residual, y, squares, weight, weight_scale, new_residual, constants: tl.constexpr):
     """The residual stream and the out-projection, for a block of columns, in place of the residual stream.
 
     y (ROWS, E) is scaled and rounded already, and here divided by the root mean square of each group of channels, whose
@@ -149,8 +146,9 @@ def project_out(residual, y, squares, weight, new_residual, constants: tl.conste
     row_M = tl.arange(0, constants.M)
     is_row_M = row_M < constants.ROWS
     column_C = tl.program_id(0) * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    exists_C = column_C < constants.D
     place_MC = row_M[:, None] * constants.D + column_C[None]
-    mask_MC = is_row_M[:, None] & (column_C < constants.D)[None]
+    mask_MC = is_row_M[:, None] & exists_C[None]
     residual_MC = tl.load(residual + place_MC, mask=mask_MC, other=0.0)
     unit_U = tl.arange(0, constants.U)
     output_MC = tl.full((constants.M, constants.COLUMNS), 0.0, tl.float32)
@@ -163,16 +161,17 @@ def project_out(residual, y, squares, weight, new_residual, constants: tl.conste
         sum_MC = sum_of_products(
             y,
             weight,
+            weight_scale,
             row_M,
             column_C,
+            exists_C,
             first,
             first + constants.GROUP,
             constants.steps,
             constants.E,
-            constants.D,
             constants,
         )
         output_MC += sum_MC * reciprocal_M[:, None]
     # Rounded as the layer's output is.
-    output_MC = output_MC.to(weight.dtype.element_ty).to(residual_MC.dtype)
+    output_MC = output_MC.to(y.dtype.element_ty).to(residual_MC.dtype)
     tl.store(new_residual + place_MC, residual_MC + output_MC, mask=mask_MC)

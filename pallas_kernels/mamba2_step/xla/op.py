@@ -12,8 +12,9 @@ from pallas_kernels.mamba2_step.xla.replay import placed, ring_of, step_size
 def mamba2_step(arguments: StepArguments) -> Mamba2Carry:
     """See `pallas_kernels.mamba2_step.api.mamba2_step`."""
     u_BD = normalized(arguments)
-    zx_B2E, dt_BH = product(u_BD, arguments.in_proj), product(u_BD, arguments.dt_proj)
-    BC_BM = product(u_BD, arguments.BC_proj).reshape(u_BD.shape[0], -1)
+    zx_B2E = product(u_BD, arguments.in_proj, arguments.in_proj_scale)
+    dt_BH = product(u_BD, arguments.dt_proj, arguments.dt_proj_scale)
+    BC_BM = product(u_BD, arguments.BC_proj, arguments.BC_proj_scale).reshape(u_BD.shape[0], -1)
     x_BE, window_BWE = token.convolved(
         zx_B2E[:, 1],
         arguments.window,
@@ -36,7 +37,7 @@ def mamba2_step(arguments: StepArguments) -> Mamba2Carry:
 
 def normalized(arguments: StepArguments) -> jax.Array:
     """(B, D), the residual stream over its root mean square, scaled, in the compute dtype."""
-    dtype = arguments.in_proj.dtype
+    dtype = arguments.compute_dtype
     return token.normalized(arguments.residual, arguments.norm_scale, eps=arguments.eps, dtype=dtype)
 
 
@@ -97,12 +98,12 @@ def gated_norm(arguments: StepArguments, gated_BE: jax.Array) -> jax.Array:
     batch, channels = gated_BE.shape
     grouped = gated_BE.reshape(batch, -1, arguments.group_size)
     normed_BE = token.over_root_mean_square(grouped, arguments.gated_norm_eps).reshape(batch, channels)
-    return (normed_BE * _wide(arguments, arguments.gated_norm_scale)[None]).astype(arguments.in_proj.dtype)
+    return (normed_BE * _wide(arguments, arguments.gated_norm_scale)[None]).astype(arguments.compute_dtype)
 
 
 def projected(arguments: StepArguments, gated_BE: jax.Array) -> jax.Array:
     """The residual stream after the block, from what the gate gated."""
-    output_BD = product(gated_norm(arguments, gated_BE), arguments.out_proj)
+    output_BD = product(gated_norm(arguments, gated_BE), arguments.out_proj, arguments.out_proj_scale)
     return arguments.residual + output_BD.astype(arguments.residual.dtype)
 
 

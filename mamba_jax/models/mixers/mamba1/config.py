@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mamba_jax.models.published import Format
 
 ScanName = Literal["reference", "pallas_gpu", "pallas_tpu", "triton", "xla", "xla_sequential", "xla_associative"]
-StepName = Literal["layers", "triton", "triton_columns", "xla"]
+StepName = Literal["layers", "triton", "xla"]
 
 
 @MIXERS.register
@@ -44,8 +44,8 @@ class Mamba1Config(MixerConfig):
             (arXiv 2410.05355) they have none.
         scan_implementation: backend of the selective scan; None lets the platform decide.
         step_implementation: how a block reads one token in generation: "layers" one layer after the other, or a backend
-            of `pallas_kernels.mamba1_step`; None lets the platform decide. "triton_columns" stores the matrices by
-            columns when a decoder is made; no GPU has run it yet.
+            of `pallas_kernels.mamba1_step`; None is "triton" where it runs, and else "layers". Its matrices are stored
+            by columns when a decoder is made.
     """
 
     kind: Literal["mamba1"] = "mamba1"
@@ -103,7 +103,22 @@ class Mamba1Config(MixerConfig):
     @property
     def reads_columns(self) -> bool:
         """See `MixerConfig.reads_columns`."""
-        return self.step_implementation == "triton_columns"
+        from mamba_jax.models.mixers.one_token import is_by_kernels
+
+        return self.has_step and is_by_kernels(self.step_implementation)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether `pallas_kernels.mamba1_step` computes what the mixer does: it has no options of ablations."""
+        return (
+            self.use_conv
+            and self.use_conv_bias
+            and self.use_gate
+            and not self.use_bias
+            and len(self.selective) == 3
+            and self.selection_norm_eps is None
+            and self.discretization == "euler"
+        )
 
     @classmethod
     def formats(cls) -> "tuple[Format, ...]":

@@ -1,14 +1,12 @@
 """One token of a whole residual block, norm and residual sum included, by one operation."""
 
-import functools
 from typing import Any
 
 import pallas_kernels
 from mamba_jax.models.layers import RMSNorm, read
 from mamba_jax.models.mixers.mamba1.state import Mamba1State
 from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput
-from mamba_jax.models.mixers.one_token import matrix_of, reads_one_token
-from pallas_kernels.common.devices import target_platform
+from mamba_jax.models.mixers.one_token import is_by_kernels, matrices_of, reads_one_token
 
 
 def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba1State | None) -> BlockOutput | None:
@@ -37,35 +35,21 @@ def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba1State 
 
 
 def _applies(mixer: Any, given: BlockInput) -> bool:
-    """Whether the operation computes what the mixer does, and is asked for or faster."""
+    """Whether the operation computes what the mixer does, and is asked for or has kernels here."""
     config = mixer.config
-    is_plain = (
-        config.use_conv
-        and config.use_conv_bias
-        and config.use_gate
-        and not config.use_bias
-        and len(config.selective) == 3
-        and config.selection_norm_eps is None
-        and config.discretization == "euler"
-    )
-    rows, _, width = given.residual.shape
-    pays = target_platform() == "gpu" and pallas_kernels.mamba1_step_pays(rows, width)
-    is_wanted = pays if config.step_implementation is None else config.step_implementation != "layers"
-    return is_plain and is_wanted and reads_one_token(given, mixer.in_proj)
+    is_wanted = config.step_implementation == "xla" or is_by_kernels(config.step_implementation)
+    return config.has_step and is_wanted and reads_one_token(given)
 
 
 def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba1Weights:
     """The parameters of mixer and norm as the operation takes them."""
-    matrix = functools.partial(matrix_of, dtype=mixer.setting.compute_dtype)
+    names = ("in_proj", "x_proj", "dt_proj", "out_proj")
     return pallas_kernels.Mamba1Weights(
         norm_scale=read(norm.scale) + norm.offset,
-        in_proj=matrix(mixer.in_proj),
+        **matrices_of(mixer, *names, dtype=mixer.setting.compute_dtype),
         conv_weight=read(mixer.conv1d.weight),
         conv_bias=read(mixer.conv1d.bias),
-        x_proj=matrix(mixer.x_proj),
-        dt_proj=matrix(mixer.dt_proj),
         dt_bias=read(mixer.dt_proj.bias),
         A_log=read(mixer.A_log),
         D=read(mixer.D),
-        out_proj=matrix(mixer.out_proj),
     )

@@ -45,8 +45,8 @@ class Mamba2Config(MixerConfig):
         learn_initial_state: the state before the first token of a document is a parameter.
         ssd_implementation: backend of the recurrence; None lets the platform decide.
         step_implementation: how a block reads one token in generation: "layers" one layer after the other, or a backend
-            of `pallas_kernels.mamba2_step`; None is "layers". "triton" stores the matrices by columns when a decoder is
-            made; no GPU has run it yet.
+            of `pallas_kernels.mamba2_step`; None is "triton" where it runs, and else "layers". Its matrices are stored
+            by columns when a decoder is made.
         step_ring: tokens whose inputs generation keeps instead of writing the recurrent state after each of them: it is
             written when so many have come. Many rows wait for their states, which are then read but seldom written. It
             serves those steps that are one operation; 0 writes the state after every token.
@@ -120,7 +120,20 @@ class Mamba2Config(MixerConfig):
     @property
     def reads_columns(self) -> bool:
         """See `MixerConfig.reads_columns`."""
-        return self.step_implementation == "triton"
+        from mamba_jax.models.mixers.one_token import is_by_kernels
+
+        return self.has_step and is_by_kernels(self.step_implementation)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether `pallas_kernels.mamba2_step` computes what the mixer does, without channels that are only gated."""
+        return (
+            self.use_norm
+            and self.use_conv_bias
+            and not self.norm_before_gate
+            and not self.use_bias
+            and not self.learn_initial_state
+        )
 
     @classmethod
     def formats(cls) -> "tuple[Format, ...]":

@@ -1,20 +1,18 @@
 """One token of a whole residual block, norm and residual sum included, by one operation."""
 
-import functools
 from typing import Any
 
 import pallas_kernels
 from mamba_jax.models.layers import RMSNorm, read
 from mamba_jax.models.mixers.mamba2.state import Mamba2Ring, Mamba2State
 from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput
-from mamba_jax.models.mixers.one_token import matrix_of, reads_one_token
+from mamba_jax.models.mixers.one_token import is_by_kernels, matrices_of, reads_one_token
 
 
 def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba2State | None) -> BlockOutput | None:
     """The block's output for one token; None if its layers have to do it one by one.
 
-    The operation serves generation on one device where it is asked for, and mixers without the options that few models
-    have.
+    The operation serves generation on one device, and mixers without the options that few models have.
 
     Args:
         mixer: a `Mamba2`.
@@ -54,28 +52,19 @@ def _ring(output: pallas_kernels.Mamba2Carry) -> Mamba2Ring | None:
 
 
 def _applies(mixer: Any, given: BlockInput) -> bool:
-    """Whether the operation computes what the mixer does, and is asked for."""
+    """Whether the operation computes what the mixer does, and is asked for or has kernels here."""
     config = mixer.config
-    is_plain = (
-        config.use_norm
-        and config.use_conv_bias
-        and not config.norm_before_gate
-        and not config.use_bias
-        and not config.learn_initial_state
-        and not config.gated_channels(mixer.setting.d_model)
-    )
-    is_wanted = config.step_implementation not in (None, "layers")
-    return is_plain and is_wanted and reads_one_token(given, mixer.in_proj)
+    is_plain = config.has_step and not config.gated_channels(mixer.setting.d_model)
+    is_wanted = config.step_implementation == "xla" or is_by_kernels(config.step_implementation)
+    return is_plain and is_wanted and reads_one_token(given)
 
 
 def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba2Weights:
     """The parameters of mixer and norm as the operation takes them."""
-    matrix = functools.partial(matrix_of, dtype=mixer.setting.compute_dtype)
+    names = ("in_proj", "BC_proj", "dt_proj", "out_proj")
     return pallas_kernels.Mamba2Weights(
         norm_scale=read(norm.scale) + norm.offset,
-        in_proj=matrix(mixer.in_proj),
-        BC_proj=matrix(mixer.BC_proj),
-        dt_proj=matrix(mixer.dt_proj),
+        **matrices_of(mixer, *names, dtype=mixer.setting.compute_dtype),
         conv_weight=read(mixer.conv1d.weight),
         conv_bias=read(mixer.conv1d.bias),
         BC_conv_weight=read(mixer.BC_conv1d.weight),
@@ -84,5 +73,4 @@ def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba2Weights:
         A_log=read(mixer.A_log),
         D=read(mixer.D),
         gated_norm_scale=read(mixer.norm.scale),
-        out_proj=matrix(mixer.out_proj),
     )
