@@ -13,6 +13,8 @@ from mamba_jax.config_base import to_json as to_json
 from mamba_jax.data.config import DataConfig as DataConfig
 from mamba_jax.data.config import FilesSource as FilesSource
 from mamba_jax.data.config import HuggingFaceSource as HuggingFaceSource
+from mamba_jax.data.config import MixturePart as MixturePart
+from mamba_jax.data.config import MixtureSource as MixtureSource
 from mamba_jax.data.config import ShardSource as ShardSource
 from mamba_jax.data.config import Source as Source
 from mamba_jax.data.config import TextFolderSource as TextFolderSource

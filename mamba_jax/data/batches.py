@@ -32,6 +32,10 @@ class Batches(abc.ABC):
     def at(self, step: int) -> LMBatch:
         """Batch number `step`, counted from 0: the rows of this process, as numpy arrays."""
 
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often the first `step` batches went through the text, by the name of the metric; {} if it has no end."""
+        return {}
+
     def iterate(self, start_step: int) -> Iterator[LMBatch]:
         """`at(start_step)`, `at(start_step + 1)`, ... without end, prepared ahead by background threads."""
         import grain

@@ -1,6 +1,9 @@
 """Configs of data: sources of text, the tokenizer, and how text is cut into batches."""
 
 import dataclasses
+import itertools
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -249,6 +252,87 @@ class HuggingFaceSource(RecordSource):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixturePart(Config):
+    """A source of a mixture, and how much is taken of it.
+
+    Attributes:
+        name: name in metrics and reports, of letters, digits, dots, dashes and underscores.
+        source: the text.
+        weight: share of the windows, and so of the tokens, relative to the other parts; with a schedule, at step 0.
+        schedule: weights later on, as pairs (step, weight) whose steps rise from 1 on; the last weight stays.
+    """
+
+    name: str
+    source: Annotated[Source, SOURCES]
+    weight: float = 1.0
+    schedule: tuple[tuple[int, float], ...] = ()
+
+    def _check(self) -> None:
+        """Refuses names that metrics cannot have, negative weights, and steps that do not rise."""
+        require(
+            re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name) is not None,
+            f"MixturePart.name must have 1 to 64 letters, digits, dots, dashes or underscores, got {self.name!r}",
+        )
+        for step, weight in ((0, self.weight), *self.schedule):
+            require(
+                weight >= 0,
+                f"the weight of {self.name!r} at step {step} must not be negative, got {weight}",
+            )
+        for before, step in itertools.pairwise((0, *(step for step, _ in self.schedule))):
+            require(
+                before < step,
+                f"the steps in the schedule of {self.name!r} must rise from 1 on, got {step} behind {before}",
+            )
+
+    def weight_at(self, step: int) -> Fraction:
+        """The exact weight at a step: linear between the steps of the schedule, the last one from there on."""
+        points = [(at, Fraction(repr(weight))) for at, weight in ((0, self.weight), *self.schedule)]
+        for (start, first), (end, last) in itertools.pairwise(points):
+            if step < end:
+                return first + (last - first) * Fraction(step - start, end - start)
+        return points[-1][1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureSource(Source):
+    """Several sources at once, each with a share of the windows; see `mamba_jax.data.mixture.Draws`.
+
+    As held-out text, every part is measured apart, and the mean by the weights stands for the whole.
+
+    Attributes:
+        kind: discriminator.
+        parts: the sources, of one tokenizer.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    parts: tuple[MixturePart, ...]
+
+    def _check(self) -> None:
+        """Refuses mixtures without parts or with equal names, and weights that sum to 0 at a step of a schedule."""
+        require(len(self.parts) > 0, "MixtureSource.parts is empty: give at least one MixturePart")
+        names = [part.name for part in self.parts]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        require(twice is None, f"MixtureSource.parts: two are called {twice!r}; names must differ")
+        for step in sorted({0, *(step for part in self.parts for step, _ in part.schedule)}):
+            require(
+                any(part.weight_at(step) > 0 for part in self.parts),
+                f"the weights of {', '.join(map(repr, names))} sum to 0 at step {step}: make one positive",
+            )
+
+    def require_present(self) -> None:
+        """See `Source.require_present`."""
+        for part in self.parts:
+            part.source.require_present()
+
+    @property
+    def place(self) -> str:
+        """See `Source.place`."""
+        return ", ".join(part.source.place for part in self.parts)
+
+
+SOURCES_AND_MIXTURES = Kinds(SOURCES, MixtureSource)
+
 Documents = Literal["packed", "concatenated"]
 Order = Literal["shuffled", "streams"]
 
@@ -271,8 +355,8 @@ class DataConfig(Config):
         prefetch: batches prepared ahead by background threads.
     """
 
-    train: Annotated[Source, SOURCES]
-    validation: Annotated[Source | None, SOURCES] = None
+    train: Annotated[Source, SOURCES_AND_MIXTURES]
+    validation: Annotated[Source | None, SOURCES_AND_MIXTURES] = None
     tokenizer: TokenizerConfig = TokenizerConfig()
     seq_len: int
     global_batch: int
@@ -282,4 +366,17 @@ class DataConfig(Config):
     prefetch: int = 2
 
     def _check(self) -> None:
+        """Refuses sizes that are not positive, and mixtures where their order or schedule means nothing."""
         self._require_positive("seq_len", "global_batch", "prefetch")
+        if isinstance(self.train, MixtureSource):
+            require(
+                self.order == "shuffled",
+                "data.order='streams' goes through one text in order, and a mixture takes turns: set data.order to "
+                "'shuffled'",
+            )
+        if isinstance(self.validation, MixtureSource):
+            scheduled = next((part.name for part in self.validation.parts if part.schedule), None)
+            require(
+                scheduled is None,
+                f"data.validation: {scheduled!r} has a schedule, and held-out text has none: leave it out",
+            )

@@ -15,8 +15,9 @@ import numpy as np
 from mamba_jax import cli
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.batches import Batches, Task, TaskBatches, check_prefetch, process_rows, task_rows
-from mamba_jax.data.config import DataConfig, Documents, Source
+from mamba_jax.data.config import DataConfig, Documents, MixtureSource, Source
 from mamba_jax.data.documents import DocumentReader
+from mamba_jax.data.mixture import Draws, Mixture, OpenPart
 from mamba_jax.data.packing import pack
 from mamba_jax.data.prepare import write_shards
 from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
@@ -58,13 +59,41 @@ def open_source(source: Source, cache_dir: str | Path | DataConfig, tokenizer: T
     return opened
 
 
+def open_data(source: Source, cache_dir: str | Path, tokenizer: Tokenizer) -> TokenDataset | Task | Mixture:
+    """Opens a source by `open_source`, or every part of a mixture, all of which must have the ids of the tokenizer.
+
+    Raises:
+        InputError: see `open_source`; or a part of a mixture makes whole batches itself.
+    """
+    if not isinstance(source, MixtureSource):
+        return open_source(source, cache_dir, tokenizer)
+    parts = []
+    for part in source.parts:
+        dataset = open_source(part.source, cache_dir, tokenizer)
+        if isinstance(dataset, Task):
+            raise InputError(
+                f"part {part.name!r} of the mixture makes its batches itself (kind {part.source.kind!r}), "
+                "and has no windows of text to take: leave it out"
+            )
+        parts.append(OpenPart(part=part, dataset=dataset))
+    return Mixture(tuple(parts))
+
+
 def train_batches(
-    dataset: TokenDataset | Task, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+    dataset: TokenDataset | Task | Mixture,
+    config: DataConfig,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Batches:
-    """The training batches of an opened source; see `TrainBatches` and `TaskBatches` for arguments and errors."""
+    """The training batches of opened data; see `TrainBatches`, `TaskBatches` and `MixtureBatches` for the arguments."""
+    options = {"seed": seed, "process_index": process_index, "process_count": process_count}
+    if isinstance(dataset, Mixture):
+        return MixtureBatches(dataset, config, **options)
     if isinstance(dataset, Task):
-        return TaskBatches(dataset, config, seed=seed, process_index=process_index, process_count=process_count)
-    return TrainBatches(dataset, config, seed=seed, process_index=process_index, process_count=process_count)
+        return TaskBatches(dataset, config, **options)
+    return TrainBatches(dataset, config, **options)
 
 
 def _open_cache(documents: DocumentReader, tokenizer: Tokenizer, cache: Path) -> TokenDataset:
@@ -134,9 +163,9 @@ class TrainBatches(Batches):
         self._config = config
         self._rows = process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
         _check_length(dataset, config)
-        num_windows = (dataset.num_tokens - 1) // config.seq_len
-        self._stream_windows = num_windows // config.global_batch
-        self._window = _window_order(num_windows, config, seed)
+        self._num_windows = _num_windows(dataset, config)
+        self._stream_windows = self._num_windows // config.global_batch
+        self._window = _window_order(self._num_windows, config, f"window order {seed}")
 
     def at(self, step: int) -> LMBatch:
         """Batch `step`, counted from 0: this process' rows, as numpy arrays."""
@@ -148,12 +177,70 @@ class TrainBatches(Batches):
             return batch
         return dataclasses.replace(batch, continues=self._continues(windows))
 
+    def epochs(self, step: int) -> dict[str, float]:
+        """See `Batches.epochs`; with streams, the text is what all of them hold."""
+        batch = self._config.global_batch
+        windows = self._num_windows if self._config.order == "shuffled" else self._stream_windows * batch
+        return {"epochs": step * batch / windows}
+
     def _continues(self, windows: np.ndarray) -> np.ndarray:
         continues = windows % self._stream_windows != 0
         if self._config.documents == "packed":
             before = self._dataset.read(np.maximum(windows * self._config.seq_len - 1, 0), length=1)[:, 0]
             continues &= before != self._dataset.end_of_document
         return continues
+
+
+class MixtureBatches(Batches):
+    """Training batches of a mixture as a pure function of (seed, step).
+
+    The windows of all batches form one endless sequence, as in `TrainBatches`; `Draws` says which part each is taken
+    from. Each part goes through its own windows in an order of its own, which depends on the seed and its name, and is
+    another one in each of its epochs.
+
+    Args:
+        mixture: the open sources.
+        config: `seq_len`, `global_batch`, `documents` and `prefetch` are used.
+        seed: seed of the random orders.
+        process_index: p; process p gets the p-th of P equal runs of rows.
+        process_count: P.
+
+    Raises:
+        InputError: a text is shorter than a window, or see `TrainBatches`.
+    """
+
+    def __init__(
+        self, mixture: Mixture, config: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1
+    ) -> None:
+        self.prefetch = check_prefetch(config.prefetch)
+        self._config, self._parts = config, mixture.parts
+        self._rows = process_rows(config.global_batch, process_index, process_count, name="data.global_batch")
+        self._draws = Draws([part.part for part in mixture.parts], config.global_batch)
+        for part in mixture.parts:
+            _check_length(part.dataset, config, what=f"{part.part.name!r} of the mixture")
+        self._windows = [
+            _window_order(_num_windows(part.dataset, config), config, f"window order {seed} of {part.part.name}")
+            for part in mixture.parts
+        ]
+
+    def at(self, step: int) -> LMBatch:
+        """See `Batches.at`."""
+        length = self._config.seq_len
+        drawn = self._draws.at(step * self._config.global_batch + self._rows.start, len(self._rows))
+        tokens = np.empty((len(drawn), length + 1), np.int32)
+        for index, (part, window) in enumerate(zip(self._parts, self._windows, strict=True)):
+            rows = [row for row, (own, _) in enumerate(drawn) if own == index]
+            starts = np.array([window(drawn[row][1]) for row in rows], np.int64) * length
+            tokens[rows] = part.dataset.read(starts, length=length + 1)
+        return pack(tokens, self._config.documents, end_of_document=self._parts[0].dataset.end_of_document)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """See `Batches.epochs`."""
+        counts = self._draws.counts(step * self._config.global_batch)
+        return {
+            f"epochs/{part.part.name}": count / _num_windows(part.dataset, self._config)
+            for part, count in zip(self._parts, counts, strict=True)
+        }
 
 
 def evaluation_batches(
@@ -212,29 +299,39 @@ def _windows(dataset: TokenDataset, windows: np.ndarray, length: int, documents:
     return dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(length)[None] < targets[:, None]))
 
 
-def _check_length(dataset: TokenDataset, config: DataConfig) -> None:
+def _num_windows(dataset: TokenDataset, config: DataConfig) -> int:
+    return (dataset.num_tokens - 1) // config.seq_len
+
+
+def _check_length(dataset: TokenDataset, config: DataConfig, *, what: str = "the training text") -> None:
     """Refuses a data set that has fewer tokens than its order needs for a single batch or window."""
     if config.order == "streams":
-        rows, what, remedy = config.global_batch, "data.global_batch * data.seq_len + 1", "a smaller batch or seq_len"
+        rows, size, remedy = config.global_batch, "data.global_batch * data.seq_len + 1", "a smaller batch or seq_len"
     else:
-        rows, what, remedy = 1, "data.seq_len + 1", "a shorter seq_len"
+        rows, size, remedy = 1, "data.seq_len + 1", "a shorter seq_len"
     needed = rows * config.seq_len + 1
     if dataset.num_tokens < needed:
         raise InputError(
-            f"the training text has {dataset.num_tokens} tokens, fewer than {what} = {needed}, which "
+            f"{what} has {dataset.num_tokens} tokens, fewer than {size} = {needed}, which "
             f"data.order={config.order!r} needs: use more text or {remedy}"
         )
 
 
-def _window_order(num_windows: int, config: DataConfig, seed: int) -> Callable[[int], int]:
-    """A function from n to the window that is element n of the endless sequence of all batches' rows."""
+def _window_order(num_windows: int, config: DataConfig, name: str) -> Callable[[int], int]:
+    """A function from n to the window that is element n of an endless sequence.
+
+    Args:
+        num_windows: windows to go through.
+        config: `order` and, for streams, `global_batch` are used.
+        name: names a shuffled sequence: another one has another order.
+    """
     import grain
 
     if config.order == "streams":
         streams, length = config.global_batch, num_windows // config.global_batch
         return lambda n: n % streams * length + n // streams % length
     # Grain seeds epoch e with seed + e, so consecutive run seeds must be spread far apart.
-    order_seed = int.from_bytes(hashlib.sha256(f"window order {seed}".encode()).digest()[:4])
+    order_seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
     # Grain's types allow for elements that a filter removed; there is no filter here.
     order: Any = grain.MapDataset.range(num_windows).shuffle(seed=order_seed).repeat(None)
     return lambda n: order[n]

@@ -5,14 +5,17 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import jax
 import tyro
 
+from mamba_jax.data.batches import Task
 from mamba_jax.data.config import Documents, FilesSource, Source, TextFolderSource, TokenizerConfig
-from mamba_jax.data.pipeline import evaluation_batches, open_source
+from mamba_jax.data.mixture import Mixture
+from mamba_jax.data.pipeline import evaluation_batches, open_data
+from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
@@ -116,6 +119,7 @@ class Evaluation:
 
     Attributes:
         perplexity: loss on the text; None if no text was read.
+        parts: of a mixture the loss on each part by its name, whose mean `perplexity` is.
         tasks: results of the tasks.
         sample: prompt and continuation; None without a prompt.
         text: name or folder of the text; None if no text was read.
@@ -124,6 +128,7 @@ class Evaluation:
     """
 
     perplexity: Perplexity | None
+    parts: Mapping[str, Perplexity]
     tasks: tuple[TaskResult, ...]
     sample: str | None
     text: str | None
@@ -156,7 +161,7 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
     if request.prompt is not None:
         tokenizer.check_prompt(request.prompt)
     source = _source(loaded, request, checkpoint)
-    perplexity = None if source is None else _perplexity(loaded, source, request, tokenizer)
+    perplexity, parts = (None, {}) if source is None else _perplexity(loaded, source, request, tokenizer)
     results: tuple[TaskResult, ...] = ()
     if tasks:
         batch_size = request.batch_size or _TASK_BATCH_SIZE
@@ -175,6 +180,7 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
         )
     return Evaluation(
         perplexity=perplexity,
+        parts=parts,
         tasks=results,
         sample=sample,
         text=None if source is None else source.place,
@@ -216,32 +222,39 @@ def _source(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoint: st
 
 def _perplexity(
     loaded: LoadedCheckpoint, source: Source, request: EvaluationRequest, tokenizer: Tokenizer
-) -> Perplexity:
-    """Measures a loaded model on text; what the request leaves open is as in training, or a default."""
+) -> tuple[Perplexity, dict[str, Perplexity]]:
+    """Measures a loaded model on text, and on each part of a mixture; what the request leaves open is as trained."""
     if tokenizer.lossy:
         print("warning:", tokenizer.lossy, file=sys.stderr)
+    with _cache(request) as cache:
+        data = open_data(source, cache, tokenizer)
+        if not isinstance(data, Mixture):
+            return _loss(loaded, data, request), {}
+        parts = {part.part.name: _loss(loaded, part.dataset, request) for part in data.parts}
+        return Perplexity.mean(list(parts.values()), [part.part.weight for part in data.parts]), parts
+
+
+def _loss(loaded: LoadedCheckpoint, data: TokenDataset | Task, request: EvaluationRequest) -> Perplexity:
+    """Measures a loaded model on one text."""
     experiment = loaded.experiment
     # All devices on the data axis: sequences are not split, so any length will do.
     mesh = make_mesh(MeshConfig())
     batch_size = request.batch_size or (experiment.evaluation_batch_size if experiment else _BATCH_SIZE)
-    rows = round_up(batch_size, batch_shards(mesh))
-    with _cache(request) as cache:
-        dataset = open_source(source, cache, tokenizer)
-        batches = evaluation_batches(
-            dataset,
-            seq_len=request.seq_len or (experiment.data.seq_len if experiment else _SEQ_LEN),
-            documents=experiment.data.documents if experiment else _DOCUMENTS,
-            batch_size=rows,
-            max_batches=request.max_batches,
-        )
-        return evaluate(
-            define(loaded.config),
-            jax.device_put(loaded.params, replicated(mesh)),
-            batches,
-            mesh=mesh,
-            tokens_per_byte=dataset.tokens_per_byte,
-            loss_chunk=_LOSS_CHUNK,
-        )
+    batches = evaluation_batches(
+        data,
+        seq_len=request.seq_len or (experiment.data.seq_len if experiment else _SEQ_LEN),
+        documents=experiment.data.documents if experiment else _DOCUMENTS,
+        batch_size=round_up(batch_size, batch_shards(mesh)),
+        max_batches=request.max_batches,
+    )
+    return evaluate(
+        define(loaded.config),
+        jax.device_put(loaded.params, replicated(mesh)),
+        batches,
+        mesh=mesh,
+        tokens_per_byte=data.tokens_per_byte,
+        loss_chunk=_LOSS_CHUNK,
+    )
 
 
 @contextlib.contextmanager

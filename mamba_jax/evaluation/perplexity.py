@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,23 @@ class Perplexity:
             perplexity=exp_of(loss),
             bits_per_byte=loss / math.log(2) * tokens_per_byte,
             num_tokens=int(sums["tokens"]),
+        )
+
+    @classmethod
+    def mean(cls, results: Sequence["Perplexity"], weights: Sequence[float]) -> "Perplexity":
+        """The mean loss and bits per byte of several texts by weights, exp of that loss, and all their tokens.
+
+        Args:
+            results: of each text.
+            weights: as many, not negative, with a positive sum.
+        """
+        shares = [weight / math.fsum(weights) for weight in weights]
+        loss = math.fsum(share * result.loss for share, result in zip(shares, results, strict=True))
+        return cls(
+            loss=loss,
+            perplexity=exp_of(loss),
+            bits_per_byte=math.fsum(share * found.bits_per_byte for share, found in zip(shares, results, strict=True)),
+            num_tokens=sum(result.num_tokens for result in results),
         )
 
 

@@ -9,15 +9,17 @@ from mamba_jax.evaluation.tasks import TaskResult
 
 
 def as_text(evaluation: Evaluation) -> list[str]:
-    """Paragraphs for people: the text's, one for each task, the sample."""
-    found = [] if evaluation.perplexity is None else [_of_text(evaluation.perplexity)]
+    """Paragraphs for people: one for each part of a mixture, the text's, one for each task, the sample."""
+    found = [f"part           {name}\n{_of_text(result)}" for name, result in evaluation.parts.items()]
+    found += [] if evaluation.perplexity is None else [_of_text(evaluation.perplexity)]
     found += [_of_task(result) for result in evaluation.tasks]
     return found if evaluation.sample is None else [*found, evaluation.sample]
 
 
 def as_json(evaluation: Evaluation) -> list[str]:
-    """The same as JSON objects, one a line, with the fields of `Perplexity` and `TaskResult`, and `sample`."""
-    records = [] if evaluation.perplexity is None else [dataclasses.asdict(evaluation.perplexity)]
+    """The same as JSON objects, one a line, with the fields of `Perplexity` and `TaskResult`, `part` and `sample`."""
+    records = [{"part": name, **dataclasses.asdict(result)} for name, result in evaluation.parts.items()]
+    records += [] if evaluation.perplexity is None else [dataclasses.asdict(evaluation.perplexity)]
     records += [dataclasses.asdict(result) for result in evaluation.tasks]
     if evaluation.sample is not None:
         records.append({"sample": evaluation.sample})

@@ -38,6 +38,7 @@ _CHARTS = (
     ),
     ("Gradient norm", "before clipping", (("train", "grad_norm", "gradient norm"),)),
     ("Learning rate", "", (("train", "learning_rate", "learning rate"),)),
+    ("Epochs", "passes over the text", (("train", "epochs", "epochs"),)),
     ("Speed", "tokens per second", (("train", "tokens_per_second", "tokens/s"),)),
     ("Model FLOP utilization", "share of peak", (("train", "mfu", "MFU"),)),
 )
@@ -116,13 +117,26 @@ def _tiles(run: Run) -> dict[str, str]:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    charts = "".join(draw(title, unit, _chart(runs, names)) for title, unit, names in _CHARTS)
+    charts = "".join(draw(title, unit, _chart(runs, _with_parts(runs, names))) for title, unit, names in _CHARTS)
     if not charts:
         return '<p class="faint">No metrics yet.</p>'
     return (
         '<h2>Curves</h2><p><label><input type="checkbox" id="log-steps"> logarithmic steps</label></p>'
         f'<div class="charts">{charts}</div>'
     )
+
+
+def _with_parts(runs: Sequence[Run], names: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The numbers of a chart, and behind them the same ones of each part of a mixture, named behind a slash."""
+    known = sorted({key for run in runs for key in run.series})
+    found = list(names)
+    for kind, name, label in names:
+        for own_kind, own_name in known:
+            of_kind, _, held_out_part = own_kind.partition("/")
+            of_name, _, trained_part = own_name.partition("/")
+            if (of_kind, of_name) == (kind, name) and (part := held_out_part or trained_part):
+                found.append((own_kind, own_name, f"{label}, {part}"))
+    return found
 
 
 def _chart(runs: Sequence[Run], names: Sequence[tuple[str, str, str]]) -> list[Curve]:

@@ -10,14 +10,14 @@ import jax
 from mamba_jax.checkpoint import Checkpointer
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.batches import Task
-from mamba_jax.data.pipeline import evaluation_batches, open_source, train_batches
+from mamba_jax.data.mixture import Mixture
+from mamba_jax.data.pipeline import open_data, train_batches
 from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
-from mamba_jax.evaluation.perplexity import Perplexity, evaluate
+from mamba_jax.evaluation.perplexity import Perplexity
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.generation.text import complete
-from mamba_jax.models.parameters import Params
 from mamba_jax.run.checks import check_model, check_runs_here
 from mamba_jax.run.directory import (
     begins_at_zero,
@@ -29,6 +29,7 @@ from mamba_jax.run.directory import (
     store_record,
 )
 from mamba_jax.run.distributed import from_first
+from mamba_jax.run.held_out import HeldOut
 from mamba_jax.run.hooks import Hooks
 from mamba_jax.run.out_of_memory import out_of_memory_in_one_line
 from mamba_jax.run.ownership import owned
@@ -39,7 +40,6 @@ from mamba_jax.run.start import find_start as _initial_params
 from mamba_jax.run.stop_requests import StopRequests
 from mamba_jax.run.watchdog import Watchdog
 from mamba_jax.sharding import make_mesh, process_rows, put_batch
-from mamba_jax.telemetry.metrics import Kind
 from mamba_jax.telemetry.run_log import RunLog
 from mamba_jax.training.program import TrainProgram, check_rows
 from mamba_jax.training.step import StepMetrics
@@ -99,9 +99,9 @@ def train(
         mesh = make_mesh(config.mesh, devices)
         check_rows(mesh, "evaluation.batch_size", config.evaluation_batch_size)
         program = TrainProgram(config.program, mesh)
-        dataset = open_source(config.data.train, config.data.cache_dir, tokenizer)
+        dataset = open_data(config.data.train, config.data.cache_dir, tokenizer)
         held_out = config.data.validation
-        validation = None if held_out is None else open_source(held_out, config.data.cache_dir, tokenizer)
+        validation = None if held_out is None else open_data(held_out, config.data.cache_dir, tokenizer)
         start.check_data(config, dataset.identity)
         record = settle_run(config, dataset.identity, from_scratch=from_scratch, lineage=start.lineage)
         given = _Given(
@@ -140,8 +140,8 @@ class _Given:
     """
 
     tokenizer: Tokenizer
-    dataset: TokenDataset | Task
-    validation: TokenDataset | Task | None
+    dataset: TokenDataset | Task | Mixture
+    validation: TokenDataset | Task | Mixture | None
     record: RunRecord
     start: Start
     from_scratch: bool
@@ -185,6 +185,9 @@ class _Run:
         self.extended_at = self.first_step if changes else None
         from_first(lambda: store_record(claim_run_directory(config), given.record))
         self.saves = Saves(config, self.checkpointer, given.record, self.log)
+        self.held_out = None
+        if given.validation is not None:
+            self.held_out = HeldOut(config, program, given.validation, self.log, stop=stop, watchdog=watchdog)
         self.log.start(self.first_step)
         self._tell_origin(changes)
         if aside:
@@ -304,7 +307,7 @@ class _Run:
         with self.log.measure("step"):
             values = {name: float(value) for name, value in dataclasses.asdict(jax.device_get(metrics)).items()}
         self.last_loss, self.skipped_in_a_row = values["cross_entropy"], int(values["skipped_in_a_row"])
-        self.log.step(step, values)
+        self.log.step(step, values | self.batches.epochs(step))
         self.state = self.hooks.after_step(step, values, self.state)
         self.saves.look()
         if values["skipped_in_a_row"] >= self.config.faults.max_skipped:
@@ -317,48 +320,16 @@ class _Run:
             )
 
     def _evaluate(self, step: int) -> None:
-        if self.given.validation is None:
+        """Measures the held-out text with the weights, and with their moving average if the run keeps one."""
+        if self.held_out is None:
             return
+        is_last = step in (self.config.train.num_steps, self.extended_at)
         with self.log.measure("evaluation"):
             self.hooks.before_evaluation(step)
-            self.last_validation = self._evaluation("validation", step, self.state.params) or self.last_validation
+            found = self.held_out.measure("validation", step, self.state.params, whole=is_last)
+            self.last_validation = found or self.last_validation
             if self.state.ema is not None and not self.stop.requested():
-                self._evaluation("validation_ema", step, self.state.ema)
-
-    def _evaluation(self, kind: Kind, step: int, params: Params) -> Perplexity | None:
-        """Held-out loss of the parameters; None if a stop request cut it short."""
-        assert self.given.validation is not None
-        is_last = step in (self.config.train.num_steps, self.extended_at)
-        index, count = process_rows(self.mesh)
-        batches = evaluation_batches(
-            self.given.validation,
-            seq_len=self.config.data.seq_len,
-            documents=self.config.data.documents,
-            batch_size=self.config.evaluation_batch_size,
-            max_batches=None if is_last else self.config.evaluation.max_batches,
-            process_index=index,
-            process_count=count,
-        )
-        result = evaluate(
-            self.definition,
-            params,
-            self._until_stopped(batches, f"evaluation of step {step}"),
-            mesh=self.mesh,
-            tokens_per_byte=self.given.validation.tokens_per_byte,
-            loss_chunk=self.config.train.loss_chunk,
-        )
-        if self.stop.requested():
-            return None
-        self.log.evaluation(kind, step, result)
-        return result
-
-    def _until_stopped(self, batches: Iterator[LMBatch], doing: str) -> Iterator[LMBatch]:
-        """Passes batches on, moving the watchdog's deadline at each; ends after the current one if asked to stop."""
-        for batch in batches:
-            self.watchdog.arm(self.config.faults.deadline_seconds, doing)
-            yield batch
-            if self.stop.requested():
-                return
+                self.held_out.measure("validation_ema", step, self.state.ema, whole=is_last)
 
     def _sample(self, step: int) -> None:
         """Logs text drawn from the model; it is only there to be looked at, so no failure of it ends the run."""

@@ -30,9 +30,11 @@ def plot_loss_curve(run_dir: Path, *, title: str) -> Path | None:
     records = read_metrics(run_dir)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    parts = sorted({record["kind"] for record in records if record["kind"].startswith("validation/")})
     for kind, field, label, marker in (
         ("train", "cross_entropy", "training", ""),
         ("validation", "loss", "held-out", "o"),
+        *((kind, "loss", f"held-out, {kind.partition('/')[2]}", ".") for kind in parts),
     ):
         points = [(record["step"], record[field]) for record in records if record["kind"] == kind and field in record]
         if points:

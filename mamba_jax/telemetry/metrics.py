@@ -22,7 +22,8 @@ from mamba_jax.errors import clean_line
 from mamba_jax.telemetry.records import MOST_WHOLE, AppendOnlyFile, is_step, parse_objects, read_records, to_line
 from mamba_jax.telemetry.rewind import Fate, rewind
 
-Kind = Literal["train", "validation", "validation_ema"]
+# Of the weights or their moving average; records of a part of a mixture have its name behind a slash.
+Kind = Literal["validation", "validation_ema"]
 
 # A step has at most 10 digits (`TrainConfig.num_steps` is below 2**31); a line with more than 15 is not a header.
 _SAMPLE_HEADER = re.compile(rb"^--- step (\d{1,15})\n", re.MULTILINE)
@@ -50,11 +51,12 @@ class MetricWriter:
         rewind(run_dir / "samples.txt", lambda content: _samples(content, first_step))
         self._tensorboard = _TensorBoard(run_dir / "tensorboard", first_step)
 
-    def write(self, kind: Kind, step: int, values: Mapping[str, float | None]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
         """Writes one record to `metrics.jsonl` and TensorBoard.
 
         Args:
-            kind: "train"; "validation"; or "validation_ema", the validation loss of the averaged weights.
+            kind: "train"; "validation"; or "validation_ema", the validation loss of the averaged weights; of part
+                NAME of a mixture "validation/NAME" and "validation_ema/NAME".
             step: updates done.
             values: numbers by name. Those that are None are left out; for NaN and infinity see `to_line`.
         """

@@ -19,7 +19,7 @@ from mamba_jax.models.flops import model_flops_utilization
 from mamba_jax.telemetry.events import EventLog, EventName
 from mamba_jax.telemetry.goodput import Goodput
 from mamba_jax.telemetry.loss_curve import plot_loss_curve
-from mamba_jax.telemetry.metrics import Kind, MetricWriter, StatusDisplay
+from mamba_jax.telemetry.metrics import MetricWriter, StatusDisplay
 
 # Buckets of time that count as training when the speed is computed; evaluation, saving and the like do not.
 _TRAINING = ("step", "data", "other")
@@ -94,7 +94,7 @@ class RunLog:
 
         Args:
             step: updates done.
-            values: the fields of `StepMetrics` by name.
+            values: the fields of `StepMetrics` by name, and how often the text was gone through.
         """
         if values["skipped"] > self._skipped and values["skipped_in_a_row"]:
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -124,14 +124,16 @@ class RunLog:
         left = None if seconds is None else seconds * (self.config.train.num_steps - step)
         self._display.advance(step, status, left)
 
-    def evaluation(self, kind: Kind, step: int, result: Perplexity) -> None:
-        """Reports held-out loss; `kind` says whether of the weights or of their moving average."""
+    def evaluation(self, kind: str, step: int, result: Perplexity) -> None:
+        """Reports held-out loss; `kind` is that of `MetricWriter.write`."""
         if self._writer is not None:
             self._writer.write(kind, step, dataclasses.asdict(result))
-        of_average = " of the averaged weights" if kind == "validation_ema" else ""
+        weights, _, part = kind.partition("/")
+        of_average = " of the averaged weights" if weights == "validation_ema" else ""
+        on_part = f" on {part}" if part else ""
         self.note(
-            f"step {step}: held-out loss{of_average} {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, "
-            f"{result.bits_per_byte:.4f} bits/byte"
+            f"step {step}: held-out loss{on_part}{of_average} {result.loss:.4f} nats/token, "
+            f"perplexity {result.perplexity:.3f}, {result.bits_per_byte:.4f} bits/byte"
         )
 
     def sample(self, step: int, text: str) -> None:

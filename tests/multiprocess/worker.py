@@ -20,7 +20,7 @@ import jax
 
 from mamba_jax.checkpoint import Checkpointer
 from mamba_jax.data.pipeline import TrainBatches
-from mamba_jax.run import loop
+from mamba_jax.run import held_out, loop
 
 SLOW_SECONDS = 0.5
 has_struck = threading.Event()
@@ -51,7 +51,7 @@ def build_in(fault: str) -> None:
     if name == "compile":
         jax.stages.Lowered.compile = _before(jax.stages.Lowered.compile, kind)
     elif name == "evaluation":
-        loop.evaluate = _before(loop.evaluate, kind)
+        held_out.evaluate = _before(held_out.evaluate, kind)
     elif name == "sample":
         loop.complete = _before(loop.complete, kind)
     elif name == "save":
