@@ -23,11 +23,13 @@ class TokenizerConfig(Config):
         kind: "byte" is ids 0-255 for bytes and 256 for end-of-document; "hf_json" is a `tokenizers` JSON file.
         path: the JSON file of "hf_json".
         end_of_document: the token of "hf_json" that separates documents; it must be in the vocabulary.
+        chat_template: file with the jinja2 template of messages; None takes what lies beside `path`, if anything does.
     """
 
     kind: Literal["byte", "hf_json"] = "byte"
     path: str | None = None
     end_of_document: str = "<|endoftext|>"
+    chat_template: str | None = None
 
     def _check(self) -> None:
         require(
@@ -134,6 +136,8 @@ class RecordSource(Source):
     Attributes:
         text_field: the field of a JSON object, or the column of a table, that holds the text.
         template: text with fields in braces, such as "{title} {body}", in place of `text_field`.
+        records: "text", all of which is learned; or "supervised", records with `prompt` and `completion`, or with chat
+            `messages`, of which completions and the assistant's messages alone count in the loss.
         part: "all" text, or the side of the held-out split by `validation_fraction`.
         validation_fraction: share that is "validation": of the files by a hash of the name, if they are few the end of
             each, and of other sets the last rows.
@@ -143,6 +147,7 @@ class RecordSource(Source):
 
     text_field: str = "text"
     template: str | None = None
+    records: Literal["text", "supervised"] = "text"
     part: Literal["all", "train", "validation"] = "all"
     validation_fraction: float = 0.05
     skip_bad: bool = False
@@ -150,6 +155,10 @@ class RecordSource(Source):
 
     def _check(self) -> None:
         self._require_fraction("validation_fraction")
+        require(
+            self.records == "text" or (self.text_field, self.template) == ("text", None),
+            "records='supervised' reads prompt and completion, or messages: leave text_field and template out",
+        )
 
 
 @SOURCES.register

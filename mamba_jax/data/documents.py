@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from mamba_jax.data.tokenizer import Tokenizer
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -15,6 +17,8 @@ class Piece:
         num_bytes: length of the text in UTF-8.
         continues: whether it continues the document of the previous piece.
         ends_document: whether it is the last piece of its document.
+        counts: whether its tokens count in the loss; None in text of which all do.
+        has_markup: whether special tokens that it spells are those tokens, and not ordinary text.
         amount: how far the source has been read since the last piece, in the reader's `unit`, for the progress bar;
             None is the bytes of the text, or one document.
     """
@@ -23,6 +27,8 @@ class Piece:
     num_bytes: int
     continues: bool
     ends_document: bool
+    counts: bool | None = None
+    has_markup: bool = False
     amount: int | None = None
 
 
@@ -35,6 +41,7 @@ class DocumentReader(abc.ABC):
         total: size of the source in `unit`, for the progress bar; 0 if it is not known.
         unit: unit that progress is counted in.
         note: what to tell about the choice of the documents before they are tokenised, in one line; may be empty.
+        is_supervised: whether its pieces say of each token if it counts in the loss.
     """
 
     name: str
@@ -42,6 +49,11 @@ class DocumentReader(abc.ABC):
     total: int
     unit: Literal["bytes", "documents"]
     note: str = ""
+    is_supervised: bool = False
+
+    def read_for(self, tokenizer: Tokenizer) -> None:
+        """Is told which tokenizer will encode the documents, before `identity` and `pieces` are asked for."""
+        del tokenizer
 
     @property
     def left_out(self) -> str:

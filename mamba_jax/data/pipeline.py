@@ -21,7 +21,7 @@ from mamba_jax.data.mixture import Draws, Mixture, OpenPart
 from mamba_jax.data.packing import pack
 from mamba_jax.data.prepare import write_shards
 from mamba_jax.data.shard_index import INDEX_VERSION, DamagedShards
-from mamba_jax.data.shards import TokenDataset
+from mamba_jax.data.shards import ENDS, TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 from pallas_kernels.common.rounding import ceil_div
@@ -52,6 +52,7 @@ def open_source(source: Source, cache_dir: str | Path | DataConfig, tokenizer: T
     """
     opened = source.open()
     if isinstance(opened, DocumentReader):
+        opened.read_for(tokenizer)
         folder = cache_dir.cache_dir if isinstance(cache_dir, DataConfig) else cache_dir
         return _open_cache(opened, tokenizer, Path(folder))
     if isinstance(opened, TokenDataset):
@@ -171,8 +172,8 @@ class TrainBatches(Batches):
         """Batch `step`, counted from 0: this process' rows, as numpy arrays."""
         first, length = step * self._config.global_batch, self._config.seq_len
         windows = np.array([self._window(first + row) for row in self._rows])
-        tokens = self._dataset.read(windows * length, length=length + 1)
-        batch = pack(tokens, self._config.documents, end_of_document=self._dataset.end_of_document)
+        tokens, flags = self._dataset.read_flagged(windows * length, length=length + 1)
+        batch = pack(tokens, self._config.documents, end_of_document=self._dataset.end_of_document, flags=flags)
         if self._config.order == "shuffled":
             return batch
         return dataclasses.replace(batch, continues=self._continues(windows))
@@ -186,8 +187,8 @@ class TrainBatches(Batches):
     def _continues(self, windows: np.ndarray) -> np.ndarray:
         continues = windows % self._stream_windows != 0
         if self._config.documents == "packed":
-            before = self._dataset.read(np.maximum(windows * self._config.seq_len - 1, 0), length=1)[:, 0]
-            continues &= before != self._dataset.end_of_document
+            _, before = self._dataset.read_flagged(np.maximum(windows * self._config.seq_len - 1, 0), length=1)
+            continues &= before[:, 0] & ENDS == 0
         return continues
 
 
@@ -228,11 +229,13 @@ class MixtureBatches(Batches):
         length = self._config.seq_len
         drawn = self._draws.at(step * self._config.global_batch + self._rows.start, len(self._rows))
         tokens = np.empty((len(drawn), length + 1), np.int32)
+        flags = np.empty(tokens.shape, np.uint8)
         for index, (part, window) in enumerate(zip(self._parts, self._windows, strict=True)):
             rows = [row for row, (own, _) in enumerate(drawn) if own == index]
             starts = np.array([window(drawn[row][1]) for row in rows], np.int64) * length
-            tokens[rows] = part.dataset.read(starts, length=length + 1)
-        return pack(tokens, self._config.documents, end_of_document=self._parts[0].dataset.end_of_document)
+            tokens[rows], flags[rows] = part.dataset.read_flagged(starts, length=length + 1)
+        end_of_document = self._parts[0].dataset.end_of_document
+        return pack(tokens, self._config.documents, end_of_document=end_of_document, flags=flags)
 
     def epochs(self, step: int) -> dict[str, float]:
         """See `Batches.epochs`."""
@@ -291,11 +294,13 @@ def _windows(dataset: TokenDataset, windows: np.ndarray, length: int, documents:
     starts = windows * length
     targets = np.clip(dataset.num_tokens - 1 - starts, 0, length)
     tokens = np.full((len(windows), length + 1), dataset.end_of_document, dtype=np.int32)
+    flags = np.full(tokens.shape, ENDS, dtype=np.uint8)
     whole = targets == length
-    tokens[whole] = dataset.read(starts[whole], length=length + 1)
+    tokens[whole], flags[whole] = dataset.read_flagged(starts[whole], length=length + 1)
     for row in np.flatnonzero((targets > 0) & ~whole):
-        tokens[row, : targets[row] + 1] = dataset.read(starts[[row]], length=int(targets[row]) + 1)
-    batch = pack(tokens, documents, end_of_document=dataset.end_of_document)
+        own = np.s_[row, : targets[row] + 1]
+        tokens[own], flags[own] = dataset.read_flagged(starts[[row]], length=int(targets[row]) + 1)
+    batch = pack(tokens, documents, end_of_document=dataset.end_of_document, flags=flags)
     return dataclasses.replace(batch, loss_mask=batch.loss_mask & (np.arange(length)[None] < targets[:, None]))
 
 

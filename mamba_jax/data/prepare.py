@@ -81,6 +81,7 @@ def write_shards(
             tokenizer.vocabulary,
             shard_tokens=shard_tokens,
             key=hashlib.sha256(key.encode()).hexdigest(),
+            has_flags=documents.is_supervised,
         ) as writer,
         _progress(f"tokenising {documents.name}", documents.total, documents.unit) as advance,
     ):
@@ -171,6 +172,7 @@ def main() -> None:
             print("warning:", tokenizer.lossy, file=sys.stderr)
         documents = arguments.source().open()
         assert isinstance(documents, DocumentReader)
+        documents.read_for(tokenizer)
         written = write_shards(
             documents, tokenizer, folder, shard_tokens=arguments.shard_tokens, workers=arguments.workers
         )

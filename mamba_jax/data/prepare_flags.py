@@ -52,6 +52,7 @@ class PrepareArguments(SourceArguments):
         output: the new folder; nothing is ever overwritten.
         tokenizer: `tokenizers` JSON file; bytes without it.
         end_of_document: token of that file that separates documents.
+        chat_template: jinja2 file that writes messages, in place of the one beside the tokenizer.
         shard_tokens: token ids in a shard file.
         workers: processes that tokenise; all cores without it. The result does not depend on it.
     """
@@ -59,6 +60,7 @@ class PrepareArguments(SourceArguments):
     output: str
     tokenizer: str | None = None
     end_of_document: str = TokenizerConfig.end_of_document
+    chat_template: str | None = None
     shard_tokens: int = SHARD_TOKENS
     workers: int | None = None
 
@@ -69,7 +71,9 @@ class PrepareArguments(SourceArguments):
     def tokenizer_config(self) -> TokenizerConfig:
         """The config of the tokenizer that the flags describe."""
         kind = "byte" if self.tokenizer is None else "hf_json"
-        return TokenizerConfig(kind=kind, path=self.tokenizer, end_of_document=self.end_of_document)
+        return TokenizerConfig(
+            kind=kind, path=self.tokenizer, end_of_document=self.end_of_document, chat_template=self.chat_template
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

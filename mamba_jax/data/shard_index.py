@@ -20,7 +20,7 @@ from pallas_kernels.common.rounding import ceil_div
 # and a block of 8 KiB or more compresses well.
 BLOCK_TOKENS = 4096
 INDEX_NAME = "index.json"
-INDEX_VERSION = 2
+INDEX_VERSION, FLAGS_VERSION = 2, 3
 # An index of 100,000 shards takes 20 MB; ten times that is not an index of ours.
 _MAX_INDEX_BYTES = 2**28
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -61,7 +61,7 @@ class ShardIndex:
     """The content of `index.json`.
 
     Attributes:
-        version: version of the format; version 1 can still be read.
+        version: version of the format; 3 has flags of each token, which 2 has not. Version 1 can still be read.
         vocab_size: V; token ids are 0 .. V - 1.
         end_of_document: id that follows every document.
         tokenizer_fingerprint: fingerprint of the tokenizer that made the ids.
@@ -77,7 +77,7 @@ class ShardIndex:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
-    version: Literal[1, 2] = INDEX_VERSION
+    version: Literal[1, 2, 3] = INDEX_VERSION
     vocab_size: _Count
     end_of_document: _Count
     tokenizer_fingerprint: str
@@ -89,6 +89,11 @@ class ShardIndex:
     shards: tuple[ShardEntry, ...]
     content: _Sha256 | None = None
     checksum: _Sha256 | None = None
+
+    @property
+    def has_flags(self) -> bool:
+        """Whether the shards say of each token if it counts in the loss."""
+        return self.version == FLAGS_VERSION
 
 
 INDEX_JSON = pydantic.TypeAdapter(ShardIndex)
@@ -181,4 +186,4 @@ def _contradiction(index: ShardIndex) -> str | None:
         return "version 1 has no content, checksum and digests" if any(since_version_2) else None
     if None in since_version_2 or index.checksum != index_checksum(index):
         return "it was changed after it was written (its checksum tells)"
-    return None if size == BLOCK_TOKENS else f"blocks of version 2 have {BLOCK_TOKENS} tokens, not {size}"
+    return None if size == BLOCK_TOKENS else f"blocks of version {index.version} have {BLOCK_TOKENS} tokens, not {size}"

@@ -7,11 +7,19 @@ from types import TracebackType
 
 import numpy as np
 from array_record.python import array_record_module
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
-from mamba_jax.data.shard_index import BLOCK_TOKENS, DamagedShards, ShardEntry, ShardIndex, write_index
+from mamba_jax.data.shard_index import (
+    BLOCK_TOKENS,
+    FLAGS_VERSION,
+    INDEX_VERSION,
+    DamagedShards,
+    ShardEntry,
+    ShardIndex,
+    write_index,
+)
 from mamba_jax.data.shard_progress import Progress, Totals, Workplace
-from mamba_jax.data.shards import block_digest, shard_digests
+from mamba_jax.data.shards import FLAGGED, block_digest, shard_digests
 from mamba_jax.data.vocabulary import Vocabulary
 from mamba_jax.errors import InputError
 from pallas_kernels.common.rounding import ceil_div
@@ -39,6 +47,7 @@ class ShardWriter:
         vocabulary: number of ids, end-of-document id and fingerprint, which go into the index.
         shard_tokens: number of ids in a file, rounded up to whole blocks.
         key: identifies the stream, the cut into parts and the size of the shards; None never goes on with anything.
+        has_flags: whether `extend` gets arrays of the dtype `FLAGGED`.
 
     Attributes:
         written: totals of the parts that a writer before this one has written, and that are to be left out.
@@ -49,7 +58,13 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, vocabulary: Vocabulary, *, shard_tokens: int = SHARD_TOKENS, key: str | None = None
+        self,
+        folder: Path,
+        vocabulary: Vocabulary,
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+        key: str | None = None,
+        has_flags: bool = False,
     ) -> None:
         if not 0 < shard_tokens <= _MAX_SHARD_TOKENS:
             raise InputError(f"shard_tokens must be positive and at most {_MAX_SHARD_TOKENS}, got {shard_tokens}")
@@ -57,7 +72,7 @@ class ShardWriter:
         self.written, self.note = Totals(), ""
         self._folder = folder
         self._key = key
-        self._vocabulary = vocabulary
+        self._vocabulary, self._has_flags = vocabulary, has_flags
         self._dtype = np.dtype("<u2" if vocabulary.size <= 2**16 else "<u4")
         self._shard_blocks = ceil_div(shard_tokens, BLOCK_TOKENS)
         self._pending: list[np.ndarray] = []
@@ -126,11 +141,11 @@ class ShardWriter:
         if self._pending_tokens >= _FLUSH_TOKENS:
             self._flush(last=False)
 
-    def extend(self, ids: Int[np.ndarray, " T"], *, num_bytes: int, documents: int) -> None:
+    def extend(self, ids: Shaped[np.ndarray, " T"], *, num_bytes: int, documents: int) -> None:
         """Appends a part of the stream in which the end-of-document tokens stand already, and writes what it fills.
 
         Args:
-            ids: token ids, of one dtype in all calls.
+            ids: token ids, of one dtype in all calls; with flags, of the dtype `FLAGGED`.
             num_bytes: UTF-8 length of the text.
             documents: number of documents that end in it.
 
@@ -160,6 +175,7 @@ class ShardWriter:
         if self._tokens == 0:
             raise InputError(f"no text to write to {self._folder}")
         index = ShardIndex(
+            version=FLAGS_VERSION if self._has_flags else INDEX_VERSION,
             vocab_size=self._vocabulary.size,
             end_of_document=self._vocabulary.end_of_document,
             tokenizer_fingerprint=self._vocabulary.fingerprint,
@@ -184,7 +200,9 @@ class ShardWriter:
 
     def _flush(self, *, last: bool) -> None:
         """Checks pending ids and writes all whole blocks of them; `last` writes the rest too, and ends the file."""
-        ids = np.concatenate(self._pending) if self._pending else np.empty(0, np.int64)
+        empty = np.empty(0, FLAGGED if self._has_flags else np.int64)
+        tokens = np.concatenate(self._pending) if self._pending else empty
+        ids = tokens["id"] if self._has_flags else tokens
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocabulary.size:
             bad = np.flatnonzero((ids < 0) | (ids >= self._vocabulary.size))
             raise InputError(
@@ -192,16 +210,17 @@ class ShardWriter:
                 f"{self._vocabulary.size} ids"
             )
         whole = len(ids) if last else len(ids) // BLOCK_TOKENS * BLOCK_TOKENS
-        self._pending, self._pending_tokens = [ids[whole:]], len(ids) - whole
+        self._pending, self._pending_tokens = [tokens[whole:]], len(ids) - whole
         data = ids[:whole].astype(self._dtype)
         for start in range(0, whole, BLOCK_TOKENS):
-            self._write_block(data[start : start + BLOCK_TOKENS])
+            end = min(whole, start + BLOCK_TOKENS)
+            flags = tokens["flags"][start:end].tobytes() if self._has_flags else b""
+            self._write_block(data[start:end].tobytes() + flags, end - start)
         if last:
             self._close_shard()
 
-    def _write_block(self, block: np.ndarray) -> None:
-        """Writes up to `BLOCK_TOKENS` ids as one record, and ends the file if that fills it."""
-        data = block.tobytes()
+    def _write_block(self, data: bytes, tokens: int) -> None:
+        """Writes up to `BLOCK_TOKENS` tokens as one record, and ends the file if that fills it."""
         try:
             if self._file is None:
                 path = os.fsencode(self._shard_path())
@@ -212,8 +231,8 @@ class ShardWriter:
         digest = block_digest(data)
         self._content.update(digest)
         self._file_digests.append(digest)
-        self._file_tokens += len(block)
-        self._tokens += len(block)
+        self._file_tokens += tokens
+        self._tokens += tokens
         if len(self._file_digests) == self._shard_blocks:
             self._close_shard()
             self._keep()

@@ -3,6 +3,8 @@
 A folder holds ArrayRecord files and `index.json`. The stream is the concatenation of all documents, each followed by
 the end-of-document token; it is cut into blocks of `BLOCK_TOKENS` ids, little-endian, one block a record. Only the
 last block of the last shard may be shorter. One more record of each file holds the digests of its blocks.
+
+Where not all tokens count in the loss (version 3), the ids of a block are followed by a byte of flags for each of them.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from mamba_jax.data.shard_index import INDEX_NAME, DamagedShards, ShardEntry, read_index
 from mamba_jax.data.vocabulary import Vocabulary
@@ -22,6 +24,11 @@ from mamba_jax.errors import InputError
 
 # 16 bytes: finding two blocks with the same digest would take about 2**64 trials.
 _DIGEST_BYTES = 16
+
+# Flags of a token: it counts in the loss as a target, and its document ends with it.
+COUNTS, ENDS = 1, 2
+# A token of a stream with flags, in memory.
+FLAGGED = np.dtype([("id", np.int32), ("flags", np.uint8)])
 
 
 def block_digest(block: bytes) -> bytes:
@@ -163,13 +170,28 @@ class TokenDataset:
             InputError: a file cannot be read.
             DamagedShards: a block is not the one that was written, or holds an id outside the vocabulary.
         """
+        rows = self._rows(starts, length)
+        return rows["id"] if rows.dtype == FLAGGED else rows
+
+    def read_flagged(
+        self, starts: Int[np.ndarray, " R"], *, length: int
+    ) -> tuple[Int[np.ndarray, "R W"], UInt8[np.ndarray, "R W"]]:
+        """The same with the flags `COUNTS` and `ENDS` of each token; without flags on disk, all count."""
+        rows = self._rows(starts, length)
+        if rows.dtype == FLAGGED:
+            return rows["id"], rows["flags"]
+        return rows, (COUNTS | np.where(rows == self.end_of_document, ENDS, 0)).astype(np.uint8)
+
+    def _rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Tokens from each start on, as ids or, with flags on disk, as `FLAGGED`."""
+        dtype = FLAGGED if self.index.has_flags else np.dtype(np.int32)
         if starts.size == 0:
-            return np.empty((0, length), dtype=np.int32)
+            return np.empty((0, length), dtype=dtype)
         size = self.index.block_tokens
         first, last = starts // size, (starts + length - 1) // size
         needed = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
         blocks = self._read_blocks(needed)
-        rows = np.empty((len(starts), length), dtype=np.int32)
+        rows = np.empty((len(starts), length), dtype=dtype)
         for row, start, a, b in zip(rows, starts, first, last, strict=True):
             stream = np.concatenate([blocks[block] for block in range(a, b + 1)])
             row[:] = stream[start - a * size : start - a * size + length]
@@ -196,16 +218,16 @@ class TokenDataset:
             return self._open_shards[shard]
 
     def _decode(self, record: bytes, entry: ShardEntry, file: _OpenShard, position: int) -> np.ndarray:
-        """Ids of the block in record `position` of a shard; checks their number, their range and the block's digest."""
+        """Tokens of the block in record `position` of a shard; checks number, range and the block's digest."""
         size, dtype = self.index.block_tokens, np.dtype(self.index.dtype).newbyteorder("<")
         expected = min(size, entry.tokens - position * size)
         path = self._folder / entry.file
-        if len(record) != expected * dtype.itemsize:
+        if len(record) != expected * (dtype.itemsize + self.index.has_flags):
             raise DamagedShards(
                 f"{path}: record {position} holds {len(record)} bytes, the index says {expected} tokens of "
                 f"{self.index.dtype}; prepare it again"
             )
-        ids = np.frombuffer(record, dtype=dtype)
+        ids = np.frombuffer(record, dtype=dtype, count=expected)
         if ids.max() >= self.index.vocab_size:
             offset = int(np.argmax(ids >= self.index.vocab_size))
             raise DamagedShards(
@@ -214,7 +236,11 @@ class TokenDataset:
             )
         if file.digests and block_digest(record) != file.digests[_DIGEST_BYTES * position :][:_DIGEST_BYTES]:
             raise DamagedShards(f"{path}: record {position} is not the one that was written; prepare it again")
-        return ids
+        if not self.index.has_flags:
+            return ids
+        flagged = np.empty(expected, FLAGGED)
+        flagged["id"], flagged["flags"] = ids, np.frombuffer(record, dtype=np.uint8, offset=expected * dtype.itemsize)
+        return flagged
 
 
 def _check_file(path: Path, entry: ShardEntry) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from tokenizers import decoders, models, pre_tokenizers
 
 from mamba_jax.data.config import TokenizerConfig
+from mamba_jax.data.tokenization.chat import ChatTemplate, find_template
 from mamba_jax.data.tokenization.file import library_errors, read_tokenizer, without_prefix_space
 from mamba_jax.data.tokenization.loss import find_loss
 from mamba_jax.data.tokenization.token_bytes import TokenBytes, byte_characters, find_token_bytes
@@ -38,6 +39,8 @@ class Tokenizer(abc.ABC):
         known: (V,), whether each id stands for a token; the numbering of tokens may have gaps.
         lossy: a warning, in one sentence, if different texts get equal ids, so that bits per byte are too low; None if
             text can be recovered from its ids.
+        chat_template: how messages are written; None if that is not known.
+        special_texts: how its special tokens are spelt.
         runs_in_workers: whether several processes tokenise a long text faster; then it can be pickled.
     """
 
@@ -45,6 +48,8 @@ class Tokenizer(abc.ABC):
     end_of_document: int
     fingerprint: str
     known: Bool[np.ndarray, " V"]
+    chat_template: ChatTemplate | None = None
+    special_texts: tuple[str, ...] = ()
     runs_in_workers: ClassVar[bool] = False
 
     @property
@@ -100,6 +105,15 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Token ids of one text, without beginning or end markers."""
         return self.encode_batch([text])[0]
+
+    def encode_markup(self, text: str, *, continues: bool) -> Int[np.ndarray, " T"]:
+        """Token ids of a text in which special tokens are spelt out and meant, as in what a chat template writes.
+
+        Args:
+            text: the text; it is not from a stranger, who could end the document with it.
+            continues: see `encode_batch`.
+        """
+        return self.encode_batch([text], continues=[continues])[0]
 
     def check_prompt(self, prompt: str) -> None:
         """Makes sure that a prompt has ids; an empty one stands for the start of a document.
@@ -230,11 +244,12 @@ class JsonTokenizer(Tokenizer):
                 f'marked "special" among its added_tokens'
                 + (f": {', '.join(map(repr, names[:8]))}" if names else ", which has none yet: add one")
             )
+        self.special_texts = tuple(sorted({end_of_document, *(added[i].content for i in special)}))
         self._is_special = np.zeros(self.vocab_size, bool)
         self._is_special[list({self.end_of_document, *special} - {unknown})] = True
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_rest_of_document", "token_bytes", "lossy"}
+        derived = {"_rest_of_document", "_with_markup", "token_bytes", "lossy"}
         return {name: value for name, value in vars(self).items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -245,6 +260,18 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _rest_of_document(self) -> tokenizers.Tokenizer:
         return without_prefix_space(self._tokenizer)
+
+    @functools.cached_property
+    def _with_markup(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """Tokenizers that know special tokens in a text: for the start of a document, and for the rest of it."""
+        # The library does not store that special tokens are not to be known.
+        copies = [tokenizers.Tokenizer.from_str(each.to_str()) for each in (self._tokenizer, self._rest_of_document)]
+        return copies[0], copies[1]
+
+    def encode_markup(self, text: str, *, continues: bool) -> Int[np.ndarray, " T"]:
+        """See `Tokenizer.encode_markup`."""
+        _utf8(text)
+        return self._library_ids(self._with_markup[continues], [text])[0]
 
     @functools.cached_property
     def token_bytes(self) -> TokenBytes | None:
@@ -319,8 +346,12 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that `config` describes.
 
     Raises:
-        InputError: the JSON file is missing, damaged or lacks the end-of-document token.
+        InputError: the JSON file is missing, damaged or lacks the end-of-document token, or a chat template cannot be
+            read.
     """
     if config.path is None:
-        return ByteTokenizer()
-    return JsonTokenizer(config.path, end_of_document=config.end_of_document)
+        tokenizer, end = ByteTokenizer(), ""
+    else:
+        tokenizer, end = JsonTokenizer(config.path, end_of_document=config.end_of_document), config.end_of_document
+    tokenizer.chat_template = find_template(config.path, config.chat_template, end_of_document=end)
+    return tokenizer

@@ -10,13 +10,14 @@ from typing import Any
 import tokenizers
 
 from mamba_jax.data.config import TokenizerConfig
+from mamba_jax.data.tokenization.chat import CHAT_TEMPLATE
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError, short
 from mamba_jax.export.files import read_file, read_json, require_file
 from mamba_jax.models.config import ModelConfig
 
 _TOKENIZER = "tokenizer.json"
-_OWN = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_OWN = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json")
 
 
 def tokenizer_beside(folder: Path) -> TokenizerConfig | None:
@@ -62,8 +63,10 @@ def _parse(data: bytes, path: Path) -> tokenizers.Tokenizer:
 
 
 def tokenizer_of_run(folder: Path, own: TokenizerConfig) -> TokenizerConfig:
-    """The tokenizer of a training run: `tokenizer.json` in its folder if there is one, else that of its config."""
-    path = folder / _TOKENIZER
+    """The tokenizer of a training run: the files in its folder, if it holds them, else those that its config names."""
+    path, template = folder / _TOKENIZER, folder / CHAT_TEMPLATE
+    if lexists(template):
+        own = dataclasses.replace(own, chat_template=str(template))
     return dataclasses.replace(own, path=str(path)) if own.kind == "hf_json" and lexists(path) else own
 
 
@@ -98,8 +101,9 @@ def written(config: TokenizerConfig, model: ModelConfig, *, layout: str) -> dict
     """Files with which `transformers` loads the tokenizer of a training run and gets the same ids.
 
     Without `tokenizer_config.json`, `transformers` would use a tokenizer class for `MambaForCausalLM` that replaces the
-    pre-tokeniser. The settings make sure that plain text never becomes a special token, and that batches are padded on
-    the left, in front of the text. `generation_config.json` excludes ids that stand for no token.
+    pre-tokeniser. The settings make sure that plain text never becomes a special token, unless there is a chat
+    template, which has to spell them, and that batches are padded on the left, in front of the text.
+    `generation_config.json` excludes ids that stand for no token.
 
     Args:
         config: config of the tokenizer.
@@ -117,19 +121,22 @@ def written(config: TokenizerConfig, model: ModelConfig, *, layout: str) -> dict
     end = tokenizers.Tokenizer.from_str(text).id_to_token(tokenizer.end_of_document)
     own = b"" if config.path is None else read_file(Path(config.path))
     is_plain = bool(own) and not _adds(_parse(own, Path(config.path or "")))
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "split_special_tokens": True,
+    }
+    if (template := tokenizer.chat_template) is not None:
+        # The model has learned what the template writes with these tokens, and as these tokens.
+        named = {name: token for name, token in template.special_tokens.items() if token}
+        settings |= {**named, "chat_template": template.text, "split_special_tokens": False}
     files: dict[str, bytes] = {
         _TOKENIZER: own if is_plain else text.encode(),
-        "tokenizer_config.json": _json(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": end,
-                "eos_token": end,
-                "pad_token": end,
-                "clean_up_tokenization_spaces": False,
-                "padding_side": "left",
-                "split_special_tokens": True,
-            }
-        ),
+        "tokenizer_config.json": _json(settings),
     }
     if layout == "hf":
         generation: dict[str, Any] = special_tokens(config)

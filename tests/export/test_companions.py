@@ -1,5 +1,6 @@
 """The tokenizer that lies beside exported weights gives the ids and the text of the one that the run used."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -122,3 +123,28 @@ def test_damaged_tokenizer_files_get_one_line(tmp_path: Path) -> None:
         config = TokenizerConfig(kind="hf_json", path=str(tmp_path / kind))
         with pytest.raises(InputError, match=r"put it into the checkpoint's folder as tokenizer\.json"):
             companions.open_tokenizer(config)
+
+
+def test_the_chat_template_lies_beside_exported_weights(
+    tokenizer_configs: dict[str, TokenizerConfig], tmp_path: Path
+) -> None:
+    """With it special tokens in a text are those tokens, as in what it writes."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    config = dataclasses.replace(tokenizer_configs["byte-level"], chat_template=str(template))
+    folder = write(tmp_path / "out", config)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["split_special_tokens"] is False
+    read = companions.tokenizer_beside(folder)
+    assert read is not None
+    found, ours = make_tokenizer(read).chat_template, make_tokenizer(config).chat_template
+    assert found is not None
+    assert ours is not None
+    assert (found.text, found.special_tokens["eos_token"]) == (ours.text, ours.special_tokens["eos_token"])
+    # A run's folder may hold it, where the config's path is one of another machine.
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "chat_template.jinja").write_text("of the run")
+    kept = make_tokenizer(companions.tokenizer_of_run(run_folder, dataclasses.replace(config, chat_template="gone")))
+    assert kept.chat_template is not None
+    assert kept.chat_template.text == "of the run"

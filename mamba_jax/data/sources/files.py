@@ -14,9 +14,10 @@ from mamba_jax.data.sources.held_out import line_cut, take_part, text_cut
 from mamba_jax.data.sources.json_lines import MAX_LINE, line_lengths, line_texts
 from mamba_jax.data.sources.left_out import LeftOut
 from mamba_jax.data.sources.parquet import check_tables, row_texts
-from mamba_jax.data.sources.records import RecordText
+from mamba_jax.data.sources.supervised import SupervisedRecord, document_pieces, record_reader
 from mamba_jax.data.sources.text_files import find_files
-from mamba_jax.data.sources.text_pieces import PIECE_BYTES, decoded_pieces, text_pieces
+from mamba_jax.data.sources.text_pieces import PIECE_BYTES, decoded_pieces
+from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError, reason
 
 
@@ -62,13 +63,19 @@ class Files(DocumentReader):
 
     def __init__(self, source: FilesSource) -> None:
         self._source = source
-        self._text_of = RecordText(source.text_field, source.template)
+        self._text_of = record_reader(source)
         self._left_out = LeftOut(skip_bad=source.skip_bad, deduplicate=source.deduplicate)
         # Documents of the present pass, and bytes on disk that were read for the present file.
         self._documents = self._read = 0
         self.name = source.path
         root, names = _found(source.path)
         files = {name: _File(disk=file_on_disk(root / name)) for name in names}
+        self.is_supervised = source.records == "supervised"
+        text = next((file.disk.path for file in files.values() if file.disk.kind == "text"), None)
+        if self.is_supervised and text is not None:
+            raise InputError(
+                f"{text} is text, and records='supervised' reads JSON lines and parquet: exclude it by a glob"
+            )
         tables = {name: file.disk.path for name, file in files.items() if file.disk.kind == "parquet"}
         for name, rows in zip(tables, check_tables(list(tables.values()), self._text_of), strict=True):
             files[name] = dataclasses.replace(files[name], rows=rows)
@@ -116,6 +123,12 @@ class Files(DocumentReader):
                 start += len(stream.file.readline())
             return line_cut(line_lengths(stream.file), size, fraction, start=start), size
 
+    def read_for(self, tokenizer: Tokenizer) -> None:
+        """See `DocumentReader.read_for`."""
+        if isinstance(self._text_of, SupervisedRecord):
+            self._text_of.tokenizer = tokenizer
+            self.identity = {**self.identity, "chat_template": self._text_of.identity}
+
     def pieces(self) -> Iterator[Piece]:
         """See `DocumentReader.pieces`; documents without text are passed over."""
         self._left_out.reset()
@@ -160,10 +173,10 @@ class Files(DocumentReader):
             texts = ((text, file.disk.size * row // file.rows) for text, row in rows)
         given = 0
         for text, read in texts:
-            if self._left_out.finds_copies and self._left_out.is_copy([text.encode()]):
+            if self._left_out.finds_copies and self._left_out.is_copy([str(text).encode()]):
                 continue
             self._documents += 1
-            yield from text_pieces(text, amount=read - given)
+            yield from document_pieces(text, amount=read - given)
             given = read
 
 

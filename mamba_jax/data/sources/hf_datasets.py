@@ -10,8 +10,9 @@ from typing import Any
 from mamba_jax.data.config import HuggingFaceSource
 from mamba_jax.data.documents import DocumentReader, Piece
 from mamba_jax.data.sources.left_out import LeftOut
-from mamba_jax.data.sources.records import BadRecord, RecordText
-from mamba_jax.data.sources.text_pieces import text_pieces
+from mamba_jax.data.sources.records import BadRecord
+from mamba_jax.data.sources.supervised import SupervisedRecord, document_pieces, record_reader
+from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError, brief
 
 # Rows that are decoded at once. A judgement: pages of text, so that a batch takes a megabyte.
@@ -33,8 +34,9 @@ class HuggingFaceDocuments(DocumentReader):
     unit = "documents"
 
     def __init__(self, source: HuggingFaceSource) -> None:
-        self._text_of = RecordText(source.text_field, source.template)
+        self._text_of = record_reader(source)
         self._left_out = LeftOut(skip_bad=source.skip_bad, deduplicate=source.deduplicate)
+        self.is_supervised = source.records == "supervised"
         self.name = f"{source.name} {source.split}"
         try:
             found = _saved(source) if _is_saved(source.name) else _loaded(source)
@@ -43,12 +45,10 @@ class HuggingFaceDocuments(DocumentReader):
         except Exception as error:
             raise InputError(f"cannot open the Hugging Face dataset {source.name!r}: {brief(error)}") from error
         names = found.rows.column_names
-        if names is not None and (missing := [field for field in self._text_of.fields if field not in names]):
-            raise InputError(
-                f"Hugging Face dataset {self.name} has no column {missing[0]!r}: set text_field or template to those "
-                f"it has, {', '.join(names[:12])}"
-            )
-        self._rows = found.rows if names is None else found.rows.select_columns(self._text_of.fields)
+        try:
+            self._rows = found.rows if names is None else found.rows.select_columns(self._text_of.fields(names))
+        except BadRecord as error:
+            raise InputError(f"Hugging Face dataset {self.name} {error}") from None
         self._first, self.total = 0, found.total or 0
         if source.part != "all":
             self._take_part(source, self.total)
@@ -63,6 +63,12 @@ class HuggingFaceDocuments(DocumentReader):
         self._rows = self._rows.select(range(first, end))
         self._first, self.total = first, end - first
         self.note = f"{self.name}: held out are the last {total - cut:,} of {total:,} rows"
+
+    def read_for(self, tokenizer: Tokenizer) -> None:
+        """See `DocumentReader.read_for`."""
+        if isinstance(self._text_of, SupervisedRecord):
+            self._text_of.tokenizer = tokenizer
+            self.identity = {**self.identity, "chat_template": self._text_of.identity}
 
     @property
     def left_out(self) -> str:
@@ -79,10 +85,10 @@ class HuggingFaceDocuments(DocumentReader):
             except BadRecord as error:
                 self._left_out.take_bad(f"Hugging Face dataset {self.name} row {self._first + number} {error}")
                 continue
-            if not text or (self._left_out.finds_copies and self._left_out.is_copy([text.encode()])):
+            if not text or (self._left_out.finds_copies and self._left_out.is_copy([str(text).encode()])):
                 continue
             has_text = True
-            yield from text_pieces(text, amount=number - given)
+            yield from document_pieces(text, amount=number - given)
             given = number
         if not has_text:
             raise InputError(f"Hugging Face dataset {self.name} holds no text: look at what it holds")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mamba_jax.data.sources.formats import FileOnDisk, open_stream
 from mamba_jax.data.sources.records import BadRecord, OnBad, RecordText
+from mamba_jax.data.sources.supervised import Dialogue, SupervisedRecord
 
 # A line has to be in memory whole. A judgement: ten thousand pages.
 MAX_LINE = 64 * 2**20
@@ -20,18 +21,18 @@ def line_lengths(file: io.BufferedReader) -> Iterator[int]:
 
 
 def line_texts(
-    file: FileOnDisk, span: tuple[int, int | None], *, text_of: RecordText, on_bad: OnBad
-) -> Iterator[tuple[str, int]]:
-    """The texts of the lines that begin within a span of the file; empty lines are passed over.
+    file: FileOnDisk, span: tuple[int, int | None], *, text_of: RecordText | SupervisedRecord, on_bad: OnBad
+) -> Iterator[tuple[str | Dialogue, int]]:
+    """The documents of the lines that begin within a span of the file; empty lines are passed over.
 
     Args:
         file: the file.
         span: positions in unpacked bytes; None is the end of the file.
-        text_of: makes the text of an object.
+        text_of: makes the document of an object.
         on_bad: is called for each line that has none.
 
     Yields:
-        A text, and how many bytes of the file on disk have been read for this span so far.
+        A document, and how many bytes of the file on disk have been read for this span so far.
     """
     start, end = span
     with open_stream(file) as stream:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mamba_jax.data.sources.formats import FileOnDisk
 from mamba_jax.data.sources.records import BadRecord, OnBad, RecordText
+from mamba_jax.data.sources.supervised import Dialogue, SupervisedRecord
 from mamba_jax.errors import InputError
 
 # Bytes of text that are decoded at once, if all rows are as long as those of their group on average.
@@ -15,7 +16,7 @@ _MAX_BATCH_ROWS = 8192
 _PAGE_BYTES = 2**20
 
 
-def check_tables(paths: Sequence[Path], text_of: RecordText) -> list[int]:
+def check_tables(paths: Sequence[Path], text_of: RecordText | SupervisedRecord) -> list[int]:
     """Number of rows of each table, by its footer alone.
 
     Raises:
@@ -25,12 +26,11 @@ def check_tables(paths: Sequence[Path], text_of: RecordText) -> list[int]:
     for path in paths:
         with _opened(path) as table:
             schema = table.schema_arrow
-            for name in text_of.fields:
-                if name not in schema.names:
-                    raise InputError(
-                        f"{path} has no column {name!r}: set text_field or template to those it has, "
-                        + ", ".join(schema.names[:12])
-                    )
+            try:
+                fields = text_of.fields(schema.names)
+            except BadRecord as error:
+                raise InputError(f"{path} {error}") from None
+            for name in fields:
                 _, first = types.setdefault(name, (path, schema.field(name).type))
                 if (kind := schema.field(name).type) != first:
                     raise InputError(
@@ -42,29 +42,29 @@ def check_tables(paths: Sequence[Path], text_of: RecordText) -> list[int]:
 
 
 def row_texts(
-    file: FileOnDisk, span: tuple[int, int | None], *, text_of: RecordText, on_bad: OnBad
-) -> Iterator[tuple[str, int]]:
-    """The texts of the rows within a span, read batch by batch.
+    file: FileOnDisk, span: tuple[int, int | None], *, text_of: RecordText | SupervisedRecord, on_bad: OnBad
+) -> Iterator[tuple[str | Dialogue, int]]:
+    """The documents of the rows within a span, read batch by batch.
 
     Args:
         file: the table.
         span: numbers of rows, from 0; None is the end of the table.
-        text_of: makes the text of a row.
+        text_of: makes the document of a row.
         on_bad: is called for each row that has none.
 
     Yields:
-        A text, and how many rows of the span have been read so far.
+        A document, and how many rows of the span have been read so far.
     """
     start, end = span
     with _opened(file.path) as table:
-        end = table.metadata.num_rows if end is None else end
+        end, fields = table.metadata.num_rows if end is None else end, text_of.fields(table.schema_arrow.names)
         number = 0
         for group in range(table.metadata.num_row_groups):
             info = table.metadata.row_group(group)
             if number + info.num_rows <= start or number >= end:
                 number += info.num_rows
                 continue
-            for row in _rows(table, group, info, text_of.fields):
+            for row in _rows(table, group, info, fields):
                 number += 1
                 if not start < number <= end:
                     continue

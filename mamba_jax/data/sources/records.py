@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mamba_jax.data.sources.text_pieces import utf8_length
@@ -23,9 +23,6 @@ class RecordText:
         template: text with fields in braces, such as "{title}\n\n{body}", in place of `field`; `\n`, `\t` and `\\` may
             be spelt out, and `{{` and `}}` are braces. None takes `field`.
 
-    Attributes:
-        fields: the fields that are needed.
-
     Raises:
         InputError: the template has no field, an open brace, or more than names within braces.
     """
@@ -33,7 +30,15 @@ class RecordText:
     def __init__(self, field: str, template: str | None) -> None:
         self._parts = [("", field)] if template is None else _parts(template)
         self._is_template = template is not None
-        self.fields = list(dict.fromkeys(name for _, name in self._parts if name is not None))
+        self._fields = list(dict.fromkeys(name for _, name in self._parts if name is not None))
+
+    def fields(self, names: Sequence[str]) -> list[str]:
+        """The columns to read of a table with these; raises a BadRecord if one is missing."""
+        if missing := [field for field in self._fields if field not in names]:
+            raise BadRecord(
+                f"has no column {missing[0]!r}: set text_field or template to those it has, {', '.join(names[:12])}"
+            )
+        return self._fields
 
     def __call__(self, record: Mapping[str, Any]) -> str:
         """The text.

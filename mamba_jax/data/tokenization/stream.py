@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Shaped
 
 from mamba_jax.data.documents import Piece
+from mamba_jax.data.shards import COUNTS, ENDS, FLAGGED
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 
@@ -27,19 +28,40 @@ _ALONE_BYTES = 16 * 2**20
 _ROOT = Path(__file__).resolve().parents[3]
 
 # A batch and its ids.
-Encoded = tuple[list[Piece], Int[np.ndarray, " T"]]
+Encoded = tuple[list[Piece], Shaped[np.ndarray, " T"]]
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Int[np.ndarray, " T"]:
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Shaped[np.ndarray, " T"]:
     """The part of the token stream that pieces make: their ids, and the end-of-document id behind each document.
+
+    Returns:
+        The ids; if the pieces say what counts, of the dtype `FLAGGED`, and a document that ends in its end-of-document
+        id already gets no other.
 
     Raises:
         InputError: see `Tokenizer.encode_batch`.
     """
+    if pieces and pieces[0].counts is not None:
+        return np.concatenate([_flagged(tokenizer, piece) for piece in pieces])
     found = tokenizer.encode_batch([piece.text for piece in pieces], continues=[piece.continues for piece in pieces])
     end = np.array([tokenizer.end_of_document], np.int32)
     parts = [part for piece, ids in zip(pieces, found, strict=True) for part in ([ids, end][: 1 + piece.ends_document])]
     return np.concatenate([np.empty(0, np.int32), *parts])
+
+
+def _flagged(tokenizer: Tokenizer, piece: Piece) -> np.ndarray:
+    """The ids of a piece, each with its flags."""
+    if piece.has_markup:
+        ids = tokenizer.encode_markup(piece.text, continues=piece.continues)
+    else:
+        ids = tokenizer.encode_batch([piece.text], continues=[piece.continues])[0]
+    if piece.ends_document and ids[-1:] != [tokenizer.end_of_document]:
+        ids = np.append(ids, tokenizer.end_of_document)
+    flagged = np.zeros(len(ids), FLAGGED)
+    flagged["id"], flagged["flags"] = ids, COUNTS * bool(piece.counts)
+    if piece.ends_document:
+        flagged["flags"][-1] |= ENDS
+    return flagged
 
 
 def encode_batches(tokenizer: Tokenizer, batches: Iterable[list[Piece]], *, workers: int) -> Iterator[Encoded]:
@@ -128,7 +150,7 @@ class _Workers:
             done, ids = waiting.popleft()
             yield done, ids.result()
 
-    def _ask(self, batch: list[Piece]) -> Int[np.ndarray, " T"]:
+    def _ask(self, batch: list[Piece]) -> Shaped[np.ndarray, " T"]:
         """Has a process that is idle tokenise a batch."""
         process = self._idle.get()
         assert process.stdin is not None

@@ -1,0 +1,372 @@
+"""Of supervised records, completions and the assistant's messages alone count, on their way to the loss and in it."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mamba_jax.config import DataConfig, FilesSource, TokenizerConfig
+from mamba_jax.data.batches import Task
+from mamba_jax.data.config import MixturePart, MixtureSource, RecordSource
+from mamba_jax.data.mixture import Mixture
+from mamba_jax.data.pipeline import TrainBatches, evaluation_batches, open_data, train_batches
+from mamba_jax.data.prepare import main as prepare
+from mamba_jax.data.shards import COUNTS, ENDS, TokenDataset
+from mamba_jax.data.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
+from mamba_jax.errors import InputError
+from tests.data.conftest import open_tokens
+from tests.data.small_tokenizers import small
+from tests.data.test_pipeline import join
+
+END = 256
+PAIRS = [
+    {"prompt": "2+2=", "completion": "4"},
+    {"prompt": "", "completion": "héllo"},
+    {"prompt": "capital of France? ", "completion": "Paris"},
+]
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "goodbye"},
+]
+# Turns as ChatML has them; the second template says where the assistant's text is.
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>"
+    "{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+def write_lines(path: Path, records: list[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def read_all(dataset: TokenDataset) -> tuple[list[int], list[int]]:
+    """Ids and flags of the stream."""
+    ids, flags = dataset.read_flagged(np.array([0]), length=dataset.num_tokens)
+    assert dataset.read(np.array([0]), length=dataset.num_tokens).tolist() == ids.tolist()
+    return ids[0].tolist(), flags[0].tolist()
+
+
+def counted(dataset: TokenDataset) -> list[bytes]:
+    """The bytes that count, of each document; an end-of-document token is a NUL."""
+    ids, flags = read_all(dataset)
+    documents, current = [], b""
+    for token, flag in zip(ids, flags, strict=True):
+        if flag & COUNTS:
+            current += b"\0" if token == END else bytes([token])
+        if flag & ENDS:
+            documents.append(current)
+            current = b""
+    return documents
+
+
+def supervised(path: str, **fields: Any) -> FilesSource:
+    return FilesSource(path=path, records="supervised", **fields)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_completions_and_the_end_behind_them_count(tmp_path: Path, suffix: str) -> None:
+    path = str(tmp_path / f"pairs{suffix}")
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path)
+    else:
+        write_lines(Path(path), PAIRS)
+    dataset = open_tokens(supervised(path), str(tmp_path / "cache"), ByteTokenizer())
+    assert counted(dataset) == [b"4\0", "héllo\0".encode(), b"Paris\0"]
+    ids, _ = read_all(dataset)
+    text = b"".join((pair["prompt"] + pair["completion"]).encode() + b"\0" for pair in PAIRS)
+    assert bytes(0 if token == END else token for token in ids) == text
+    assert dataset.num_documents == 3
+    assert dataset.num_bytes == len(text) - 3
+    assert dataset.index.version == 3
+
+
+def test_a_prompt_has_the_ids_that_it_has_when_the_model_is_asked(tmp_path: Path) -> None:
+    """A token over the end of the prompt would be one that no prompt ends in."""
+    (tmp_path / "tokenizer.json").write_text(small("byte_level_prefix"))
+    tokenizer = make_tokenizer(TokenizerConfig(kind="hf_json", path=str(tmp_path / "tokenizer.json")))
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "the st", "completion": "ate of the union"}])
+    ids, flags = read_all(open_tokens(supervised(path), str(tmp_path / "cache"), tokenizer))
+    prompt = tokenizer.encode("the st").tolist()
+    assert ids[: len(prompt)] == prompt
+    assert [flag & COUNTS for flag in flags] == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    assert tokenizer.decode(ids).strip() == "the state of the union"
+
+
+@pytest.fixture
+def chat_tokenizer(tmp_path: Path) -> Callable[[str], Tokenizer]:
+    """Bytes with a chat template."""
+    pytest.importorskip("jinja2")
+
+    def make(template: str) -> Tokenizer:
+        (tmp_path / "template.jinja").write_text(template)
+        return make_tokenizer(TokenizerConfig(chat_template=str(tmp_path / "template.jinja")))
+
+    return make
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["prefixes", "marked"])
+def test_what_the_assistant_says_counts(
+    tmp_path: Path, chat_tokenizer: Callable[[str], Tokenizer], template: str
+) -> None:
+    path = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}, *PAIRS[:1]])
+    dataset = open_tokens(supervised(path), str(tmp_path / "cache"), chat_tokenizer(template))
+    after = b"\n" if template == PLAIN else b""
+    end = b"\0" if template == PLAIN else b""
+    assert counted(dataset) == [b"hello</s>" + after + b"goodbye</s>" + after + end, b"4\0"]
+    ids, _ = read_all(dataset)
+    written = "".join(f"<{message['role']}>{message['content']}</s>\n" for message in CHAT)
+    assert bytes(ids[: len(written)]) == written.encode()
+
+
+def test_a_table_of_chats_is_read_without_what_other_rows_fill_up(
+    tmp_path: Path, chat_tokenizer: Callable[[str], Tokenizer]
+) -> None:
+    strict = "{% for m in messages %}{% if m.name is defined %}{{ raise_exception('a name') }}{% endif %}" + PLAIN[23:]
+    table = pyarrow.Table.from_pylist([{"messages": CHAT}, {"messages": [*CHAT, {"role": "user", "content": "x"}]}])
+    pyarrow.parquet.write_table(table, tmp_path / "chat.parquet")
+    source = supervised(str(tmp_path / "chat.parquet"))
+    dataset = open_tokens(source, str(tmp_path / "cache"), chat_tokenizer(strict))
+    assert counted(dataset)[0] == b"hello</s>\ngoodbye</s>\n\0"
+    assert counted(dataset)[1] == b"hello</s>\ngoodbye</s>\n"
+
+
+def test_special_tokens_of_a_template_are_tokens_and_those_of_a_message_are_refused(tmp_path: Path) -> None:
+    """`</s>` ends turns and documents: one at the end of the chat is its end, those before it end no document."""
+    pytest.importorskip("jinja2")
+    (tmp_path / "tokenizer.json").write_text(small("byte_level"))
+    settings = {"chat_template": PLAIN.replace("</s>\n", "{{ eos_token }}"), "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = TokenizerConfig(kind="hf_json", path=str(tmp_path / "tokenizer.json"), end_of_document="</s>")
+    tokenizer = make_tokenizer(config)
+    path = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": CHAT}])
+    ids, flags = read_all(open_tokens(supervised(path), str(tmp_path / "cache"), tokenizer))
+    ends = np.array(ids) == tokenizer.end_of_document
+    assert ends.sum() == 2 * len(CHAT)
+    assert np.flatnonzero(np.array(flags) & ENDS).tolist() == [len(ids) // 2 - 1, len(ids) - 1]
+    assert [bool(flag & COUNTS) for flag in np.array(flags)[ends]] == [False, False, True, False, True] * 2
+    # Inputs of one dialogue are one segment, and the last target of it is the end of its last turn.
+    config = DataConfig(train=supervised(path), seq_len=len(ids) - 1, global_batch=1)
+    batch = TrainBatches(open_tokens(supervised(path), str(tmp_path / "cache"), tokenizer), config, seed=0).at(0)
+    assert np.unique(np.asarray(batch.segment_ids), return_counts=True)[1].tolist() == [
+        len(ids) // 2,
+        len(ids) // 2 - 1,
+    ]
+    forged = [*CHAT[:1], {"role": "user", "content": "a</s>b"}, *CHAT[2:]]
+    path = write_lines(tmp_path / "forged.jsonl", [{"messages": forged}])
+    with pytest.raises(InputError, match="line 1 spells the special token '</s>' in message 2: remove it"):
+        open_data(supervised(path), tmp_path / "cache", tokenizer)
+
+
+def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+ASK, ANSWER = ("user", "why"), ("assistant", "so")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a"}, "has neither the field 'messages' nor 'prompt' and 'completion', but 'text'"),
+        ({}, "has neither the field 'messages' nor 'prompt' and 'completion', but none at all"),
+        ({"prompt": "a"}, "has no field 'completion'"),
+        ({"completion": "a"}, "has no field 'prompt'"),
+        ({"prompt": "a", "completion": 4}, "has no text but int in its field 'completion'"),
+        ({"prompt": "a", "completion": " \n"}, r"has an empty completion, ' \\n': there is nothing to learn"),
+        ({"prompt": "a\ud800", "completion": "b"}, "holds a lone surrogate at character 1 of 'prompt'"),
+        ({"messages": []}, r"has no list of messages in its field 'messages' but \[\]"),
+        ({"messages": "hi"}, "has no list of messages in its field 'messages' but 'hi'"),
+    ],
+)
+def test_records_of_neither_kind_are_refused_in_one_line(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [PAIRS[0], record])
+    with pytest.raises(InputError, match=f"a.jsonl line 2 {message}") as caught:
+        open_data(supervised(path), tmp_path / "cache", ByteTokenizer())
+    assert "\n" not in str(caught.value)
+    dataset = open_tokens(supervised(path, skip_bad=True), str(tmp_path / "cache"), ByteTokenizer())
+    assert counted(dataset) == [b"4\0"]
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "message"),
+    [
+        (chat(ASK), PLAIN, "has no message of the role 'assistant': there is nothing to learn"),
+        (chat(ASK, ("assistant", "")), PLAIN, "has an empty completion, '', in message 2"),
+        (chat(ASK, ("assistant", None)), PLAIN, "has no field 'content' in message 2"),
+        (chat(ASK, ("assistant", [1])), PLAIN, "has no text but list in its field 'content' in message 2"),
+        ({"messages": ["hi"]}, PLAIN, "has a message 1 that is no object but 'hi'"),
+        (
+            chat(("tool", "42"), ANSWER),
+            "{% for m in messages if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+            "has message 1 of the role 'tool', which the chat template .*jinja leaves out",
+        ),
+        (
+            chat(ASK, ANSWER),
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "has nothing to learn: the chat template .*jinja leaves out what the assistant says",
+        ),
+        (
+            chat(("tool", "42"), ANSWER),
+            "{{ raise_exception('roles are user and assistant, not ' + messages[0].role) }}",
+            "is refused by the chat template .*jinja: roles are user and assistant, not tool",
+        ),
+        (chat(ASK, ANSWER), "{{ messages[7].content }}", "is refused by the chat template .*jinja: .*no element 7"),
+        (
+            chat(ASK, ANSWER, ASK, ANSWER),
+            "{{ messages | length }}" + PLAIN,
+            "cannot be cut into turns: the chat template .* does not begin .* up to message 2; mark .*{% generation %}",
+        ),
+        (
+            chat(ASK, ANSWER),
+            "{{ ''.__class__.__mro__ }}",
+            "is refused by the chat template .*jinja: access to attribute",
+        ),
+    ],
+)
+def test_chats_that_the_template_does_not_write_are_refused_in_one_line(
+    tmp_path: Path, chat_tokenizer: Callable[[str], Tokenizer], record: dict[str, Any], template: str, message: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [record])
+    with pytest.raises(InputError, match=f"a.jsonl line 1 {message}") as caught:
+        open_data(supervised(path), tmp_path / "cache", chat_tokenizer(template))
+    assert "\n" not in str(caught.value)
+
+
+def test_templates_that_are_none_are_refused(tmp_path: Path, chat_tokenizer: Callable[[str], Tokenizer]) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    with pytest.raises(InputError, match="messages are written by a chat template, and the tokenizer has none: put"):
+        open_data(supervised(path), tmp_path / "cache", ByteTokenizer())
+    with pytest.raises(InputError, match=r"the chat template .*jinja is no jinja2 template: .*'endfor'"):
+        open_data(supervised(path), tmp_path / "cache", chat_tokenizer("{% for m in messages %}"))
+    with pytest.raises(InputError, match=r"there is no file .*none: name a chat template by tokenizer\.chat_template"):
+        make_tokenizer(TokenizerConfig(chat_template=str(tmp_path / "none")))
+    (tmp_path / "bad").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="bad is not UTF-8 text: invalid start byte at byte 0"):
+        make_tokenizer(TokenizerConfig(chat_template=str(tmp_path / "bad")))
+    (tmp_path / "tokenizer.json").write_text(small("byte_level"))
+    beside = TokenizerConfig(kind="hf_json", path=str(tmp_path / "tokenizer.json"))
+    assert make_tokenizer(beside).chat_template is None
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer_config.json is not JSON: Expecting"):
+        make_tokenizer(beside)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 4}')
+    with pytest.raises(InputError, match=r"the chat_template of .*tokenizer_config.json is no text: name a file"):
+        make_tokenizer(beside)
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, "bos_token": "<s>"}))
+    found = make_tokenizer(beside).chat_template
+    assert found is not None
+    assert (found.text, dict(found.special_tokens)) == ("b", {"eos_token": "<|endoftext|>", "bos_token": "<s>"})
+
+
+def test_without_jinja2_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    (tmp_path / "other.jinja").write_text("another template, so that none is compiled already")
+    tokenizer = make_tokenizer(TokenizerConfig(chat_template=str(tmp_path / "other.jinja")))
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    with pytest.raises(InputError, match=re.escape("pip install 'mamba-jax[chat]'")):
+        open_data(supervised(path), tmp_path / "cache", tokenizer)
+
+
+def test_text_files_and_fields_of_text_do_not_go_with_supervised_records(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(InputError, match=r"a\.txt is text, and records='supervised' reads JSON lines and parquet"):
+        open_data(supervised(str(tmp_path)), tmp_path / "cache", ByteTokenizer())
+    with pytest.raises(InputError, match="records='supervised' reads prompt and completion, or messages: leave"):
+        supervised("a", text_field="body")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet has neither the field 'messages' nor 'prompt' and 'completion'"):
+        open_data(supervised(str(tmp_path / "a.parquet")), tmp_path / "cache", ByteTokenizer())
+
+
+def test_another_template_makes_another_cache(tmp_path: Path, chat_tokenizer: Callable[[str], Tokenizer]) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    found = [
+        counted(open_tokens(supervised(path), str(tmp_path / "cache"), chat_tokenizer(template)))
+        for template in (PLAIN, MARKED, PLAIN)
+    ]
+    assert found[0] == found[2] != found[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def long_pairs(tmp_path: Path, count: int = 800) -> str:
+    rng = np.random.default_rng(0)
+    pairs = [
+        {"prompt": "p" * int(rng.integers(0, 40)), "completion": "c" * int(rng.integers(1, 30))} for _ in range(count)
+    ]
+    return write_lines(tmp_path / "long.jsonl", pairs)
+
+
+def test_flags_pass_through_shards_of_several_files_and_a_copy_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = long_pairs(tmp_path)
+    out = tmp_path / "shards"
+    flags = ["--files", path, "--records", "supervised", "--output", str(out), "--shard-tokens", "8192"]
+    monkeypatch.setattr("sys.argv", ["prepare", *flags, "--deduplicate", "exact"])
+    prepare()
+    dataset = TokenDataset(out)
+    dataset.check()
+    assert len(dataset.index.shards) > 2
+    ids, flagged = read_all(dataset)
+    for token, flag in zip(ids, flagged, strict=True):
+        # The completion and the end of document behind it.
+        assert bool(flag & COUNTS) == (token != ord("p"))
+        assert bool(flag & ENDS) == (token == END)
+    lines = set(Path(path).read_text().splitlines())
+    assert dataset.num_documents == len(lines) < 800
+
+
+def test_batches_count_completions_only_in_training_mixtures_and_evaluation(tmp_path: Path) -> None:
+    source = supervised(long_pairs(tmp_path))
+    (tmp_path / "plain.txt").write_text("all of this text counts " * 40)
+    mixed = MixtureSource(
+        parts=(
+            MixturePart(name="pairs", source=source),
+            MixturePart(name="plain", source=FilesSource(path=str(tmp_path / "plain.txt"))),
+        )
+    )
+    config = DataConfig(train=mixed, seq_len=50, global_batch=4, cache_dir=str(tmp_path / "cache"))
+    mixture = open_data(mixed, config.cache_dir, ByteTokenizer())
+    assert isinstance(mixture, Mixture)
+    pairs = mixture.parts[0].dataset
+    for batch in (TrainBatches(pairs, config, seed=0).at(3), train_batches(mixture, config, seed=0).at(3)):
+        tokens, targets = np.asarray(batch.tokens), np.asarray(batch.targets)
+        np.testing.assert_array_equal(batch.loss_mask, (targets != ord("p")) & (tokens != END))
+    assert not isinstance(pairs, Task)
+    whole = join(list(evaluation_batches(pairs, seq_len=50, documents="packed", batch_size=4)))
+    ids, flags = read_all(pairs)
+    assert np.sum(whole.loss_mask) == sum(
+        bool(flag & COUNTS) and not before & ENDS for before, flag in itertools.pairwise(flags)
+    )
+    assert len(ids) > 10_000
+
+
+def test_streams_go_on_by_flags(tmp_path: Path) -> None:
+    source = supervised(long_pairs(tmp_path))
+    config = DataConfig(train=source, seq_len=16, global_batch=2, order="streams", cache_dir=str(tmp_path / "cache"))
+    dataset = open_tokens(source, config.cache_dir, ByteTokenizer())
+    batches = TrainBatches(dataset, config, seed=0)
+    for step in range(1, 40):
+        last = np.asarray(batches.at(step - 1).tokens)[:, -1]
+        np.testing.assert_array_equal(batches.at(step).continues, last != END)
+
+
+def test_the_source_says_so_in_its_base() -> None:
+    assert RecordSource(kind="x", records="supervised").records == "supervised"
