@@ -1,4 +1,4 @@
-"""Configs of data: sources of text, the tokenizer, and how text is cut into batches."""
+"""Configs of data: sources of text, and how text is cut into batches."""
 
 import dataclasses
 import itertools
@@ -8,34 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from mamba_jax.config_base import Config, Kinds, require
+from mamba_jax.data.tokenization.config import TokenizerConfig as TokenizerConfig
+from mamba_jax.data.tokenization.config import TokenizerKind as TokenizerKind
 
 if TYPE_CHECKING:
     from mamba_jax.data.batches import Task
     from mamba_jax.data.documents import DocumentReader
     from mamba_jax.data.shards import TokenDataset
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig(Config):
-    """How text becomes token ids.
-
-    Attributes:
-        kind: "byte" is ids 0-255 for bytes and 256 for end-of-document; "hf_json" is a `tokenizers` JSON file.
-        path: the JSON file of "hf_json".
-        end_of_document: the token of "hf_json" that separates documents; it must be in the vocabulary.
-        chat_template: file with the jinja2 template of messages; None takes what lies beside `path`, if anything does.
-    """
-
-    kind: Literal["byte", "hf_json"] = "byte"
-    path: str | None = None
-    end_of_document: str = "<|endoftext|>"
-    chat_template: str | None = None
-
-    def _check(self) -> None:
-        require(
-            (self.kind == "hf_json") == (self.path is not None),
-            f"TokenizerConfig: kind={self.kind!r}, path={self.path!r}; 'hf_json' needs a path and 'byte' takes none",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The command lines that read documents, whose flags are the fields of every source of documents."""
 
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from mamba_jax.config_base import require
-from mamba_jax.data.config import SOURCES, Source, TokenizerConfig
+from mamba_jax.data.config import SOURCES, Source, TokenizerConfig, TokenizerKind
 from mamba_jax.data.shard_writer import SHARD_TOKENS
 from mamba_jax.errors import InputError
 
@@ -50,8 +51,9 @@ class PrepareArguments(SourceArguments):
 
     Attributes:
         output: the new folder; nothing is ever overwritten.
-        tokenizer: `tokenizers` JSON file; bytes without it.
+        tokenizer: `tokenizers` JSON file, SentencePiece .model or .tiktoken vocabulary; bytes without it.
         end_of_document: token of that file that separates documents.
+        encoding: of a .tiktoken vocabulary, its encoding, such as cl100k_base, or its regular expression.
         chat_template: jinja2 file that writes messages, in place of the one beside the tokenizer.
         shard_tokens: token ids in a shard file.
         workers: processes that tokenise; all cores without it. The result does not depend on it.
@@ -60,6 +62,7 @@ class PrepareArguments(SourceArguments):
     output: str
     tokenizer: str | None = None
     end_of_document: str = TokenizerConfig.end_of_document
+    encoding: str | None = None
     chat_template: str | None = None
     shard_tokens: int = SHARD_TOKENS
     workers: int | None = None
@@ -70,10 +73,19 @@ class PrepareArguments(SourceArguments):
     @property
     def tokenizer_config(self) -> TokenizerConfig:
         """The config of the tokenizer that the flags describe."""
-        kind = "byte" if self.tokenizer is None else "hf_json"
         return TokenizerConfig(
-            kind=kind, path=self.tokenizer, end_of_document=self.end_of_document, chat_template=self.chat_template
+            kind=tokenizer_kind(self.tokenizer),
+            path=self.tokenizer,
+            end_of_document=self.end_of_document,
+            encoding=self.encoding,
+            chat_template=self.chat_template,
         )
+
+
+def tokenizer_kind(path: str | None) -> TokenizerKind:
+    """The kind of tokenizer that a file is by its suffix; bytes without a file."""
+    kinds: dict[str, TokenizerKind] = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
+    return "byte" if path is None else kinds.get(os.path.splitext(path)[1], "hf_json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""Text to token ids and back: raw bytes, or a `tokenizers` JSON file."""
+"""Text to token ids and back: raw bytes, or a file of the `tokenizers` library, SentencePiece or tiktoken."""
 
 import abc
 import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -14,9 +15,9 @@ import tokenizers
 from jaxtyping import Bool, Int
 from tokenizers import decoders, models, pre_tokenizers
 
-from mamba_jax.data.config import TokenizerConfig
+from mamba_jax.data.config import TokenizerConfig, TokenizerKind
 from mamba_jax.data.tokenization.chat import ChatTemplate, find_template
-from mamba_jax.data.tokenization.file import library_errors, read_tokenizer, without_prefix_space
+from mamba_jax.data.tokenization.file import library_errors, read_tokenizer, within_text, without_prefix_space
 from mamba_jax.data.tokenization.loss import find_loss
 from mamba_jax.data.tokenization.token_bytes import TokenBytes, byte_characters, find_token_bytes
 from mamba_jax.data.vocabulary import Vocabulary
@@ -200,8 +201,10 @@ class JsonTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
 
     Args:
-        path: the JSON file.
+        path: the JSON file, or one of another kind that says the same.
         end_of_document: the token that separates documents.
+        kind: see `TokenizerConfig`; not "byte".
+        encoding: see `TokenizerConfig`.
 
     Raises:
         InputError: the file is missing, is not a tokenizer or makes ids at random, or the token is unknown or can be
@@ -210,14 +213,18 @@ class JsonTokenizer(Tokenizer):
 
     runs_in_workers = True
 
-    def __init__(self, path: str, *, end_of_document: str) -> None:
-        file = read_tokenizer(path)
+    def __init__(
+        self, path: str, *, end_of_document: str, kind: TokenizerKind = "hf_json", encoding: str | None = None
+    ) -> None:
+        file = read_tokenizer(TokenizerConfig(kind=kind, path=path, end_of_document=end_of_document, encoding=encoding))
         self._tokenizer = file.tokenizer
+        self._words = re.compile("|".join(map(re.escape, file.words))) if file.words else None
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         _check_vocabulary(vocabulary, path)
         if end_of_document not in vocabulary:
             raise InputError(
                 f"tokenizer {path!r} has no token {end_of_document!r}: set tokenizer.end_of_document to one it has"
+                + _named(sorted(token.content for token in self._tokenizer.get_added_tokens_decoder().values()))
             )
         self.vocab_size = max(vocabulary.values()) + 1
         self.known = np.zeros(self.vocab_size, bool)
@@ -241,15 +248,14 @@ class JsonTokenizer(Tokenizer):
             names = sorted(added[i].content for i in special - {unknown})
             raise InputError(
                 f"tokenizer {path!r}: plain text can spell {end_of_document!r}; choose an end_of_document that is "
-                f'marked "special" among its added_tokens'
-                + (f": {', '.join(map(repr, names[:8]))}" if names else ", which has none yet: add one")
+                f'marked "special" among its added_tokens' + (_named(names) or ", which has none yet: add one")
             )
         self.special_texts = tuple(sorted({end_of_document, *(added[i].content for i in special)}))
         self._is_special = np.zeros(self.vocab_size, bool)
         self._is_special[list({self.end_of_document, *special} - {unknown})] = True
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_rest_of_document", "_with_markup", "token_bytes", "lossy"}
+        derived = {"_rest_of_document", "_rest_of_word", "_with_markup", "token_bytes", "lossy"}
         return {name: value for name, value in vars(self).items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -260,6 +266,10 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _rest_of_document(self) -> tokenizers.Tokenizer:
         return without_prefix_space(self._tokenizer)
+
+    @functools.cached_property
+    def _rest_of_word(self) -> tokenizers.Tokenizer:
+        return self._rest_of_document if self._words is None else within_text(self._tokenizer)
 
     @functools.cached_property
     def _with_markup(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
@@ -293,21 +303,27 @@ class JsonTokenizer(Tokenizer):
         return [next(rests if flag else starts) for flag in flags]
 
     def _encode(self, texts: list[str], *, continues: bool) -> list[Int[np.ndarray, " T"]]:
+        """Ids of texts that all begin, or all continue, a document."""
         if not texts:
             return []
-        tokenizer = self._rest_of_document if continues else self._tokenizer
+        return self._encode_by(self._rest_of_document if continues else self._tokenizer, texts)
+
+    def _encode_by(self, tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[Int[np.ndarray, " T"]]:
         return [
-            self._encode_apart(tokenizer, text, continues=continues) if self._is_special[ids].any() else ids
+            self._encode_apart(tokenizer, text)
+            if self._is_special[ids].any() or (self._words is not None and self._words.search(text))
+            else ids
             for text, ids in zip(texts, self._library_ids(tokenizer, texts), strict=True)
         ]
 
-    def _encode_apart(self, tokenizer: tokenizers.Tokenizer, text: str, *, continues: bool) -> Int[np.ndarray, " T"]:
+    def _encode_apart(self, tokenizer: tokenizers.Tokenizer, text: str) -> Int[np.ndarray, " T"]:
         """Ids of a text that spells special tokens which the model itself knows: it is cut within each of them."""
         with library_errors("text that the tokenizer cannot encode"):
             encoding = tokenizer.encode(text, add_special_tokens=False)
         cuts = [0]
         for index, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
-            if not self._is_special[index]:
+            is_word = self._words is not None and self._words.fullmatch(text[start:end])
+            if not self._is_special[index] and not (is_word and text[start:end] == token):
                 continue
             if end - start < 2:
                 raise InputError(
@@ -315,8 +331,10 @@ class JsonTokenizer(Tokenizer):
                     "from the text"
                 )
             cuts.append(start + 1)
-        pieces = [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]
-        return np.concatenate(self.encode_batch(pieces, continues=[continues] + [True] * (len(pieces) - 1)))
+        if len(cuts) == 1:
+            return np.array(encoding.ids, dtype=np.int32)
+        first, *rest = [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]
+        return np.concatenate(self._encode_by(tokenizer, [first]) + self._encode_by(self._rest_of_word, rest))
 
     @staticmethod
     def _library_ids(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[Int[np.ndarray, " T"]]:
@@ -331,6 +349,10 @@ class JsonTokenizer(Tokenizer):
     def to_json(self) -> str:
         # The post-processor would add beginning and end markers, which the model has never seen.
         return json.dumps({**json.loads(self._tokenizer.to_str()), "post_processor": None}, ensure_ascii=False)
+
+
+def _named(tokens: list[str]) -> str:
+    return f": {', '.join(map(repr, tokens[:8]))}" if tokens else ""
 
 
 def _check_vocabulary(vocabulary: dict[str, int], path: str) -> None:
@@ -352,6 +374,7 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.path is None:
         tokenizer, end = ByteTokenizer(), ""
     else:
-        tokenizer, end = JsonTokenizer(config.path, end_of_document=config.end_of_document), config.end_of_document
+        end = config.end_of_document
+        tokenizer = JsonTokenizer(config.path, end_of_document=end, kind=config.kind, encoding=config.encoding)
     tokenizer.chat_template = find_template(config.path, config.chat_template, end_of_document=end)
     return tokenizer

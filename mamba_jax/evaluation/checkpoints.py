@@ -12,7 +12,7 @@ import jax
 import tyro
 
 from mamba_jax.data.batches import Task
-from mamba_jax.data.config import Documents, FilesSource, Source, TextFolderSource, TokenizerConfig
+from mamba_jax.data.config import Documents, FilesSource, Source, TextFolderSource, TokenizerConfig, TokenizerKind
 from mamba_jax.data.mixture import Mixture
 from mamba_jax.data.pipeline import evaluation_batches, open_data
 from mamba_jax.data.shards import TokenDataset
@@ -49,12 +49,19 @@ _TASK_BATCH_SIZE = 16
 
 
 def _tokenizer_flags(
-    kind: Literal["byte", "hf_json"] | None = None, path: str | None = None, end_of_document: str | None = None
+    kind: TokenizerKind | None = None,
+    path: str | None = None,
+    end_of_document: str | None = None,
+    encoding: str | None = None,
 ) -> TokenizerConfig | None:
+    """The tokenizer that flags name; None if they name none."""
     if kind is None and path is None and end_of_document is None:
         return None
     return TokenizerConfig(
-        kind=kind or "hf_json", path=path, end_of_document=end_of_document or TokenizerConfig.end_of_document
+        kind=kind or "hf_json",
+        path=path,
+        end_of_document=end_of_document or TokenizerConfig.end_of_document,
+        encoding=encoding,
     )
 
 

@@ -67,7 +67,12 @@ def tokenizer_of_run(folder: Path, own: TokenizerConfig) -> TokenizerConfig:
     path, template = folder / _TOKENIZER, folder / CHAT_TEMPLATE
     if lexists(template):
         own = dataclasses.replace(own, chat_template=str(template))
-    return dataclasses.replace(own, path=str(path)) if own.kind == "hf_json" and lexists(path) else own
+    if own.path is None:
+        return own
+    if lexists(path):
+        return dataclasses.replace(own, kind="hf_json", path=str(path), encoding=None)
+    same = folder / Path(own.path).name
+    return dataclasses.replace(own, path=str(same)) if lexists(same) else own
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -80,8 +85,9 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         try:
             require_file(Path(config.path))
         except InputError as error:
+            name = _TOKENIZER if config.kind == "hf_json" else Path(config.path).name
             raise InputError(
-                f"the tokenizer is missing ({error}): put it into the checkpoint's folder as {_TOKENIZER}"
+                f"the tokenizer is missing ({error}): put it into the checkpoint's folder as {name}"
             ) from None
     return make_tokenizer(config)
 
@@ -119,7 +125,7 @@ def written(config: TokenizerConfig, model: ModelConfig, *, layout: str) -> dict
     tokenizer = open_tokenizer(config)
     text = tokenizer.to_json()
     end = tokenizers.Tokenizer.from_str(text).id_to_token(tokenizer.end_of_document)
-    own = b"" if config.path is None else read_file(Path(config.path))
+    own = read_file(Path(config.path)) if config.kind == "hf_json" and config.path is not None else b""
     is_plain = bool(own) and not _adds(_parse(own, Path(config.path or "")))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

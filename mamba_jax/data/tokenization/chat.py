@@ -119,7 +119,11 @@ class ChatTemplate:
         template = _compiled(self.text, self.origin)
         try:
             return template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
             )
         # A template can do anything that an expression can: take what is missing, divide by zero.
         except Exception as error:

@@ -11,6 +11,9 @@ from typing import Any
 
 import tokenizers
 
+from mamba_jax.data.tokenization.config import TokenizerConfig
+from mamba_jax.data.tokenization.sentencepiece import LEADING_SPACES, sentencepiece_description, spelled_words
+from mamba_jax.data.tokenization.tiktoken import tiktoken_description
 from mamba_jax.errors import InputError
 
 # A vocabulary of a million tokens takes about 70 MB; a file of more than 256 MiB is something else.
@@ -23,18 +26,20 @@ class TokenizerFile:
     """A tokenizer file that has been read and checked.
 
     Attributes:
-        data: the bytes of the file.
+        data: what defines the ids: the bytes of the file, and the pattern of a vocabulary of tiktoken.
         tokenizer: the tokenizer that the file describes.
+        words: tokens that the model takes for words where a text spells them, and that stand for something else.
         unknown: id of the token that replaces text without a token of its own; None if the tokenizer has no such token.
     """
 
     data: bytes
     tokenizer: tokenizers.Tokenizer
+    words: tuple[str, ...]
     unknown: int | None
 
 
-def read_tokenizer(path: str) -> TokenizerFile:
-    """Reads a file of the `tokenizers` library.
+def read_tokenizer(config: TokenizerConfig) -> TokenizerFile:
+    """Reads a file of the `tokenizers` library, or one that says the same in another format.
 
     Settings in the file that would change the ids of a text are switched off: truncation and padding would silently cut
     documents, and parsing special tokens from plain text would let a document forge its own end.
@@ -42,13 +47,20 @@ def read_tokenizer(path: str) -> TokenizerFile:
     Raises:
         InputError: the file cannot be read, is not a tokenizer, or makes ids at random.
     """
-    data = _read(path)
-    try:
-        description = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path!r} is not a tokenizer of the `tokenizers` library: {_reason(error)}") from None
-    if not isinstance(description, dict):
-        raise InputError(f"{path!r} is not a tokenizer of the `tokenizers` library: it holds no JSON object")
+    assert config.path is not None
+    path, words = config.path, ()
+    data = text = _read(path)
+    if config.kind == "sentencepiece":
+        description = sentencepiece_description(data, path)
+        words = spelled_words(description)
+    elif config.kind == "tiktoken":
+        assert config.encoding is not None
+        description = tiktoken_description(data, path, encoding=config.encoding, end_of_document=config.end_of_document)
+        data += config.encoding.encode()
+    else:
+        description = _parse(data, path)
+    if config.kind != "hf_json":
+        text = json.dumps(description, ensure_ascii=False).encode()
     model = description.get("model")
     if not isinstance(model, dict):
         raise InputError(f"{path!r} is not a tokenizer of the `tokenizers` library: it holds no model")
@@ -60,15 +72,32 @@ def read_tokenizer(path: str) -> TokenizerFile:
     if any(not _is_whole(value) for value in _character_maps(description.get("normalizer"))):
         raise InputError(f"tokenizer {path!r} is damaged: its precompiled_charsmap is cut short; fetch the file anew")
     with library_errors(f"{path!r} is not a tokenizer of the `tokenizers` library"):
-        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        tokenizer = tokenizers.Tokenizer.from_buffer(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     # Only Unigram models name the unknown token by its id.
     token, unknown = model.get("unk_token"), model.get("unk_id")
     return TokenizerFile(
-        data=data, tokenizer=tokenizer, unknown=unknown if token is None else tokenizer.token_to_id(token)
+        data=data,
+        tokenizer=tokenizer,
+        words=words,
+        unknown=unknown if token is None else tokenizer.token_to_id(token),
     )
+
+
+def _parse(data: bytes, path: str) -> dict[str, Any]:
+    """The JSON object of a file of the `tokenizers` library."""
+    what = f"{path!r} is not a tokenizer of the `tokenizers` library"
+    try:
+        description = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{what}: {_reason(error)} (tokenizer.kind says what a file is: hf_json, sentencepiece or tiktoken)"
+        ) from None
+    if not isinstance(description, dict):
+        raise InputError(f"{what}: it holds no JSON object")
+    return description
 
 
 @contextlib.contextmanager
@@ -88,17 +117,23 @@ def library_errors(message: str, *, advice: str = "") -> Iterator[None]:
         raise InputError(f"{message}: {_reason(error)}{advice}") from None
 
 
+def within_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer without the settings that add a space in front of a text or take spaces away there."""
+    description = json.loads(tokenizer.to_str())
+    for part in ("normalizer", "pre_tokenizer"):
+        description[part] = _without_prefix(description[part])
+    bare = tokenizers.Tokenizer.from_str(json.dumps(description))
+    bare.encode_special_tokens = True
+    return bare
+
+
 def without_prefix_space(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     r"""The tokenizer without the setting that adds a space in front of a text, for text in the middle of a document.
 
     Returned only if it encodes "b" as the original encodes the "b" of "a\nb". Tokenizers that add a space at the start
     of every line differ there, and are returned unchanged.
     """
-    description = json.loads(tokenizer.to_str())
-    for part in ("normalizer", "pre_tokenizer"):
-        description[part] = _without_prefix(description[part])
-    bare = tokenizers.Tokenizer.from_str(json.dumps(description))
-    bare.encode_special_tokens = True
+    bare = within_text(tokenizer)
     head, rest = "a\n", "b"
     return bare if _surface(tokenizer, head) + _surface(bare, rest) == _surface(tokenizer, head + rest) else tokenizer
 
@@ -154,6 +189,8 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
             kept = {name: [m for m in map(_without_prefix, value) if m is not None] for name, value in members.items()}
             return {"type": "Sequence", **kept}
         case {"type": "Prepend"}:
+            return None
+        case {"type": "Replace", "pattern": {"Regex": pattern}} if pattern == LEADING_SPACES:
             return None
         case {"type": "Metaspace"}:
             return {**part, "prepend_scheme": "never"}

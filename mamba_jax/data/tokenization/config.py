@@ -1,0 +1,41 @@
+"""Config of the tokenizer."""
+
+import dataclasses
+from typing import Literal
+
+from mamba_jax.config_base import Config, require
+
+TokenizerKind = Literal["byte", "hf_json", "sentencepiece", "tiktoken"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(Config):
+    """How text becomes token ids.
+
+    Attributes:
+        kind: "byte" is ids 0-255 for bytes and 256 for end-of-document; "hf_json" is a `tokenizers` JSON file,
+            "sentencepiece" a SentencePiece model, "tiktoken" a vocabulary of tiktoken.
+        path: the file, of all but "byte".
+        end_of_document: the token that separates documents; it must be in the vocabulary of the file.
+        encoding: of "tiktoken" the published encoding, such as "cl100k_base", or a regular expression that cuts words.
+        chat_template: file with the jinja2 template of messages; None takes what lies beside `path`, if anything does.
+    """
+
+    kind: TokenizerKind = "byte"
+    path: str | None = None
+    end_of_document: str = "<|endoftext|>"
+    encoding: str | None = None
+    chat_template: str | None = None
+
+    def _check(self) -> None:
+        """Refuses kinds without their file or pattern, and files and patterns without their kind."""
+        needs = "'byte' takes none" if self.kind == "byte" else f"{self.kind!r} needs a path"
+        require(
+            (self.kind == "byte") == (self.path is None),
+            f"TokenizerConfig: kind={self.kind!r}, path={self.path!r}; {needs}",
+        )
+        require(
+            (self.kind == "tiktoken") == (self.encoding is not None),
+            f"TokenizerConfig: kind={self.kind!r}, encoding={self.encoding!r}; 'tiktoken' needs the name of an encoding "
+            "or a pattern, and no other kind has one",
+        )
