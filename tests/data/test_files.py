@@ -284,10 +284,3 @@ def test_the_command_for_a_table_of_separated_values_converts_it(tmp_path: Path)
     assert shlex.split(command)[0] == "python"
     subprocess.run(command, shell=True, check=True)
     assert texts(tmp_path / "the table.jsonl", template="{text} {n}") == ['a "b", é\nc 3']
-
-
-def test_tables_whose_columns_differ_in_type_are_named_before_anything_is_read(tmp_path: Path) -> None:
-    write_table(tmp_path / "a.parquet", [{"text": "one"}])
-    write_table(tmp_path / "b.parquet", [{"text": 2}])
-    with pytest.raises(InputError, match=r"column 'text' is string in .*a\.parquet and int64 in .*b\.parquet; give"):
-        FilesSource(path=str(tmp_path)).open()

@@ -122,3 +122,14 @@ def test_mistakes_get_one_line(datasets: Any, saved: Path, loadable: Path, tmp_p
     data.write_bytes(data.read_bytes()[:200])
     with pytest.raises(InputError, match="cannot open the Hugging Face dataset"):
         texts(saved)
+
+
+def test_supervised_rows(datasets: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}"} for i in range(9)]
+    source = HuggingFaceSource(name=str(write_rows(tmp_path / "pairs", rows)), records="supervised")
+    pieces = [(piece.text, piece.counts, piece.ends_document) for piece in source.open().pieces()]
+    assert pieces[:2] == [("0+1=", False, False), ("1", True, True)]
+    assert len(pieces) == 18
+    bad = write_rows(tmp_path / "bad", [{"body": "x"}])
+    with pytest.raises(InputError, match=r"bad train has neither the field 'messages' nor 'prompt' and 'completion'"):
+        HuggingFaceSource(name=str(bad), records="supervised").open()

@@ -18,6 +18,8 @@ from mamba_jax.data.config import MixturePart, MixtureSource, RecordSource
 from mamba_jax.data.mixture import Mixture
 from mamba_jax.data.pipeline import TrainBatches, evaluation_batches, open_data, train_batches
 from mamba_jax.data.prepare import main as prepare
+from mamba_jax.data.prepare import write_shards
+from mamba_jax.data.shard_writer import ShardWriter
 from mamba_jax.data.shards import COUNTS, ENDS, TokenDataset
 from mamba_jax.data.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
@@ -331,6 +333,34 @@ def test_flags_pass_through_shards_of_several_files_and_a_copy_left_out(
         assert bool(flag & ENDS) == (token == END)
     lines = set(Path(path).read_text().splitlines())
     assert dataset.num_documents == len(lines) < 800
+
+
+def test_processes_and_a_writer_that_was_interrupted_write_the_same_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = long_pairs(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(small("byte_level"))
+    tokenizer = make_tokenizer(TokenizerConfig(kind="hf_json", path=str(tmp_path / "tokenizer.json")))
+
+    def write(name: str, workers: int) -> dict[str, bytes]:
+        write_shards(supervised(path).open(), tokenizer, tmp_path / name, shard_tokens=4096, workers=workers)
+        return {file.name: file.read_bytes() for file in sorted((tmp_path / name).iterdir())}
+
+    monkeypatch.setattr("mamba_jax.data.prepare._BATCH_BYTES", 2000)
+    whole = write("whole", 1)
+    assert len(whole) > 3
+    keep = ShardWriter._keep
+
+    def stop(writer: ShardWriter) -> None:
+        keep(writer)
+        raise InputError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_keep", stop)
+        with pytest.raises(InputError, match="stopped"):
+            write("out", 1)
+    monkeypatch.setattr("mamba_jax.data.tokenization.stream._ALONE_BYTES", 1)
+    assert write("out", 2) == whole
 
 
 def test_batches_count_completions_only_in_training_mixtures_and_evaluation(tmp_path: Path) -> None:

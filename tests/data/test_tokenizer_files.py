@@ -233,10 +233,10 @@ def test_damaged_models_are_refused_or_read(name: str, tmp_path: Path) -> None:
 def test_kinds_and_their_files_go_together() -> None:
     for fields, message in (
         ({"kind": "sentencepiece"}, "kind='sentencepiece', path=None; 'sentencepiece' needs a path"),
-        ({"kind": "tiktoken", "path": "a"}, "kind='tiktoken', encoding=None; 'tiktoken' needs the name of an encoding"),
+        ({"kind": "tiktoken", "path": "a"}, "kind='tiktoken', encoding=None; 'tiktoken' needs an encoding's name"),
         (
             {"kind": "hf_json", "path": "a", "encoding": "gpt2"},
-            "encoding='gpt2'; 'tiktoken' needs the name of an encoding",
+            "encoding='gpt2'; 'tiktoken' needs an encoding's name",
         ),
     ):
         with pytest.raises(InputError, match=re.escape(message)):

@@ -36,6 +36,6 @@ class TokenizerConfig(Config):
         )
         require(
             (self.kind == "tiktoken") == (self.encoding is not None),
-            f"TokenizerConfig: kind={self.kind!r}, encoding={self.encoding!r}; 'tiktoken' needs the name of an encoding "
+            f"TokenizerConfig: kind={self.kind!r}, encoding={self.encoding!r}; 'tiktoken' needs an encoding's name "
             "or a pattern, and no other kind has one",
         )
