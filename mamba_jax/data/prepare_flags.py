@@ -1,7 +1,6 @@
 """The command lines that read documents, whose flags are the fields of every source of documents."""
 
 import dataclasses
-import os
 import re
 import typing
 from collections.abc import Iterator
@@ -10,8 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from mamba_jax.config_base import require
-from mamba_jax.data.config import SOURCES, Source, TokenizerConfig, TokenizerKind
+from mamba_jax.data.config import SOURCES, Source, TokenizerConfig
 from mamba_jax.data.shard_writer import SHARD_TOKENS
+from mamba_jax.data.tokenization.config import tokenizer_kind
 from mamba_jax.errors import InputError
 
 
@@ -80,12 +80,6 @@ class PrepareArguments(SourceArguments):
             encoding=self.encoding,
             chat_template=self.chat_template,
         )
-
-
-def tokenizer_kind(path: str | None) -> TokenizerKind:
-    """The kind of tokenizer that a file is by its suffix; bytes without a file."""
-    kinds: dict[str, TokenizerKind] = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
-    return "byte" if path is None else kinds.get(os.path.splitext(path)[1], "hf_json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from mamba_jax.data.config import Documents, FilesSource, Source, TextFolderSour
 from mamba_jax.data.mixture import Mixture
 from mamba_jax.data.pipeline import evaluation_batches, open_data
 from mamba_jax.data.shards import TokenDataset
+from mamba_jax.data.tokenization.config import tokenizer_kind
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
@@ -58,7 +59,7 @@ def _tokenizer_flags(
     if kind is None and path is None and end_of_document is None:
         return None
     return TokenizerConfig(
-        kind=kind or "hf_json",
+        kind=kind or (tokenizer_kind(path) if path else "hf_json"),
         path=path,
         end_of_document=end_of_document or TokenizerConfig.end_of_document,
         encoding=encoding,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mamba_jax.config_base import Config, from_json, require
 from mamba_jax.data.config import TokenizerConfig
+from mamba_jax.data.tokenization.config import tokenizer_kind
 from mamba_jax.errors import InputError, short
 from mamba_jax.evaluation.scoring import Pair, Score, Scorer
 from mamba_jax.generation.sampling import SamplingConfig
@@ -216,7 +217,8 @@ def _model(checkpoint: str | Path | Model, config: HarnessConfig) -> Model:
     dtype = None if config.dtype == "auto" else config.dtype
     model = load(str(checkpoint), step=config.step, weights=config.weights, compute_dtype=dtype)
     if config.tokenizer is not None:
-        own = TokenizerConfig(kind="hf_json", path=config.tokenizer, end_of_document=config.end_of_document)
+        kind = tokenizer_kind(config.tokenizer)
+        own = TokenizerConfig(kind=kind, path=config.tokenizer, end_of_document=config.end_of_document)
         model = Model(model.config, model.params, tokenizer=own)
     return opened(model)
 

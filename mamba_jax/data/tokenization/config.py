@@ -1,11 +1,18 @@
 """Config of the tokenizer."""
 
 import dataclasses
+import os
 from typing import Literal
 
 from mamba_jax.config_base import Config, require
 
 TokenizerKind = Literal["byte", "hf_json", "sentencepiece", "tiktoken"]
+
+
+def tokenizer_kind(path: str | None) -> TokenizerKind:
+    """The kind of tokenizer that a file is by its suffix; bytes without a file."""
+    kinds: dict[str, TokenizerKind] = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
+    return "byte" if path is None else kinds.get(os.path.splitext(path)[1], "hf_json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
