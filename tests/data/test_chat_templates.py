@@ -15,12 +15,14 @@ import pytest
 from mamba_jax.config import DataConfig, TokenizerConfig
 from mamba_jax.data.pipeline import TrainBatches, open_data
 from mamba_jax.data.shards import COUNTS, ENDS
+from mamba_jax.data.tokenization.tiktoken import ENCODINGS
 from mamba_jax.data.tokenizer import ByteTokenizer, Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
 from tests.data.conftest import open_tokens
 from tests.data.small_tokenizers import small
 from tests.data.test_supervised import PAIRS, counted, read_all, supervised, write_lines
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizers"
 CHAT = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "hi"},
@@ -201,3 +203,20 @@ def test_another_template_makes_another_cache(tmp_path: Path, chat_tokenizer: Ca
     ]
     assert found[0] == found[2] != found[1]
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_ids_and_what_counts_are_those_of_transformers(tmp_path: Path) -> None:
+    """`chats.json` holds what `apply_chat_template` of transformers 5 makes of chats with an exported tokenizer."""
+    pytest.importorskip("jinja2")
+    golden = json.loads((GOLDEN / "chats.json").read_text())
+    (tmp_path / "template.jinja").write_text(golden["template"])
+    config = TokenizerConfig(
+        kind="tiktoken",
+        path=str(GOLDEN / "small.tiktoken"),
+        encoding=ENCODINGS["gpt2"].pattern,
+        chat_template=str(tmp_path / "template.jinja"),
+    )
+    path = write_lines(tmp_path / "chats.jsonl", [{"messages": chat["messages"]} for chat in golden["chats"]])
+    ids, flags = read_all(open_tokens(supervised(path), str(tmp_path / "cache"), make_tokenizer(config)))
+    assert ids == [token for chat in golden["chats"] for token in chat["ids"]]
+    assert [flag & COUNTS for flag in flags] == [count for chat in golden["chats"] for count in chat["counts"]]
