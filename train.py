@@ -35,7 +35,9 @@ def run(parser: argparse.ArgumentParser) -> int:
         if flags.help:
             return 0
         raise InputError(f"{parser.format_usage().strip()}; --help says more")
-    config = load_config(flags.config, overrides + ["--help"] * flags.help)
+    from mamba_jax.export.initial import model_for
+
+    config = load_config(flags.config, overrides + ["--help"] * flags.help, model_for=model_for)
     if flags.compile_only:
         from mamba_jax.pods.compile import print_report
 

@@ -1,20 +1,23 @@
 """What the command-line programs share: error lines, output that may fail, config files with overrides."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from mamba_jax.errors import InputError
-from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.experiment import FROM_CHECKPOINT, ExperimentConfig
+from mamba_jax.models.config import ModelConfig
+from mamba_jax.training.config import TrainConfig
 
 # Ctrl-C that ended the program at once. 128 + SIGINT is left to a run that Ctrl-C stopped and that has saved.
 EXIT_INTERRUPTED = 3
@@ -172,15 +175,20 @@ def _one_line(report: str) -> str:
     return f"{message}; did you mean {suggestion}?" if message.startswith("Unrecognized") and suggestion else message
 
 
-def load_config(path: str, overrides: Sequence[str]) -> ExperimentConfig:
+def load_config(
+    path: str, overrides: Sequence[str], *, model_for: Callable[[TrainConfig], ModelConfig] | None = None
+) -> ExperimentConfig:
     """Runs `get_config()` of a config file and applies overrides such as `--train.num-steps 100`.
 
     Args:
         path: a Python file that defines `get_config() -> ExperimentConfig`.
         overrides: command-line flags.
+        model_for: gives the model of what the config's `train` begins with, if it or `--model from_checkpoint` asks for
+            that; flags then change its fields. None leaves the config as it is.
 
     Raises:
-        InputError: the file is missing, cannot be run, has no `get_config`, or it returns something else.
+        InputError: the file is missing, cannot be run, has no `get_config`, or it returns something else; or what
+            `model_for` raises.
     """
     source = _read_config_file(path)
     with _config_module(path) as module:
@@ -198,7 +206,39 @@ def load_config(path: str, overrides: Sequence[str]) -> ExperimentConfig:
             raise InputError(f"config {path!r} cannot be run{_place(error, path)}: {_describe(error)}") from error
         if not isinstance(config, ExperimentConfig):
             raise InputError(f"get_config() of {path!r} returned {type(config).__name__}, expected ExperimentConfig")
-        return parse(ExperimentConfig, overrides, default=config, prog=f"train.py {path}")
+        words, config = _with_model(list(overrides), config, model_for)
+        return parse(ExperimentConfig, words, default=config, prog=f"train.py {path}")
+
+
+def _with_model(
+    words: list[str], config: ExperimentConfig, model_for: Callable[[TrainConfig], ModelConfig] | None
+) -> tuple[list[str], ExperimentConfig]:
+    """Flags and config once the model that they take from a checkpoint is known, so that flags can change it."""
+    given, words = _taken(words, "--model")
+    if given not in (None, FROM_CHECKPOINT):
+        raise InputError(f"--model {given} is no model: give {FROM_CHECKPOINT}, or fields such as --model.num-layers")
+    if model_for is None or FROM_CHECKPOINT not in (given, config.model):
+        return words, config
+    fields: dict[str, Any] = {}
+    for name in ("init_from", "branch_from", "run_dir"):
+        if (value := _taken(words, f"--train.{name}")[0]) is not None:
+            fields[name] = value
+    train = dataclasses.replace(config.train, **fields)
+    return words, dataclasses.replace(config, model=model_for(train))
+
+
+def _taken(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The last value of a flag, which may have hyphens in place of underscores, and the words without it."""
+    value, rest = None, []
+    queue = list(words)
+    while queue:
+        name, has_value, own = queue[0].partition("=")
+        if name.replace("-", "_") != flag.replace("-", "_"):
+            rest.append(queue.pop(0))
+            continue
+        queue.pop(0)
+        value = own if has_value else queue.pop(0) if queue else None
+    return value, rest
 
 
 def _read_config_file(path: str) -> bytes:

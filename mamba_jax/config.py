@@ -21,9 +21,11 @@ from mamba_jax.data.config import TextFolderSource as TextFolderSource
 from mamba_jax.data.config import TfdsSource as TfdsSource
 from mamba_jax.data.config import TokenizerConfig as TokenizerConfig
 from mamba_jax.evaluation.config import EvaluationConfig as EvaluationConfig
+from mamba_jax.experiment import FROM_CHECKPOINT as FROM_CHECKPOINT
 from mamba_jax.experiment import ExperimentConfig as ExperimentConfig
 from mamba_jax.models.config import DType as DType
 from mamba_jax.models.config import Hybrid as Hybrid
+from mamba_jax.models.config import LoraConfig as LoraConfig
 from mamba_jax.models.config import ModelConfig as ModelConfig
 from mamba_jax.models.config import Unit as Unit
 from mamba_jax.models.mixers import *  # noqa: F403  the config of every mixer

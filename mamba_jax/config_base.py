@@ -170,7 +170,7 @@ def nested_fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _describe(detail: Any) -> str:
     """Turns one error of pydantic's `errors()` into a short text; for an unknown key it suggests a similar one."""
-    path = ".".join(str(part) for part in detail["loc"])
+    path = ".".join(str(part) for part in detail["loc"] if part != "")
     if detail["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(str(detail["loc"][-1]), _field_names(), n=1)
         return f"unknown key {path!r}" + (f", did you mean {close[0]!r}?" if close else "")

@@ -1,13 +1,30 @@
 """The config of a whole experiment: model, data, optimizer, loop, devices, checkpoints and evaluation."""
 
 import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+from pydantic_core import core_schema
 
 from mamba_jax.config_base import Config, require
 from mamba_jax.data.config import DataConfig
 from mamba_jax.evaluation.config import EvaluationConfig
-from mamba_jax.models.config import ModelConfig
+from mamba_jax.models.config import LoraConfig, ModelConfig
 from mamba_jax.sharding.config import MeshConfig
 from mamba_jax.training.config import CheckpointConfig, FaultsConfig, OptimizerConfig, ProgramConfig, TrainConfig
+
+# The model of a config that takes it from the weights it begins with; whoever reads a config puts theirs there.
+FROM_CHECKPOINT: Any = "from_checkpoint"
+if TYPE_CHECKING:
+    _Model = ModelConfig
+else:
+
+    def _model_or_word(source: Any, schema: Any) -> Any:
+        """A schema with which what is wrong in a model is told as if there were no alternative."""
+        choices = {"": schema(ModelConfig), FROM_CHECKPOINT: core_schema.literal_schema([FROM_CHECKPOINT])}
+        return core_schema.tagged_union_schema(choices, lambda value: FROM_CHECKPOINT if isinstance(value, str) else "")
+
+    _Model = Annotated[ModelConfig | Literal["from_checkpoint"], pydantic.GetPydanticSchema(_model_or_word)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +34,7 @@ class ExperimentConfig(Config):
     Attributes:
         name: a short name for logs and plots.
         seed: seed of the initial parameters, the order of the data, and text samples.
-        model: the network.
+        model: the network; or `FROM_CHECKPOINT`, which is the text "from_checkpoint", for that of `train.init_from`.
         data: the text.
         optimizer: the update rule.
         train: the loop.
@@ -25,11 +42,12 @@ class ExperimentConfig(Config):
         checkpoint: saving.
         evaluation: held-out loss.
         faults: skipped steps and deadlines.
+        lora: adapters that are trained in place of the network's parameters.
     """
 
     name: str
     seed: int = 0
-    model: ModelConfig
+    model: _Model
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -37,6 +55,7 @@ class ExperimentConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     faults: FaultsConfig = FaultsConfig()
+    lora: LoraConfig = LoraConfig()
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -44,8 +63,18 @@ class ExperimentConfig(Config):
         return self.evaluation.batch_size or self.data.global_batch
 
     def _check(self) -> None:
+        """Refuses adapters without weights that they belong to, and what contradicts itself."""
         require(0 <= self.seed < 2**32, f"ExperimentConfig.seed must lie in 0 .. 2**32 - 1, got {self.seed}")
-        _ = self.program  # checks that its parts go together
+        require(
+            self.lora.rank is None or (self.train.init_from or self.train.branch_from) is not None,
+            f"lora.rank={self.lora.rank} trains adapters of weights that are there: give train.init_from",
+        )
+        require(
+            self.lora.rank is None or not self.train.init_optimizer,
+            f"train.init_optimizer: adapters (lora.rank={self.lora.rank}) begin anew, with their moments: leave it out",
+        )
+        if self.model != FROM_CHECKPOINT:
+            _ = self.program  # checks that its parts go together
 
     @property
     def program(self) -> ProgramConfig:
@@ -59,6 +88,7 @@ class ExperimentConfig(Config):
             model=self.model,
             optimizer=self.optimizer,
             faults=self.faults,
+            lora=self.lora,
             seed=self.seed,
             num_steps=train.num_steps,
             global_batch=data.global_batch,

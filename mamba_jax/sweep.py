@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 
 from mamba_jax.cli import load_config, one_line_errors, print_result
-from mamba_jax.errors import InputError
+from mamba_jax.errors import InputError, brief
 from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.export.initial import model_for
 from mamba_jax.files import replacement
 from mamba_jax.report.page import render
 from mamba_jax.report.run import Run, read_run
+from mamba_jax.report.swept import Outcome, plot_outcomes
 from mamba_jax.run import distributed, loop, watchdog
 from mamba_jax.run.directory import check_run_directory
 
@@ -23,7 +25,8 @@ _USAGE = """usage: python -m mamba_jax.sweep CONFIG [--sweep-dir DIR] [--field v
 
 Trains CONFIG once for every combination of the values of the fields that have several, one after the other, each in a
 folder of its own below DIR (runs/NAME_sweep by default). The same command goes on where it stopped and leaves finished
-runs as they are. A table of all is printed at the end; DIR/report.html shows and compares them.
+runs as they are. A table of all is printed at the end; DIR/report.html shows and compares them, and DIR/sweep.png has
+their final losses against the values.
 Fields are those of train.py, whose --help lists them; one with a single value or none is the same in all runs."""
 _SWEEP_DIR = "--sweep-dir"
 _RESERVED = ("--train.run-dir", "--train.run_dir", "--name")
@@ -99,7 +102,7 @@ def plan(path: str, words: Sequence[str]) -> list[Trial]:
     trials = []
     for values in itertools.product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
-        config = load_config(path, [*fixed, *itertools.chain(*chosen.items())])
+        config = load_config(path, [*fixed, *itertools.chain(*chosen.items())], model_for=model_for)
         name = _name(chosen) or config.name
         folder = Path(given[0].replace("{name}", config.name)) / name
         train = dataclasses.replace(config.train, run_dir=str(folder))
@@ -165,10 +168,7 @@ def table(trials: Sequence[Trial], failures: Mapping[str, str]) -> str:
     rows = []
     for trial in trials:
         run = _read(trial)
-        loss, held_out, bits = (
-            None if run is None else run.last(kind, name)
-            for kind, name in (("train", "cross_entropy"), ("validation", "loss"), ("validation", "bits_per_byte"))
-        )
+        loss, held_out, bits = _last_losses(run)
         status = "failed" if trial.name in failures else "not begun" if run is None else run.status
         numbers = ["" if value is None else f"{value:.4f}" for value in (loss, held_out, bits)]
         order = (held_out is None, held_out if held_out is not None else loss or float("inf"))
@@ -181,6 +181,27 @@ def table(trials: Sequence[Trial], failures: Mapping[str, str]) -> str:
     )
 
 
+def _last_losses(run: Run | None) -> tuple[float | None, float | None, float | None]:
+    """Training loss, held-out loss and bits per byte at the end of a run, as far as it has them."""
+    if run is None:
+        return None, None, None
+    return run.last("train", "cross_entropy"), run.last("validation", "loss"), run.last("validation", "bits_per_byte")
+
+
+def _plot(trials: Sequence[Trial]) -> str:
+    """Draws the losses against the values; returns what to say of it."""
+    path = trials[0].folder.parent / "sweep.png"
+    outcomes = []
+    for trial in trials:
+        loss, held_out, _ = _last_losses(_read(trial))
+        outcomes.append(Outcome(values=trial.values, loss=loss, held_out=held_out))
+    try:
+        return f" and {path}" if plot_outcomes(path, outcomes, title=path.parent.name) else ""
+    # The table and the page say the same.
+    except Exception as error:
+        return f"; no picture {path} ({brief(error)})"
+
+
 def _show(trials: Sequence[Trial], failures: Mapping[str, str]) -> None:
     """Writes the page of all runs that have begun, and prints the table."""
     runs = [run for run in map(_read, trials) if run is not None]
@@ -191,7 +212,7 @@ def _show(trials: Sequence[Trial], failures: Mapping[str, str]) -> None:
                 temporary.write_bytes(render(runs).encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise InputError(f"cannot write {output} ({error.strerror}): make room there, and run it again") from None
-    print_result(table(trials, failures) + (f"\nwrote {output}" if runs else ""))
+    print_result(table(trials, failures) + (f"\nwrote {output}{_plot(trials)}" if runs else ""))
 
 
 def _read(trial: Trial) -> Run | None:

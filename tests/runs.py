@@ -88,7 +88,7 @@ def make_config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeC
             names = cls.__dataclass_fields__.keys()
             return cls(**{**defaults, **{name: fields.pop(name) for name in list(fields) if name in names}})
 
-        sections = {name: fields.pop(name) for name in ("seed", "checkpoint", "evaluation") if name in fields}
+        sections = {name: fields.pop(name) for name in ("seed", "checkpoint", "evaluation", "lora") if name in fields}
         config = ExperimentConfig(
             name="test",
             model=section(
@@ -130,7 +130,7 @@ def shared_step() -> Iterator[None]:
     make, made = program.make_train_step, {}
 
     def make_once(config: ProgramConfig, *rest: Any) -> Any:
-        key = (config.model, config.optimizer, config.num_steps)
+        key = (config.model, config.optimizer, config.lora, config.num_steps)
         if key not in made:
             made[key] = make(config, *rest)
         return made[key]

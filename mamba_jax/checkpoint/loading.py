@@ -18,6 +18,7 @@ from mamba_jax.config_base import from_json
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.parameters import Params, define
+from mamba_jax.models.storage.low_rank import adapted, merged
 
 _ITEM = {"weights": "params", "average": "ema"}
 # If a checkpoint is removed while it is read, a newer one exists and is tried. Twenty in a row means that the run
@@ -31,14 +32,16 @@ class LoadedParams:
 
     Attributes:
         config: the experiment that made them.
-        params: on the first local device.
+        params: on the first local device; those of the model, into which adapters are merged.
         step: updates done.
+        stored: the same as the run stores them, with a `LowRank` where there is an adapter.
         run: id of the run that made them; None if it recorded none.
     """
 
     config: ExperimentConfig
     params: Params
     step: int
+    stored: Params
     run: str | None = None
 
 
@@ -166,9 +169,15 @@ def _load(folder: Path, weights: Literal["weights", "average"]) -> LoadedParams:
         if weights == "average" and config.optimizer.ema_decay is None:
             raise InputError(f"{folder.parent.parent} keeps no average of the weights: optimizer.ema_decay was not set")
     item = _ITEM[weights]
-    abstract = {item: _on_first_device(define(config.model).params)}
-    params = read_arrays(folder, abstract, identity=None)[item]
-    return LoadedParams(config=config, params=params, step=record.step, run=(record.identity or {}).get("run"))
+    abstract = {item: _on_first_device(adapted(define(config.model), config.lora).params)}
+    stored = read_arrays(folder, abstract, identity=None)[item]
+    return LoadedParams(
+        config=config,
+        params=merged(stored),
+        step=record.step,
+        stored=stored,
+        run=(record.identity or {}).get("run"),
+    )
 
 
 def _config(record: records.Record, folder: Path) -> ExperimentConfig:

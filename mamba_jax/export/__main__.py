@@ -8,8 +8,9 @@ import tyro
 
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
-from mamba_jax.export import companions, huggingface, llama_cpp
+from mamba_jax.export import companions, huggingface, llama_cpp, peft
 from mamba_jax.export.files import require_new_folder
+from mamba_jax.export.initial import split_step
 from mamba_jax.export.load import LoadedCheckpoint, load_model
 from mamba_jax.export.published_config import formats
 from mamba_jax.export.stablehlo import folder as stablehlo
@@ -25,9 +26,11 @@ class Arguments:
         checkpoint: a training run's directory, or a folder with config.json and safetensors.
         out: the folder to write; it must not exist, or be empty.
         layout: "hf" for the class of transformers that has such layers, "original" for the names of the authors' code,
-            "stablehlo" for compiled programs that run without this library, "gguf" for llama.cpp.
+            "stablehlo" for compiled programs that run without this library, "gguf" for llama.cpp, "peft" for the
+            adapters alone of a run with `lora.rank`, which all other layouts merge into the weights.
         step: which checkpoint of a training run; None is the newest.
         weights: those of the last update, or their average if the run keeps one.
+        base: of "peft", the folder of the model that the adapters belong to; None is the run's `train.init_from`.
         max_length: of "stablehlo", most tokens of a row, prompt included; attention without a window needs it.
     """
 
@@ -36,6 +39,7 @@ class Arguments:
     layout: str = "hf"
     step: int | None = None
     weights: Literal["weights", "average"] = "weights"
+    base: str | None = None
     max_length: int | None = None
 
 
@@ -53,6 +57,8 @@ def main() -> None:
             files = companions.written(loaded.tokenizer, loaded.config, layout=arguments.layout)
         else:
             files = companions.copied(Path(arguments.checkpoint))
+        if arguments.base is not None and arguments.layout != peft.LAYOUT:
+            raise InputError(f"--base is of the layout {peft.LAYOUT!r}, not of {arguments.layout!r}: leave it out")
         names = ", ".join(_WRITERS.get(arguments.layout, _write_published)(arguments, loaded, files))
         print(f"wrote {names} ({arguments.layout} layout) to {arguments.out}")
 
@@ -97,12 +103,33 @@ def _write_gguf(arguments: Arguments, loaded: LoadedCheckpoint, files: dict[str,
     return names
 
 
+def _write_peft(arguments: Arguments, loaded: LoadedCheckpoint, files: dict[str, bytes]) -> tuple[str, ...]:
+    """Writes the adapters of a run; returns the names of the files."""
+    _refuse_max_length(arguments)
+    if loaded.experiment is None or loaded.stored is None or loaded.experiment.lora.rank is None:
+        raise InputError(
+            f"{arguments.checkpoint} is no training run with lora.rank, so it has no adapters: choose another layout"
+        )
+    source = loaded.experiment.train.init_from
+    base = arguments.base or (None if source is None else str(split_step(source)[0]))
+    if base is None:
+        raise InputError(
+            f"{arguments.checkpoint} does not tell what its adapters belong to: give the folder with --base"
+        )
+    names = peft.save(
+        arguments.out, loaded.config, loaded.stored, lora=loaded.experiment.lora, base=base, companions=files
+    )
+    for limit in peft.limits(loaded.config, loaded.stored):
+        print(limit)
+    return names
+
+
 def _refuse_max_length(arguments: Arguments) -> None:
     if arguments.max_length is not None:
         raise InputError(f"--max-length is of the layout 'stablehlo', not of {arguments.layout!r}: leave it out")
 
 
-_WRITERS = {stablehlo.LAYOUT: _write_stablehlo, llama_cpp.LAYOUT: _write_gguf}
+_WRITERS = {stablehlo.LAYOUT: _write_stablehlo, llama_cpp.LAYOUT: _write_gguf, peft.LAYOUT: _write_peft}
 
 
 if __name__ == "__main__":

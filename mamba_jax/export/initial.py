@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import tokenizers
 
 from mamba_jax.checkpoint import FOLDER, load_params, stored_run, stored_step
 from mamba_jax.config_base import nested_fields
@@ -15,11 +17,13 @@ from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError, short
 from mamba_jax.experiment import ExperimentConfig
-from mamba_jax.export import huggingface, published_config
-from mamba_jax.export.companions import tokenizer_beside, tokenizer_of_run
+from mamba_jax.export import peft, published_config
+from mamba_jax.export.companions import tokenizer_of_run
+from mamba_jax.export.load import load_model
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.mixers.declaration import MixerConfig
 from mamba_jax.models.parameters import Params
+from mamba_jax.training.config import TrainConfig
 
 # Fields that say how random weights are drawn, or how and in which precision a step is computed.
 _FREE = {
@@ -40,12 +44,14 @@ class InitialWeights:
         experiment: config of the run that made them; None if they come out of a folder, which does not tell.
         step: updates that run had done; None as well.
         run: id of that run; None as well.
+        added: tokens that the config's tokenizer has beyond theirs, whose rows are the mean of the others.
     """
 
     params: Params
     experiment: ExperimentConfig | None = None
     step: int | None = None
     run: str | None = None
+    added: int = 0
 
 
 def split_step(text: str) -> tuple[Path, int | None]:
@@ -80,11 +86,34 @@ def model_of(source: str) -> ModelConfig:
         return run.config.model
     if step is not None or not isdir(folder):
         raise InputError(f"{source!r} is no training run, and no folder with config.json and weights")
+    if peft.is_adapter(folder):
+        return model_of(str(peft.base_of(folder)))
     return dataclasses.replace(published_config.read(folder / "config.json").config, param_dtype="float32")
+
+
+def model_for(train: TrainConfig) -> ModelConfig:
+    """The model of what a run begins with, as `model_of` gives it, for a config with the model "from_checkpoint".
+
+    Args:
+        train: the config of the loop; of a run that has begun, whose source may be gone, the run itself counts then.
+
+    Raises:
+        InputError: the config names nothing to begin with, or that cannot be read.
+    """
+    source = train.init_from or train.branch_from
+    if source is None:
+        raise InputError(
+            "model='from_checkpoint' is the model of train.init_from: give --train.init-from RUN or a folder"
+        )
+    is_gone = not isdir(split_step(source)[0])
+    return model_of(train.run_dir if is_gone and isdir(Path(train.run_dir) / FOLDER) else source)
 
 
 def initial_weights(config: ExperimentConfig) -> InitialWeights | None:
     """The weights that `config.train.init_from` and `init_weights` name; None if none are given.
+
+    If the config's tokenizer has the tokens of theirs and more, the embedding gets a row for each, and so does a head
+    of its own: the mean of the rows of all tokens before.
 
     Raises:
         InputError: there is no such folder or step, it is damaged, or its model computes something else, which shapes
@@ -100,7 +129,7 @@ def initial_weights(config: ExperimentConfig) -> InitialWeights | None:
         )
     if isdir(folder / FOLDER):
         run = load_params(folder, step, weights=config.train.init_weights)
-        differences = model_differences(run.config.model, config.model)
+        is_padded = False
         stored: TokenizerConfig | None = tokenizer_of_run(folder, run.config.data.tokenizer)
         # From the host each process puts its own part on its devices.
         params = jax.device_get(run.params)
@@ -114,11 +143,19 @@ def initial_weights(config: ExperimentConfig) -> InitialWeights | None:
         }
         if missing := next((name for name, is_asked in asked.items() if is_asked), None):
             raise InputError(f"train.init_from {folder} is not a training run, so it has no {missing}: leave that out")
-        loaded = huggingface.load(folder)
-        differences = model_differences(loaded.config, config.model, is_padded=loaded.layout == "hf")
-        stored, model = tokenizer_beside(folder), loaded.config
+        loaded = load_model(folder)
+        is_padded = loaded.layout == "hf"
+        stored, model = loaded.tokenizer, loaded.config
         found = InitialWeights(params=loaded.params)
-    differences += tokenizer_differences(stored, config.data.tokenizer)
+    added = _added_tokens(stored, config)
+    if stored is not None and added:
+        known = make_tokenizer(stored).vocab_size
+        found = dataclasses.replace(found, params=_grown(found.params, known, config.model), added=added)
+        sizes = {"vocab_size": config.model.vocab_size, "vocab_multiple": config.model.vocab_multiple}
+        differences = model_differences(dataclasses.replace(model, **sizes), config.model)
+    else:
+        differences = model_differences(model, config.model, is_padded=is_padded)
+        differences += tokenizer_differences(stored, config.data.tokenizer)
     if differences:
         raise InputError(
             f"train.init_from {folder} holds another model, {model.num_layers} layers of width {model.d_model}: "
@@ -175,3 +212,37 @@ def tokenizer_differences(stored: TokenizerConfig | None, own: TokenizerConfig) 
 
 def _definition(tokenizer: Tokenizer) -> Any:
     return json.loads(tokenizer.to_json())
+
+
+def _added_tokens(stored: TokenizerConfig | None, config: ExperimentConfig) -> int:
+    """How many tokens a config's tokenizer has beyond a stored one; 0 if it is not that one with more at the end."""
+    own = config.data.tokenizer
+    if stored is None or stored == own:
+        return 0
+    was, here = make_tokenizer(stored), make_tokenizer(own)
+    added = here.vocab_size - was.vocab_size
+    if added <= 0 or config.model.vocab_size < here.vocab_size or was.end_of_document != here.end_of_document:
+        return 0
+    old, new = _definition(was), _definition(here)
+    merges = [definition["model"].get("merges") or [] for definition in (old, new)]
+    goes_on = merges[1][: len(merges[0])] == merges[0] and _beside_tokens(old) == _beside_tokens(new)
+    before, after = (tokenizers.Tokenizer.from_str(one.to_json()).get_vocab() for one in (was, here))
+    return added if goes_on and all(after.get(token) == number for token, number in before.items()) else 0
+
+
+def _beside_tokens(definition: dict[str, Any]) -> dict[str, Any]:
+    """What a tokenizer does to text before it looks for tokens, and after."""
+    of_tokens = {"added_tokens": None, "model": {**definition["model"], "vocab": None, "merges": None}}
+    return definition | of_tokens
+
+
+def _grown(params: Params, known: int, model: ModelConfig) -> Params:
+    """Parameters with as many rows in every table as a model has; from `known` on they are the mean of those before."""
+
+    def grow(table: Any) -> np.ndarray:
+        rows = np.asarray(table)[:known]
+        mean = rows.mean(axis=0, dtype=np.float32).astype(rows.dtype)
+        return np.concatenate([rows, np.broadcast_to(mean, (model.padded_vocab_size - known, rows.shape[1]))])
+
+    tables = {name: {"table": grow(params[name]["table"])} for name in ("embedding", "lm_head") if name in params}
+    return {**params, **tables}

@@ -9,7 +9,7 @@ from mamba_jax.checkpoint import load_params
 from mamba_jax.data.config import TokenizerConfig
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
-from mamba_jax.export import huggingface
+from mamba_jax.export import huggingface, peft
 from mamba_jax.export.companions import tokenizer_beside, tokenizer_of_run
 from mamba_jax.models.config import ModelConfig
 from mamba_jax.models.parameters import Params
@@ -26,6 +26,8 @@ class LoadedCheckpoint:
         step: updates done; None for a safetensors folder.
         extra: see `mamba_jax.export.huggingface.LoadedModel`; empty for a training run.
         tokenizer: the one that lies in the folder, else that of the training run; None for a folder without one.
+        layout: of a safetensors folder; None for a training run.
+        stored: of a training run, the parameters as it stores them, with a `LowRank` where there is an adapter.
     """
 
     config: ModelConfig
@@ -34,12 +36,16 @@ class LoadedCheckpoint:
     step: int | None
     extra: dict[str, Any]
     tokenizer: TokenizerConfig | None
+    layout: str | None = None
+    stored: Params | None = None
 
 
 def load_model(
     path: str | Path, *, step: int | None = None, weights: Literal["weights", "average"] = "weights"
 ) -> LoadedCheckpoint:
-    """Reads a training run's directory, or a folder with `config.json` and safetensors.
+    """Reads a training run's directory, a folder with `config.json` and safetensors, or an adapter in PEFT's layout.
+
+    Adapters are merged into the weights that they belong to.
 
     Args:
         path: the folder.
@@ -61,13 +67,26 @@ def load_model(
             step=run.step,
             extra={},
             tokenizer=tokenizer_of_run(path, run.config.data.tokenizer),
+            stored=run.stored,
         )
-    if not lexists(path / "config.json"):
+    is_adapter = peft.is_adapter(path)
+    if not is_adapter and not lexists(path / "config.json"):
         raise InputError(f"{path} is neither a training run (no folder 'checkpoints') nor a model (no 'config.json')")
     if step is not None:
         raise InputError(f"{path} is not a training run, so it has no step {step}: leave the step out")
     if weights == "average":
         raise InputError(f"{path} is not a training run, so it keeps no average of the weights: leave --weights out")
+    if is_adapter:
+        base = load_model(peft.base_of(path))
+        params = peft.merge(path, base.config, base.params)
+        return dataclasses.replace(
+            base,
+            params=params,
+            experiment=None,
+            step=None,
+            stored=None,
+            tokenizer=tokenizer_beside(path) or base.tokenizer,
+        )
     model = huggingface.load(path)
     return LoadedCheckpoint(
         config=model.config,
@@ -76,4 +95,5 @@ def load_model(
         step=None,
         extra=model.extra,
         tokenizer=tokenizer_beside(path),
+        layout=model.layout,
     )

@@ -1,10 +1,12 @@
 """What a language model is made of."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from mamba_jax.config_base import Config, Kinds, require
+from mamba_jax.errors import InputError, short
 from mamba_jax.models.mixers import DEFAULT_MIXER, MIXERS
 from mamba_jax.models.mixers.declaration import DType as DType
 from mamba_jax.models.mixers.declaration import MixerConfig, Setting, SharedConfig
@@ -181,6 +183,16 @@ class ModelConfig(Config):
         return tuple(stack for unit in self.units for stack in unit)
 
     @property
+    def block_numbers(self) -> dict[str, range]:
+        """The numbers of the blocks in each stack, counted from 0 over the model, by the stack's name."""
+        numbers, first = {}, 0
+        for unit in self.units:
+            for place, stack in enumerate(unit, start=first):
+                numbers[stack.name] = range(place, place + stack.repeats * len(unit), len(unit))
+            first += len(unit) * unit[0].repeats
+        return numbers
+
+    @property
     def shared_blocks(self) -> dict[str, SharedConfig]:
         """The blocks that several layers share, by name.
 
@@ -200,3 +212,42 @@ class ModelConfig(Config):
     def least_part(self) -> int:
         """Fewest tokens that a device may hold of a sequence whose length is split over devices."""
         return max(stack.mixer.mixer().least_part(stack.mixer) for stack in self.stacks)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Refuses a text that is no regular expression.
+
+    Args:
+        name: of the field that holds it, for the message.
+        pattern: the text.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{name}: {short(pattern)} is not a regular expression ({error})") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Config):
+    """Low-rank adaptation (arXiv 2106.09685): of a projection W, only A and B are trained in W + (alpha / rank) A B.
+
+    A is drawn as by He and others (arXiv 1502.01852), uniform within +-sqrt(6 / inputs), and B is zero at first.
+
+    Attributes:
+        rank: columns of A and rows of B; None trains the parameters themselves.
+        alpha: factor on every adapter, over the rank.
+        targets: regular expressions; a projection gets an adapter if one of them is found in its path, such as
+            "layers/mixer/in_proj". Empty is every projection of every block.
+    """
+
+    rank: int | None = None
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+
+    def _check(self) -> None:
+        self._require_positive("rank", "alpha")
+        for target in self.targets:
+            check_pattern("LoraConfig.targets", target)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from mamba_jax.models.config import ModelConfig
@@ -26,6 +27,7 @@ class ModelDefinition:
         params: tree of `jax.ShapeDtypeStruct`, with layers stacked on a leading axis.
         axes: same tree, the logical axes of every parameter.
         decay: same tree, True where weight decay applies.
+        trained: same tree, False where training leaves the parameter as it is, or a mask (R,) of the layers of a stack.
         summed: same tree, the dimension that products sum over of matrices that may be in int8; None elsewhere.
     """
 
@@ -33,9 +35,17 @@ class ModelDefinition:
     params: Params
     axes: Params
     decay: Params
+    trained: Params
     summed: Params
     _graph: Any
     _state: Any
+
+    @property
+    def num_trained(self) -> int:
+        """Number of parameters that are trained."""
+        shares = jax.tree.map(np.mean, self.trained)
+        parts = jax.tree.map(lambda share, leaf: share * math.prod(leaf.shape), shares, self.params)
+        return round(sum(jax.tree.leaves(parts)))
 
     def merge(self, params: Params) -> LanguageModel:
         """The model with these parameter values."""
@@ -77,6 +87,7 @@ def define(config: ModelConfig) -> ModelDefinition:
         params=nnx.to_pure_dict(state),
         axes=tree(axes),
         decay=tree(lambda path, variable: variable.decay),
+        trained=tree(lambda path, variable: True),
         summed=tree(summed),
         _graph=graph,
         _state=state,
@@ -95,4 +106,39 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
 def count(config: ModelConfig) -> int:
     """Number of parameters, including padded vocabulary rows; tied weights count once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(define(config).params))
+    return size(define(config).params)
+
+
+def size(params: Params) -> int:
+    """Number of elements of all parameters of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def paths(params: Params) -> Params:
+    """Tree like the parameters: the path of each, such as "layers/mixer/in_proj/kernel"."""
+    return jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params)
+
+
+def chosen(choice: Params, params: Params) -> Params:
+    """The parameters of a choice; None, which is no leaf, in place of the others.
+
+    Args:
+        choice: tree like the parameters: True, False, or of a stack a mask of its layers, (R,).
+        params: the parameters; of some layers of a stack those are taken alone.
+    """
+
+    def choose(is_chosen: bool | np.ndarray, leaf: Any) -> Any:
+        return leaf[np.flatnonzero(is_chosen)] if isinstance(is_chosen, np.ndarray) else leaf if is_chosen else None
+
+    return jax.tree.map(choose, choice, params)
+
+
+def completed(choice: Params, part: Params, params: Params) -> Params:
+    """The parameters, those of the choice as they are in `part`, which `chosen` has made or a tree like it."""
+
+    def complete(is_chosen: bool | np.ndarray, new: Any, old: Any) -> Any:
+        if isinstance(is_chosen, np.ndarray):
+            return old.at[np.flatnonzero(is_chosen)].set(new)
+        return new if is_chosen else old
+
+    return jax.tree.map(complete, choice, part, params)

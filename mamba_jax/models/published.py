@@ -89,15 +89,12 @@ def stacked(
         blocks_per_layer: how many blocks of ours are a layer of the file, which counts layers from 0.
     """
     found: dict[str, tuple[Tensor, ...]] = {}
-    first = 0
-    for unit in config.units:
-        for place, stack in enumerate(unit):
-            blocks = range(first + place, first + place + stack.repeats * len(unit), len(unit))
-            numbers = blocks if blocks_per_layer == 1 else [block // blocks_per_layer for block in blocks]
-            for path, given in tensors(stack.mixer).items():
-                own = given if isinstance(given, tuple) else (given,)
-                found[f"{stack.name}/{path}"] = tuple(dataclasses.replace(tensor, numbers=numbers) for tensor in own)
-        first += len(unit) * unit[0].repeats
+    for stack in config.stacks:
+        blocks = config.block_numbers[stack.name]
+        numbers = blocks if blocks_per_layer == 1 else [block // blocks_per_layer for block in blocks]
+        for path, given in tensors(stack.mixer).items():
+            own = given if isinstance(given, tuple) else (given,)
+            found[f"{stack.name}/{path}"] = tuple(dataclasses.replace(tensor, numbers=numbers) for tensor in own)
     return found
 
 

@@ -107,7 +107,7 @@ def _estimate(
         collective_lines=tuple(counts.collective_lines),
         between_slices={kind: (counts.transfers[kind], counts.received[kind]) for kind in sorted(counts.received)},
         kernels={name: counts.calls[name] for name in counts.kernel_elements} | dict(counts.other_kernels),
-        flops=tokens * flops_per_token(config.model, length=config.seq_len),
+        flops=tokens * flops_per_token(config.model, length=config.seq_len, definition=program.definition),
         operation_seconds=None if cores is None else counts.cycles / cores.clock_hz,
         kernel_seconds=None if cores is None or counts.other_kernels else cores.kernel_seconds(counts.kernel_elements),
     )

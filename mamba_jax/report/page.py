@@ -109,6 +109,12 @@ def _tiles(run: Run) -> dict[str, str]:
     tiles.update({name: form.format(value) for name, (value, form) in known.items() if value is not None})
     if (tokens := run.last("train", "tokens")) is not None:
         tiles["tokens"] = short(tokens)
+    starts = [event for event in run.events if {"parameters", "trained_parameters"} <= event.keys()]
+    if starts:
+        count, trained = starts[-1]["parameters"], starts[-1]["trained_parameters"]
+        tiles["parameters"] = short(float(count))
+        if trained != count:
+            tiles["trained"] = f"{short(float(trained))} ({trained / max(count, 1):.2%})"
     if run.goodput is not None:
         tiles["restarts"] = str(run.goodput.starts - 1)
     if skipped := run.last("train", "skipped"):

@@ -16,8 +16,11 @@ from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.evaluation.perplexity import Perplexity
-from mamba_jax.experiment import ExperimentConfig
+from mamba_jax.experiment import FROM_CHECKPOINT, ExperimentConfig
+from mamba_jax.export.initial import model_for
 from mamba_jax.generation.text import complete
+from mamba_jax.models.parameters import define
+from mamba_jax.models.storage.low_rank import merged
 from mamba_jax.run.checks import check_model, check_runs_here
 from mamba_jax.run.directory import (
     begins_at_zero,
@@ -88,6 +91,8 @@ def train(
         InputError: config, data or run directory are wrong, saving failed, memory ran out, or too many steps in a row
             were skipped; one line says what is wrong, the value and what to do.
     """
+    if config.model == FROM_CHECKPOINT:
+        config = dataclasses.replace(config, model=model_for(config.train))
     tokenizer = make_tokenizer(config.data.tokenizer)
     check_model(config, tokenizer)
     if config.train.sample_every:
@@ -188,7 +193,7 @@ class _Run:
         self.held_out = None
         if given.validation is not None:
             self.held_out = HeldOut(config, program, given.validation, self.log, stop=stop, watchdog=watchdog)
-        self.log.start(self.first_step)
+        self.log.start(self.first_step, self.definition)
         self._tell_origin(changes)
         if aside:
             self.log.note(f"the records of the run before are in {aside}")
@@ -340,8 +345,8 @@ class _Run:
             with self.log.measure("sample"), jax.set_mesh(self.mesh):
                 self.hooks.before_sample(step)
                 text = complete(
-                    self.definition,
-                    self.state.params,
+                    define(self.config.model),
+                    merged(self.state.params),
                     self.given.tokenizer,
                     self.config.train.sample_prompt,
                     num_tokens=self.config.train.sample_tokens,

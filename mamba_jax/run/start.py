@@ -20,9 +20,18 @@ from mamba_jax.training.train_state import TrainState
 
 # Fields that a branch shares with its trunk, beside the model and the tokenizer: they decide which text the steps
 # before it have read, and what the state holds.
-_SHARED = ("seed", "data.order", "data.seq_len", "data.global_batch", "optimizer.algorithm", "faults.spike_window")
-# Those that decide which arrays lie beside the moments.
-_BESIDE_MOMENTS = ("data.order", "optimizer.algorithm", "faults.spike_window")
+_SHARED = (
+    "seed",
+    "data.order",
+    "data.seq_len",
+    "data.global_batch",
+    "faults.spike_window",
+    "lora.",
+    "optimizer.algorithm",
+    "optimizer.lr_multipliers",
+)
+# Those that decide which moments there are, and which arrays lie beside them.
+_BESIDE_MOMENTS = ("data.order", "faults.spike_window", "lora.", "optimizer.algorithm", "optimizer.lr_multipliers")
 # Enough for anybody; a record has to pass from process to process.
 _MOST_CHANGES = 60
 _SOURCES = {"train.init_from", "train.init_weights", "train.init_optimizer", "train.branch_from"}
@@ -100,10 +109,18 @@ def find_start(config: ExperimentConfig) -> Start:
     folder, _ = split_step(str(config.train.init_from))
     changes = {} if weights.experiment is None else result_changes(weights.experiment, config)
     kind = "moments" if config.train.init_optimizer else config.train.init_weights
-    if kind == "moments" and (others := [changes[name] for name in _BESIDE_MOMENTS if name in changes]):
+    if kind == "moments" and (others := _beginning(changes, _BESIDE_MOMENTS)):
         raise InputError(f"train.init_optimizer: {folder} has moments of another kind ({'; '.join(others)}): undo that")
+    phrases = _phrases(changes)
+    if weights.added:
+        if kind == "moments":
+            raise InputError(
+                f"train.init_optimizer: {folder} has no moments for the {weights.added} tokens that data.tokenizer "
+                "adds: leave it out"
+            )
+        phrases = (f"{weights.added} tokens were added, whose rows are the mean of the others", *phrases)
     return Start(
-        lineage=Lineage(kind=kind, path=str(folder), step=weights.step, run=weights.run, changes=_phrases(changes)),
+        lineage=Lineage(kind=kind, path=str(folder), step=weights.step, run=weights.run, changes=phrases),
         params=weights.params,
     )
 
@@ -130,7 +147,7 @@ def _branch_problem(trunk: StoredRun, config: ExperimentConfig, folder: Path) ->
     differences = model_differences(trunk.config.model, config.model)
     tokenizer = tokenizer_of_run(folder, trunk.config.data.tokenizer)
     differences += tokenizer_differences(tokenizer, config.data.tokenizer)
-    differences += [changes[name] for name in _SHARED if name in changes]
+    differences += _beginning(changes, _SHARED)
     if config.optimizer.ema_decay is not None and trunk.config.optimizer.ema_decay is None:
         differences.append(changes["optimizer.ema_decay"])
     if differences:
@@ -138,6 +155,11 @@ def _branch_problem(trunk: StoredRun, config: ExperimentConfig, folder: Path) ->
     if config.train.num_steps <= trunk.step:
         return f"train.num_steps is {config.train.num_steps}, and {trunk.step} steps are done: raise it"
     return past_problem(trunk.config, config, folder, trunk.step)
+
+
+def _beginning(changes: Mapping[str, str], names: tuple[str, ...]) -> list[str]:
+    """The phrases for fields whose names begin with one of these."""
+    return [phrase for name, phrase in changes.items() if name.startswith(names)]
 
 
 def _phrases(changes: Mapping[str, str]) -> tuple[str, ...]:

@@ -104,6 +104,8 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
     "last": _count,
     "devices": _count,
     "processes": _count,
+    "parameters": _count,
+    "trained_parameters": _count,
     "device_kind": _text,
     "reason": _text,
     "folder": _text,

@@ -16,6 +16,7 @@ from mamba_jax.evaluation.perplexity import Perplexity
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models import parameters
 from mamba_jax.models.flops import model_flops_utilization
+from mamba_jax.models.parameters import ModelDefinition
 from mamba_jax.telemetry.events import EventLog, EventName
 from mamba_jax.telemetry.goodput import Goodput
 from mamba_jax.telemetry.loss_curve import plot_loss_curve
@@ -47,20 +48,32 @@ class RunLog:
         self._last: tuple[int, float] | None = None
         self._last_goodput = time.monotonic()
         self._skipped = 0.0
+        self._definition: ModelDefinition | None = None
 
-    def start(self, first_step: int) -> None:
+    def start(self, first_step: int, definition: ModelDefinition) -> None:
         """Opens the files, removes records that are written again, and announces the run.
 
         Args:
             first_step: updates done so far; see `MetricWriter`.
+            definition: the model; it says which parameters are trained, all, a part of them or adapters.
         """
         self._display = StatusDisplay(self.config.train.num_steps, first_step, enabled=self._is_main)
         self._writer = MetricWriter(self.run_dir, first_step=first_step) if self._is_main else None
         kind = self.mesh.devices.flat[0].device_kind
-        self.event("start", step=first_step, devices=self.mesh.size, device_kind=kind, processes=jax.process_count())
+        self._definition = definition
+        count, num_trained = parameters.count(self.config.model), definition.num_trained
+        self.event(
+            "start",
+            step=first_step,
+            devices=self.mesh.size,
+            device_kind=kind,
+            processes=jax.process_count(),
+            parameters=count,
+            trained_parameters=num_trained,
+        )
         resumed = f", resuming at step {first_step}" if first_step else ""
-        count = parameters.count(self.config.model)
-        self.note(f"{self.config.name}: {count:,} parameters on {self.mesh.size} x {kind}{resumed}")
+        trained = "" if num_trained == count else f", trains {num_trained:,} ({num_trained / count:.2%} of them)"
+        self.note(f"{self.config.name}: {count:,} parameters{trained} on {self.mesh.size} x {kind}{resumed}")
 
     def live(self) -> AbstractContextManager[None]:
         """Shows the progress bar while the block runs."""
@@ -179,10 +192,12 @@ class RunLog:
         return None if last is None or step == last[0] or now <= last[1] else (now - last[1]) / (step - last[0])
 
     def _mfu(self, tokens_per_second: float) -> float | None:
+        """The share of the devices' peak that a speed amounts to; None if the peak is not known."""
         return model_flops_utilization(
             self.config.model,
             tokens_per_second,
             length=self.config.data.seq_len,
             device_kind=self.mesh.devices.flat[0].device_kind,
             num_devices=self.mesh.size,
+            definition=self._definition,
         )

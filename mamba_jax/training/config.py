@@ -7,7 +7,7 @@ import pydantic
 
 from mamba_jax.config_base import Config, require
 from mamba_jax.data.config import Documents, Order
-from mamba_jax.models.config import ModelConfig
+from mamba_jax.models.config import LoraConfig, ModelConfig, check_pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,9 @@ class OptimizerConfig(Config):
         muon_momentum: decay of Muon's momentum.
         ema_decay: keep an exponential moving average of the weights, average = decay * average + (1 - decay) * weights
             after every update; None keeps none.
+        lr_multipliers: pairs of a regular expression and a factor on the learning rate of the parameters in whose
+            paths, such as "layers/mixer/A_log", it is found; of several the first. 0 freezes them, and then they have
+            no moments. All others have 1.
     """
 
     algorithm: Literal["adamw", "muon"] = "adamw"
@@ -117,9 +120,14 @@ class OptimizerConfig(Config):
     clip_norm: float = 1.0
     muon_momentum: float = 0.95
     ema_decay: float | None = None
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
 
     def _check(self) -> None:
+        """Refuses numbers that no update can have, and patterns that are none."""
         self._require_positive("peak_lr", "eps", "clip_norm")
+        for pattern, factor in self.lr_multipliers:
+            check_pattern("OptimizerConfig.lr_multipliers", pattern)
+            require(factor >= 0, f"OptimizerConfig.lr_multipliers: {pattern!r} has the factor {factor}, below 0")
         self._require_fraction("b1", "b2", "muon_momentum", "ema_decay", below_one=True)
         require(self.weight_decay >= 0, f"OptimizerConfig.weight_decay must not be negative, got {self.weight_decay}")
         require(
@@ -249,6 +257,7 @@ class ProgramConfig(Config):
         model: the network.
         optimizer: the update rule.
         faults: which steps are skipped.
+        lora: adapters that are trained in place of the network's parameters.
         seed: seed of the initial parameters.
         num_steps: see `TrainConfig`.
         global_batch: see `DataConfig`.
@@ -265,6 +274,7 @@ class ProgramConfig(Config):
     model: ModelConfig
     optimizer: OptimizerConfig
     faults: FaultsConfig = FaultsConfig()
+    lora: LoraConfig = LoraConfig()
     seed: int = 0
     num_steps: int
     global_batch: int
@@ -313,7 +323,8 @@ class ProgramConfig(Config):
         clip_norm / eps in size; Muon's is far smaller. Weight decay only brings weights nearer to 0.
         """
         recipe = self.optimizer
-        largest_lr = max(recipe.peak_lr, recipe.schedule.final_lr)
+        factor = max((1.0, *(factor for _, factor in recipe.lr_multipliers)))
+        largest_lr = factor * max(recipe.peak_lr, recipe.schedule.final_lr)
         decay, way = largest_lr * recipe.weight_decay, self.num_steps * largest_lr * recipe.clip_norm / recipe.eps
         require(
             decay <= 1,

@@ -1,13 +1,18 @@
 """AdamW with the recipe of the Mamba paper, and Muon."""
 
+import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.config_base import require
+from mamba_jax.errors import InputError
+from mamba_jax.models.parameters import ModelDefinition, Params, chosen, paths
 from mamba_jax.sharding import Axis
 from mamba_jax.training.config import CosineSchedule, OptimizerConfig
 
@@ -57,10 +62,13 @@ def make_optimizer(
     all singular values above 0.005 of the Frobenius norm to 0.68 .. 1.16. The factor gives every update the root mean
     square of AdamW's, so that both share `peak_lr` and `weight_decay`.
 
+    Updates are of the parameters and layers that are trained, as `chosen` gives them, and only those have moments.
+
     Args:
         config: the optimizer's settings.
         num_steps: number of updates in the whole run.
-        definition: the model; it says where weight decay applies and what the dimensions of parameters mean.
+        definition: the model, from `with_frozen`; it says what is trained, where weight decay applies and what the
+            dimensions of parameters mean.
 
     Source: arXiv 2312.00752, appendix E.2.1; AdamW is arXiv 1711.05101; Muon at this scale is arXiv 2502.16982.
     """
@@ -71,7 +79,7 @@ def make_optimizer(
             lambda dims: "muon" if isinstance(dims, MuonDimensionNumbers) else "adam", matrices, is_leaf=_is_entry
         )
         direction = optax.partition({"muon": _orthogonal_momentum(config, matrices), "adam": direction}, labels)
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.chain(
             direction,
@@ -79,6 +87,99 @@ def make_optimizer(
             optax.scale_by_learning_rate(learning_rate(config, num_steps)),
         ),
     )
+    if not config.lr_multipliers and all(jax.tree.leaves(definition.trained)):
+        return optimizer
+    if config.lr_multipliers:
+        factors = jax.tree.map(_of_trained, definition.trained, _multipliers(config, definition))
+        optimizer = optax.chain(optimizer, optax.stateless(lambda updates, _: _multiplied(factors, updates)))
+    return _of_trained_layers(definition, optax.masked(optimizer, jax.tree.map(np.any, definition.trained)))
+
+
+def with_frozen(definition: ModelDefinition, config: OptimizerConfig) -> ModelDefinition:
+    """The model, of which parameters whose learning rate is multiplied by 0 are not trained.
+
+    Raises:
+        InputError: a pattern of `config.lr_multipliers` decides of no parameter, nothing is left to train, or a part of
+            a stack's layers with Muon, which takes them together.
+    """
+    if not config.lr_multipliers:
+        return definition
+    names = jax.tree.leaves(chosen(definition.trained, paths(definition.params)))
+    decisions = [pair for name in names for pair in _decisions(config, definition, name)]
+    deciding = {pattern for pattern, _ in decisions}
+    if unused := [pattern for pattern, _ in config.lr_multipliers if pattern not in deciding]:
+        raise InputError(
+            f"optimizer.lr_multipliers: {unused[0]!r} is found in no path that the patterns before it leave; what is "
+            f"trained is {', '.join(names)}"
+        )
+    if all(factor == 0 for _, factor in decisions):
+        frozen = " and ".join(repr(pattern) for pattern, _ in config.lr_multipliers)
+        raise InputError(f"optimizer.lr_multipliers: {frozen} freeze everything: leave something to train")
+
+    def left(is_trained: bool, factor: np.ndarray) -> bool | np.ndarray:
+        layers = np.asarray(factor != 0).reshape(-1)
+        return is_trained and (layers if layers.any() and not layers.all() else bool(layers.all()))
+
+    trained = jax.tree.map(left, definition.trained, _multipliers(config, definition))
+    parts = [leaf for leaf in jax.tree.leaves(trained) if isinstance(leaf, np.ndarray)]
+    require(
+        not parts or config.algorithm != "muon",
+        "optimizer.lr_multipliers freeze some layers of a stack, which optimizer.algorithm='muon' takes together: "
+        "freeze all of them or none, or choose 'adamw'",
+    )
+    return dataclasses.replace(definition, trained=trained)
+
+
+def _decisions(config: OptimizerConfig, definition: ModelDefinition, path: str) -> list[tuple[str | None, float]]:
+    """For each layer of a parameter, or once for one that is not stacked: the pattern that decides, and its factor."""
+    stack, _, rest = path.partition("/")
+    numbers = definition.config.block_numbers.get(stack)
+    names = [(path,)] if numbers is None else [(path, f"{stack}/{number}/{rest}") for number in numbers]
+    return [
+        next((pair for pair in config.lr_multipliers if any(re.search(pair[0], name) for name in both)), (None, 1.0))
+        for both in names
+    ]
+
+
+def _multipliers(config: OptimizerConfig, definition: ModelDefinition) -> Params:
+    """The factor on the learning rate of every parameter: one, or (R, 1, ...) for the layers of a stack."""
+
+    def factor(path: str, leaf: Any) -> np.ndarray:
+        factors = np.array([factor for _, factor in _decisions(config, definition, path)], np.float32)
+        is_one = (factors == factors[0]).all()
+        return factors[:1].reshape(()) if is_one else factors.reshape(-1, *(1,) * (len(leaf.shape) - 1))
+
+    return jax.tree.map(factor, paths(definition.params), definition.params)
+
+
+def _of_trained(is_trained: bool | np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """The factors of the layers that are trained."""
+    return factor[is_trained] if isinstance(is_trained, np.ndarray) else factor
+
+
+def _multiplied(factors: Params, updates: Any) -> Any:
+    def one(factor: np.ndarray, update: Any) -> Any:
+        return update if isinstance(update, optax.MaskedNode) else factor * update
+
+    return jax.tree.map(one, factors, updates)
+
+
+def _of_trained_layers(
+    definition: ModelDefinition, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The optimizer for parameters of which only the layers that are trained get moments."""
+
+    def layers(is_trained: bool | np.ndarray, leaf: Any) -> Any:
+        return leaf[np.flatnonzero(is_trained)] if isinstance(is_trained, np.ndarray) else leaf
+
+    def init(params: Any) -> Any:
+        # Optax also asks with what is no tree, to find out where moments are.
+        return optimizer.init(jax.tree.map(layers, definition.trained, params) if isinstance(params, dict) else params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return optimizer.update(updates, state, jax.tree.map(layers, definition.trained, params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def begin_schedule(stored: Any, fresh: Any) -> Any:
@@ -110,12 +211,12 @@ def matrix_dimensions(definition: ModelDefinition) -> Params:
         Tree like the parameters: the input and output dimension of every matrix, `optax.MaskedNode()` for all else.
     """
 
-    def dimensions(leaf: Any, decay: bool, axes: tuple[Axis | None, ...]) -> Any:
-        if not decay or axes[0] != Axis.LAYERS or Axis.CONV in axes:
+    def dimensions(leaf: Any, decay: bool, trained: Any, axes: tuple[Axis | None, ...]) -> Any:
+        if not (decay and np.any(trained)) or axes[0] != Axis.LAYERS or Axis.CONV in axes:
             return optax.MaskedNode()
         return MuonDimensionNumbers(reduction_axis=2 if axes[1] == Axis.EXPERT else 1, output_axis=len(leaf.shape) - 1)
 
-    return jax.tree.map(dimensions, definition.params, definition.decay, definition.axes)
+    return jax.tree.map(dimensions, definition.params, definition.decay, definition.trained, definition.axes)
 
 
 def _orthogonal_momentum(config: OptimizerConfig, matrices: Params) -> optax.GradientTransformation:

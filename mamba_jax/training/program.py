@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from mamba_jax.errors import InputError
 from mamba_jax.models import parameters
-from mamba_jax.models.parameters import Params
+from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.models.storage.low_rank import adapted, with_new_adapters, without_adapters
 from mamba_jax.sharding import RULES, Axis, batch_shards
 from mamba_jax.training.config import ProgramConfig
-from mamba_jax.training.optimizer import make_optimizer
+from mamba_jax.training.optimizer import make_optimizer, with_frozen
 from mamba_jax.training.step import abstract_batch, make_train_step
 from mamba_jax.training.train_state import TrainState, abstract_state, create
 
@@ -31,7 +32,7 @@ class TrainProgram:
     Attributes:
         config: everything that the compiled step depends on.
         mesh: the device mesh.
-        definition: the model without its parameters.
+        definition: the model without its parameters, with adapters if there are any; it says which are trained.
         optimizer: the update rule.
         state: shapes, dtypes and shardings of the `TrainState`.
         batch: shapes, dtypes and shardings of an `LMBatch`.
@@ -47,11 +48,14 @@ class TrainProgram:
             mesh: the device mesh.
 
         Raises:
-            InputError: the batch, the sequence or a parameter cannot be split over the mesh.
+            InputError: the batch, the sequence or a parameter cannot be split over the mesh, or a target of `lora` or a
+                pattern of `optimizer.lr_multipliers` matches nothing.
         """
         self.config, self.mesh = config, mesh
         self._check_batch()
-        self.definition = parameters.define(config.model)
+        self.definition: ModelDefinition = with_frozen(
+            adapted(parameters.define(config.model), config.lora), config.optimizer
+        )
         self.optimizer = make_optimizer(config.optimizer, num_steps=config.num_steps, definition=self.definition)
         self.state: TrainState = abstract_state(config, self.definition, self.optimizer, mesh)
         self.batch = abstract_batch(config, mesh)
@@ -74,20 +78,25 @@ class TrainProgram:
         """The state before the first step; each device creates only its own part.
 
         Args:
-            params: parameters to start from, cast to the config's dtype; None draws random ones from `config.seed`.
+            params: parameters to start from, without adapters, cast to the config's dtype; None draws random ones from
+                `config.seed`, as adapters are in any case.
         """
+        config = self.config
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        key = jax.random.key(config.seed)
+
+        def build(params: Params) -> TrainState:
+            whole = with_new_adapters(self.definition, params, config.lora, key)
+            return create(config, whole, self.optimizer)
+
         if params is None:
-
-            def build() -> TrainState:
-                fresh = parameters.init(self.config.model, jax.random.key(self.config.seed))
-                return create(self.config, fresh, self.optimizer)
-
-            return jax.jit(build, out_shardings=shardings)()
+            return jax.jit(lambda: build(parameters.init(config.model, key)), out_shardings=shardings)()
         params = jax.tree.map(
-            lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding), params, self.state.params
+            lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding),
+            params,
+            without_adapters(self.state.params),
         )
-        return jax.jit(lambda params: create(self.config, params, self.optimizer), out_shardings=shardings)(params)
+        return jax.jit(build, out_shardings=shardings)(params)
 
     def lower(self, platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
         """Lowers the step from shapes and shardings alone, without any arrays; `.compile()` gives the program.

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.models.loss import LossOutput, next_token_loss
-from mamba_jax.models.parameters import ModelDefinition, Params
+from mamba_jax.models.parameters import ModelDefinition, Params, chosen, completed
 from mamba_jax.models.state import (
     LMState,
     constrain_state,
@@ -117,10 +117,12 @@ def make_train_step(
         grad_norm = optax.tree.norm(gradient)
         accepted, skips = _judge(config.faults, state, parts.loss, grad_norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained: Any = optax.apply_updates(chosen(definition.trained, state.params), updates)
+        params = completed(definition.trained, trained, state.params)
         ema, decay = state.ema, config.optimizer.ema_decay
         if decay is not None:
-            ema = jax.tree.map(lambda mean, value: decay * mean + (1 - decay) * value, ema, params)
+            mean = _mean(decay, chosen(definition.trained, ema), trained)
+            ema = completed(definition.trained, mean, ema)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
@@ -143,6 +145,10 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _mean(decay: float, mean: Params, params: Params) -> Params:
+    return jax.tree.map(lambda mean, value: decay * mean + (1 - decay) * value, mean, params)
 
 
 def _judge(
@@ -182,7 +188,7 @@ def _whole_batch(
         losses, gradient, recurrent = loss_and_gradient(*part, normalizer)
         return jax.tree.map(jnp.add, total, (losses, gradient)), recurrent
 
-    start = (LossOutput.zero(), jax.tree.map(jnp.zeros_like, state.params))
+    start = (LossOutput.zero(), jax.tree.map(jnp.zeros_like, chosen(definition.trained, state.params)))
     split = _microbatches(batch, parts), None if recurrent is None else split_rows(config.model, recurrent, parts)
     (losses, gradient), recurrent = jax.lax.scan(accumulate, start, split)
     return losses, gradient, None if recurrent is None else join_rows(config.model, recurrent)
@@ -196,7 +202,7 @@ def _loss_and_gradient(
     recurrent: LMState | None,
     normalizer: jax.Array,
 ) -> tuple[LossOutput, Params, LMState | None]:
-    """Loss, its gradient by the parameters, and the recurrent state after one microbatch.
+    """Loss, its gradient by the trained parameters (None for others), and the recurrent state after one microbatch.
 
     Args:
         config: the config of the step.
@@ -223,14 +229,16 @@ def _loss_and_gradient(
             loss = loss.with_penalty(output.penalty / (config.accumulation_steps * config.windows))
         return loss, output.state
 
-    def loss_function(params: Params) -> tuple[jax.Array, tuple[LossOutput, LMState | None]]:
+    def loss_function(trained: Params) -> tuple[jax.Array, tuple[LossOutput, LMState | None]]:
+        whole = completed(definition.trained, trained, params)
         if config.windows == 1:
-            parts, after = loss_of(params, batch, recurrent)
+            parts, after = loss_of(whole, batch, recurrent)
         else:
-            parts, after = _over_windows(config, functools.partial(loss_of, params), batch, recurrent)
+            parts, after = _over_windows(config, functools.partial(loss_of, whole), batch, recurrent)
         return parts.loss, (parts, after if config.order == "streams" else None)
 
-    (_, (parts, after)), gradient = jax.value_and_grad(loss_function, has_aux=True)(params)
+    trained = chosen(definition.trained, params)
+    (_, (parts, after)), gradient = jax.value_and_grad(loss_function, has_aux=True)(trained)
     return parts, gradient, after
 
 

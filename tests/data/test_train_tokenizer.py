@@ -103,7 +103,7 @@ def test_two_commands_lead_from_a_file_to_a_model(lines: Path) -> None:
     run(lines, "tokenizer.json", "--vocab-size", "300")
     small = "--model.d-model 16 --model.num-layers 1 --data.seq-len 32 --data.global-batch 8 --train.num-steps 2"
     paths = ["--data.train.path", str(lines), "--data.validation.path", str(lines)]
-    command = [sys.executable, root / "train.py", root / "configs" / "own_text.py", *paths, *small.split()]
+    command = [sys.executable, root / "train.py", root / "configs" / "own" / "text.py", *paths, *small.split()]
     result = subprocess.run(list(map(str, command)), cwd=lines.parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "bits per byte on held-out text" in result.stdout

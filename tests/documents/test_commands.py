@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from mamba_jax import cli
+from mamba_jax.config import ModelConfig
+from mamba_jax.export import initial
 from tests.documents.pages import PAGES, ROOT
 
 SCRIPTS = [
@@ -88,6 +90,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, list[str]], 
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         runpy.run_path(str(file_of(program)), run_name="__main__")
 
+    # Of a run that is not there.
+    monkeypatch.setattr(initial, "model_for", lambda train: ModelConfig(vocab_size=257, d_model=16, num_layers=2))
     monkeypatch.setattr(cli, "parse", stop_after(cli.parse))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
     monkeypatch.chdir(ROOT)

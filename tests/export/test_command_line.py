@@ -77,7 +77,9 @@ def test_averaged_weights_and_bytes_are_exported(tmp_path, monkeypatch: pytest.M
     assert not (tmp_path / "average").exists()
     with pytest.raises(SystemExit):
         export(monkeypatch, str(GOLDEN), str(tmp_path / "new"), "--layout", "onnx")
-    assert "unknown layout 'onnx': choose 'gguf' or 'hf' or 'original' or 'stablehlo'" in capsys.readouterr().err
+    assert (
+        "unknown layout 'onnx': choose 'gguf' or 'hf' or 'original' or 'peft' or 'stablehlo'" in capsys.readouterr().err
+    )
 
 
 def test_a_run_that_was_moved_brings_its_tokenizer(tmp_path) -> None:

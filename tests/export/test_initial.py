@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from mamba_jax.config import (
     DataConfig,
@@ -19,6 +20,7 @@ from mamba_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from mamba_jax.data.tokenizer import make_tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.export import companions, huggingface
 from mamba_jax.export.initial import initial_weights, model_of
@@ -41,10 +43,12 @@ def weights(
     return folder
 
 
-def experiment(folder: Path, tokenizer: TokenizerConfig | None = None, **changes: Any) -> ExperimentConfig:
+def experiment(
+    folder: Path, tokenizer: TokenizerConfig | None = None, *, model: ModelConfig = MODEL, **changes: Any
+) -> ExperimentConfig:
     return ExperimentConfig(
         name="test",
-        model=dataclasses.replace(MODEL, **changes),
+        model=dataclasses.replace(model, **changes),
         data=DataConfig(
             train=TextFolderSource(path="text"), seq_len=8, global_batch=1, tokenizer=tokenizer or TokenizerConfig()
         ),
@@ -151,3 +155,57 @@ def test_model_of_a_folder_takes_its_weights(weights: Path, tmp_path: Path) -> N
     for source in (f"{weights}@3", str(tmp_path / "nowhere")):
         with pytest.raises(InputError, match="is no training run, and no folder with config"):
             model_of(source)
+
+
+def added_to(path: Path, config: TokenizerConfig, *tokens: str) -> TokenizerConfig:
+    """A tokenizer with further tokens behind its own."""
+    tokenizer = tokenizers.Tokenizer.from_str(make_tokenizer(config).to_json())
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save(str(path))
+    return TokenizerConfig(kind="hf_json", path=str(path), end_of_document="<|endoftext|>")
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_a_tokenizer_with_more_tokens_grows_the_tables(tmp_path: Path, layout: str, is_tied: bool) -> None:
+    model = dataclasses.replace(MODEL, tie_embeddings=is_tied)
+    params = jax.device_get(jax.jit(parameters.init, static_argnums=0)(model, jax.random.key(0)))
+    files = companions.written(TokenizerConfig(), model, layout=layout)
+    huggingface.save(tmp_path / "weights", model, params, layout=layout, companions=files)
+    grown = added_to(tmp_path / "grown.json", TokenizerConfig(), "<user>", "<bot>", *map(str, range(100, 108)))
+    sizes: dict[str, Any] = {"vocab_size": 267, "vocab_multiple": 16, "tie_embeddings": is_tied}
+    found = initial_weights(experiment(tmp_path / "weights", grown, **sizes))
+    assert found is not None
+    assert found.added == 10
+    for name in ("embedding",) if is_tied else ("embedding", "lm_head"):
+        before, after = (np.asarray(tree[name]["table"]) for tree in (params, found.params))
+        assert after.shape == (272, 16)
+        np.testing.assert_array_equal(after[:257], before[:257])
+        # The mean of 257 values below 1 in float32.
+        np.testing.assert_allclose(after[257:], np.tile(before[:257].mean(0, dtype=np.float64), (15, 1)), atol=1e-7)
+    rest = {name: value for name, value in params.items() if name not in ("embedding", "lm_head")}
+    jax.tree.map(np.testing.assert_array_equal, {name: found.params[name] for name in rest}, rest)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    params = jax.device_get(jax.jit(parameters.init, static_argnums=0)(MODEL, jax.random.key(0)))
+    grown = added_to(tmp_path / "grown.json", TokenizerConfig(), "<user>", "<bot>")
+    other = added_to(tmp_path / "other.json", TokenizerConfig(), "<user>", "<robot>", "<third>")
+    files = companions.written(grown, MODEL, layout="original")
+    huggingface.save(
+        tmp_path / "weights", dataclasses.replace(MODEL, vocab_size=259), params, layout="original", companions=files
+    )
+    for tokenizer, message in (
+        (TokenizerConfig(), "here bytes (257 ids, end of document 256), which gives other ids"),
+        (other, "other.json (260 ids, end of document 256), which gives other ids"),
+    ):
+        with pytest.raises(InputError) as error:
+            initial_weights(experiment(tmp_path / "weights", tokenizer, vocab_size=260))
+        assert "holds another model" in str(error.value)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+    # What is added does not excuse what else differs.
+    more = added_to(tmp_path / "more.json", grown, "<third>")
+    assert initial_weights(experiment(tmp_path / "weights", more, vocab_size=260)) is not None
+    with pytest.raises(InputError, match=r"model\.norm_eps was 1e-05, here 0\.1"):
+        initial_weights(experiment(tmp_path / "weights", more, vocab_size=260, norm_eps=0.1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # The builds for CPUs have this label; one without it may be gigabytes for GPUs.
-PACKAGES = ("torch==2.13.0+cpu", "transformers==5.24.0", "gguf==0.19.0", "accelerate==1.15.0")
+PACKAGES = ("torch==2.13.0+cpu", "transformers==5.24.0", "gguf==0.19.0", "accelerate==1.15.0", "peft==0.21.2")
 # Builds for CPUs lie ready for some versions of Python only.
 INTERPRETERS = ("python3.12", "python3.11", "python3.13", "python3.14")
 

@@ -5,8 +5,11 @@ import dataclasses
 import pytest
 
 from mamba_jax.chips import CHIPS
-from mamba_jax.config import ModelConfig
+from mamba_jax.config import LoraConfig, ModelConfig, OptimizerConfig
 from mamba_jax.models.flops import flops_per_token, model_flops_utilization
+from mamba_jax.models.parameters import define
+from mamba_jax.models.storage.low_rank import adapted
+from mamba_jax.training.optimizer import with_frozen
 
 PUBLISHED_130M = ModelConfig(vocab_size=50277, d_model=768, num_layers=24)
 
@@ -18,6 +21,24 @@ def test_published_size() -> None:
 def test_untied_table_is_only_read() -> None:
     tied = flops_per_token(PUBLISHED_130M, length=2048)
     assert flops_per_token(dataclasses.replace(PUBLISHED_130M, tie_embeddings=False), length=2048) == tied
+
+
+def test_what_is_not_trained_has_no_gradient_of_its_own() -> None:
+    """An adapter of rank 1 has as many parameters as its projection has inputs and outputs."""
+    adapters = 24 * ((768 + 3072) + (1536 + 80) + (48 + 1536) + (1536 + 768))
+    definition = adapted(define(PUBLISHED_130M), LoraConfig(rank=1))
+    assert definition.num_trained == adapters
+    scan = 27 * 24 * 1536 * 16
+    found = flops_per_token(PUBLISHED_130M, length=2048, definition=definition)
+    assert found == 4 * 129_135_360 + 6 * adapters + scan
+    # The first half of the layers, but for the table and the last norm.
+    frozen = with_frozen(
+        define(PUBLISHED_130M), OptimizerConfig(peak_lr=1e-3, lr_multipliers=((r"layers/(\d|10|11)/", 0.0),))
+    )
+    half = (129_135_360 - 768 * (50_280 + 1)) // 2
+    assert frozen.num_trained == 129_135_360 - half
+    found = flops_per_token(PUBLISHED_130M, length=2048, definition=frozen)
+    assert found == pytest.approx(6 * 129_135_360 - 2 * half + scan, rel=1e-12)
 
 
 def test_utilization() -> None:

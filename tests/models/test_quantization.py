@@ -222,6 +222,36 @@ def test_a_loop_over_tokens_reads_bytes() -> None:
     assert temporary_bytes(compiled) < 2 * size * size
 
 
+@pytest.mark.parametrize("mixer", [Mamba1Config(state_dim=4), Mamba2Config(state_dim=8, head_dim=8)])
+def test_one_operation_a_token_reads_integers(mixer: Any) -> None:
+    """A block that is one operation gives what its layers give one by one, on the same integers and scales."""
+    configs = [
+        dataclasses.replace(STACKED, mixer=dataclasses.replace(mixer, step_implementation=name))
+        for name in ("layers", "xla")
+    ]
+    _, _, in_int8 = build(configs[0])
+    logits = []
+    for config in configs:
+        model = parameters.define(config).merge(in_int8)
+        state, given = init_state(config, 2), tokens_of(config)[:, :3]
+        for token in range(given.shape[1]):
+            output = model(given[:, token : token + 1], state=state)
+            state = output.state
+        logits.append(output.logits)
+    assert jnp.abs(logits[0]).max() > 0.01
+    np.testing.assert_allclose(logits[1], logits[0], **SAME_MODEL)
+
+
+def test_integers_lie_by_columns_for_kernels_that_read_them_so() -> None:
+    config = dataclasses.replace(STACKED, mixer=Mamba1Config(state_dim=4, step_implementation="triton"))
+    definition, _, in_int8 = build(config)
+    kernel = definition.unstacked(in_int8)["layers"]["mixer"]["in_proj"]["kernel"]
+    for index, array in enumerate(kernel.qvalue.arrays):
+        assert array.dtype == jnp.int8
+        assert array.format.layout.major_to_minor == (1, 2, 0)
+        np.testing.assert_array_equal(array, in_int8["layers"]["mixer"]["in_proj"]["kernel"].qvalue[index])
+
+
 def test_outside_of_a_program() -> None:
     """Array by array; what is not in int8 is not copied."""
     definition, params, in_int8 = build(STACKED)

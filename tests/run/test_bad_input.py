@@ -64,7 +64,10 @@ def content(folder: Path) -> dict[Path, bytes]:
         ({"run_dir": "{place}/file"}, "holds no run: choose another folder"),
         ({"run_dir": "{place}/text"}, "holds no run: choose another folder"),
         ({"init_from": "{place}/file"}, "train.init_from: no folder '{place}/file'"),
-        ({"init_from": "{place}/empty"}, "no file {place}/empty/config.json"),
+        (
+            {"init_from": "{place}/empty"},
+            "{place}/empty is neither a training run (no folder 'checkpoints') nor a model",
+        ),
         ({"train": ShardSource(path="{place}/nowhere")}, "cannot read {place}/nowhere/index.json: No such file"),
         ({"train": ShardSource(path="{place}/file")}, "cannot read {place}/file/index.json: Not a directory"),
         ({"train": ShardSource(path="{place}/empty")}, "cannot read {place}/empty/index.json: No such file"),

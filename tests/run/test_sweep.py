@@ -85,7 +85,7 @@ def test_a_sweep_goes_on_and_shows_all(
     # Each config as the flags ask, in place of a file.
     values = {"0": config, "1": dataclasses.replace(config, seed=1)}
     values["bad"] = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=3))
-    monkeypatch.setattr(sweep, "load_config", lambda _, words: values[words[1]])
+    monkeypatch.setattr(sweep, "load_config", lambda _, words, model_for: values[words[1]])
     words = ["CONFIG", "--seed", "0", "1", "bad", "--sweep-dir", str(tmp_path / "all")]
     assert sweep._main(words) == 128 + 15
     assert trained == ["seed=0", "seed=1"]
@@ -102,6 +102,8 @@ def test_a_sweep_goes_on_and_shows_all(
     assert float(rows[0].split()[2]) <= float(rows[1].split()[2])
     assert rows[2].split() == ["bad", "failed"]
     assert [run.name for run in read_runs(tmp_path / "all")] == ["seed=0", "seed=1"]
+    assert f"wrote {tmp_path / 'all' / 'report.html'} and {tmp_path / 'all' / 'sweep.png'}" in printed.out
+    assert (tmp_path / "all" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "all" / "report.html").read_text()
     assert "seed=0" in page
     assert "seed=1" in page

@@ -58,6 +58,7 @@ def define(params: Params, *, axes: Params | None = None, decay: Params | None =
         params=params,
         axes=axes or jax.tree.map(lambda leaf: (Axis.CONV,) * leaf.ndim, params),
         decay=decay or jax.tree.map(lambda _: True, params),
+        trained=jax.tree.map(lambda _: True, params),
         summed={},
         _graph=None,
         _state=None,

@@ -6,7 +6,7 @@ import jax
 
 import pallas_kernels
 from mamba_jax.models.mixers.mixer import BlockInput
-from mamba_jax.models.storage.matrix import Quantized, read_matrix
+from mamba_jax.models.storage.matrix import LowRank, Quantized, read_matrix
 from mamba_jax.sharding import is_split
 
 
@@ -26,6 +26,7 @@ def matrices_of(mixer: Any, *names: str, dtype: str) -> dict[str, jax.Array]:
     found = {}
     for name in names:
         matrix = read_matrix(getattr(mixer, name).kernel)
+        assert not isinstance(matrix, LowRank), "adapters are merged before a model generates"
         if isinstance(matrix, Quantized):
             found |= {name: matrix.qvalue, f"{name}_scale": matrix.scale[0]}
         else:

@@ -42,7 +42,7 @@ def quantize(definition: ModelDefinition, params: Params) -> Params:
     Raises:
         InputError: `qwix` is not installed, or the parameters are quantised already.
     """
-    _qwix()
+    imported_qwix("weights in int8", extra="int8")
     if any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=_is_quantized)):
         raise InputError("these parameters are in int8 already: quantize those that they were made of")
 
@@ -56,16 +56,26 @@ def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
-def _qwix() -> Any:
-    """The package, imported when it is asked for: it takes a third of a second."""
+def imported_qwix(what: str, *, extra: str) -> Any:
+    """The package, imported when it is asked for: it takes a third of a second.
+
+    Args:
+        what: what needs it.
+        extra: of this project, with which it is installed.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import qwix
     except ImportError:
-        raise InputError("weights in int8 need the package qwix: pip install 'mamba-jax[int8]'") from None
+        raise InputError(f"{what} need the package qwix: pip install 'mamba-jax[{extra}]'") from None
     return qwix
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _in_int8(dim: int, weights: jax.Array) -> Any:
     channels = [other for other in range(weights.ndim) if other != dim]
-    return _qwix().quantize(weights.astype(jnp.float32), jnp.int8, channelwise_axes=channels)
+    return imported_qwix("weights in int8", extra="int8").quantize(
+        weights.astype(jnp.float32), jnp.int8, channelwise_axes=channels
+    )

@@ -1,6 +1,8 @@
-"""What layers do with a matrix of weights, which is an array, or int8 values with a scale for each output channel."""
+"""What layers do with a matrix of weights: an array, int8 values with scales, or either with a low-rank adapter."""
 
-from typing import Protocol, runtime_checkable
+import dataclasses
+import typing
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,29 @@ class Quantized(Protocol):
         ...
 
 
-Matrix = jax.Array | Quantized
+# Not checked at construction: JAX also builds this class around shapes, shardings and logical axes.
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """A matrix and its adapter, W + scale A B, which stands in trees where the matrix would.
+
+    Attributes:
+        base: W, (I, *O), an array or in int8.
+        lora_a: A, (I, r).
+        lora_b: B, (r, *O).
+        scale: alpha / r.
+
+    Source: arXiv 2106.09685, equation 3.
+    """
+
+    base: Any
+    lora_a: jax.Array
+    lora_b: jax.Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+
+Matrix = jax.Array | Quantized | LowRank
 
 
 def read_matrix(param: nnx.Param) -> Matrix:
@@ -49,12 +73,17 @@ def product_with(x: Float[jax.Array, "... I"], kernel: Matrix, *, dtype: str) ->
 
     A compiler reads q where it lies, one byte for a weight, and converts it within the product.
 
+    Nor is an adapter: y = x W + scale (x A) B.
+
     Args:
         x: (..., I).
         kernel: W, (I, *O).
         dtype: of both factors of the product, and of the result; the compute dtype.
     """
     x = x.astype(dtype)
+    if isinstance(kernel, LowRank):
+        of_adapter = product(product(x, kernel.lora_a.astype(dtype)), kernel.lora_b.astype(dtype))
+        return product_with(x, kernel.base, dtype=dtype) + kernel.scale * of_adapter
     if not isinstance(kernel, Quantized):
         return product(x, kernel.astype(dtype))
     y = product(x, kernel.qvalue.astype(dtype), dtype=jnp.promote_types(dtype, jnp.float32))
@@ -69,6 +98,7 @@ def logits_of(hidden: Float[jax.Array, "... D"], table: Matrix) -> Float[jax.Arr
         hidden: (..., D); the product's factors have its dtype.
         table: (V, D).
     """
+    assert not isinstance(table, LowRank), "a table has no adapter"
     factor = table.qvalue if isinstance(table, Quantized) else table
     factor = factor.astype(hidden.dtype)
     logits = jnp.einsum("...d,vd->...v", hidden, factor, preferred_element_type=jnp.float32)
@@ -79,6 +109,7 @@ def logits_of(hidden: Float[jax.Array, "... D"], table: Matrix) -> Float[jax.Arr
 
 def rows_of(table: Matrix, ids: Int[jax.Array, "B L"]) -> Float[jax.Array, "B L D"]:
     """The rows of a table (V, D) with the given numbers, float32; NaN for ids outside of it."""
+    assert not isinstance(table, LowRank), "a table has no adapter"
     # Split by the width too, the table would make the partitioner move the vectors instead.
     table = jax.tree.map(lambda array: constrain(array, Axis.VOCAB, None), table)
     if not isinstance(table, Quantized):

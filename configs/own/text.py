@@ -1,7 +1,7 @@
 """A small model of your own text, with a tokenizer of your own: JSON lines, parquet or text files, named by flags.
 
 Commands:  python -m mamba_jax.data.train_tokenizer --files corpus.jsonl --vocab-size 8192 --output tokenizer.json
-           python train.py configs/own_text.py --data.train.path corpus.jsonl --data.validation.path corpus.jsonl
+           python train.py configs/own/text.py --data.train.path corpus.jsonl --data.validation.path corpus.jsonl
 Hardware:  two CPU cores, about 2 GB of memory; a GPU or TPU as it is.
 Data:      whatever --data.train.path names: a file, a folder or a glob. Of few files the last 5 % are held out, of many
            5 % of the files.
