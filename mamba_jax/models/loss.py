@@ -42,6 +42,7 @@ class LossOutput:
         return dataclasses.replace(self, loss=self.loss + penalty, balance_loss=balance_loss)
 
 
+@jax.named_scope("loss")
 def next_token_loss(
     hidden: Float[jax.Array, "B L D"],
     head: Head,

@@ -114,19 +114,21 @@ def make_train_step(
     )
     def train_step(state: TrainState, batch: LMBatch) -> tuple[TrainState, StepMetrics]:
         parts, gradient, recurrent = _whole_batch(config, definition, state, batch)
-        grad_norm = optax.tree.norm(gradient)
-        accepted, skips = _judge(config.faults, state, parts.loss, grad_norm)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        trained: Any = optax.apply_updates(chosen(definition.trained, state.params), updates)
-        params = completed(definition.trained, trained, state.params)
-        ema, decay = state.ema, config.optimizer.ema_decay
-        if decay is not None:
-            mean = _mean(decay, chosen(definition.trained, ema), trained)
-            ema = completed(definition.trained, mean, ema)
-
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
-
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(gradient)
+            accepted, skips = _judge(config.faults, state, parts.loss, grad_norm)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            trained: Any = optax.apply_updates(chosen(definition.trained, state.params), updates)
+            params = completed(definition.trained, trained, state.params)
+            ema, decay = state.ema, config.optimizer.ema_decay
+            if decay is not None:
+                mean = _mean(decay, chosen(definition.trained, ema), trained)
+                ema = completed(definition.trained, mean, ema)
+            params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(accepted, new, old),
+                (params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
         metrics = StepMetrics(
             **vars(parts),
             grad_norm=grad_norm,
@@ -136,10 +138,10 @@ def make_train_step(
         )
         state = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             skips=skips,
-            ema=keep(ema, state.ema),
+            ema=ema,
             recurrent=None if recurrent is None else finite_rows(config.model, recurrent),
         )
         return state, metrics
