@@ -16,6 +16,7 @@ def main() -> None:
         "--from-scratch": "set aside what train.run_dir holds, and begin at step 0",
         "--distributed": "find the other processes of the run through the launcher",
         "--compile-only": "compile the step for the TPUs of --topology, which need not be there, and report",
+        "--verbose": "in that report, name the ten instructions that take most time",
     }.items():
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--topology", nargs="?", help="such as v5e:4x4")
@@ -41,9 +42,9 @@ def run(parser: argparse.ArgumentParser) -> int:
     if flags.compile_only:
         from mamba_jax.pods.compile import print_report
 
-        return print_report(config, flags.topology, flags.num_slices)
-    if (flags.topology, flags.num_slices) != (None, "1"):
-        raise InputError("--topology and --num-slices say what --compile-only compiles for: pass that too")
+        return print_report(config, flags.topology, flags.num_slices, largest=10 * flags.verbose)
+    if (flags.topology, flags.num_slices, flags.verbose) != (None, "1", False):
+        raise InputError("--topology, --num-slices and --verbose are of --compile-only: pass that too")
     from mamba_jax.run import distributed, loop, watchdog
 
     distributed.initialize(detect=flags.distributed)

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import multiprocessing
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ import pallas_kernels
 from harness import Results, Setting
 from mamba_jax import chips
 from mamba_jax.cli import one_line_errors, parse
-from mamba_jax.pods.hlo import compiled_instructions
+from mamba_jax.pods.hlo import compiled_instructions, estimated_cycles
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
 from pallas_kernels.manifests import MANIFESTS
 from pallas_kernels.selective_scan.arguments import ScanArguments
@@ -229,8 +228,7 @@ def measure(op: str, chip: str, shape: tuple[int, ...], implementation: str, var
 
 def cycles_of_xla(text: str) -> float:
     """The compiler's estimates for all operations but kernels."""
-    found = ((re.search(r'"estimated_cycles":"(\d+)"', line), times) for line, times in compiled_instructions(text))
-    return sum(times * int(estimate[1]) for estimate, times in found if estimate)
+    return sum(times * estimated_cycles(line) for line, times in compiled_instructions(text))
 
 
 def passes(work: Work, schedule: Schedule, cores: int) -> list[float]:

@@ -3,6 +3,7 @@
 python train.py configs/mamba_2_8b.py --compile-only --topology v5p:8x8x8 --num-slices 2 --mesh.data 16 --mesh.fsdp 64
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mamba_jax.cli import print_result
 from mamba_jax.errors import InputError
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.models.flops import flops_per_token
+from mamba_jax.pods.breakdown import instruction_times
 from mamba_jax.pods.estimate import StepEstimate
 from mamba_jax.pods.hlo import count_instructions
 from mamba_jax.run.out_of_memory import advice
@@ -59,13 +61,14 @@ def compile_step(config: ProgramConfig, mesh: MeshConfig, topology: str, *, num_
     return _estimate(program, devices, num_slices, compiled)
 
 
-def print_report(config: ExperimentConfig, topology: str | None, num_slices: str) -> int:
+def print_report(config: ExperimentConfig, topology: str | None, num_slices: str, *, largest: int = 0) -> int:
     """Compiles the step and prints the estimate, for `train.py --compile-only`; returns the exit status.
 
     Args:
         config: the resolved experiment.
         topology: value of the flag --topology; None if it was not given.
         num_slices: value of the flag --num-slices, not checked yet.
+        largest: how many of the instructions that take most time to list.
 
     Raises:
         InputError: a flag is missing or not a number; or see `compile_step`.
@@ -75,7 +78,8 @@ def print_report(config: ExperimentConfig, topology: str | None, num_slices: str
     if not num_slices.isdecimal():
         raise InputError(f"--num-slices {num_slices} is not a whole number from 1 on")
     jax.config.update("jax_platforms", "cpu")
-    print_result("\n".join(compile_step(config.program, config.mesh, topology, num_slices=int(num_slices)).lines()))
+    estimate = compile_step(config.program, config.mesh, topology, num_slices=int(num_slices))
+    print_result("\n".join(estimate.lines(largest=largest)))
     return 0
 
 
@@ -87,11 +91,12 @@ def _estimate(
     memory = compiled.memory_analysis()
     assert memory is not None, "the TPU compiler reports memory"
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
-    counts = count_instructions(compiled.as_text() or "", num_slices)
+    text = compiled.as_text() or ""
+    counts = count_instructions(text, num_slices)
     chip = CHIPS.get(devices[0].device_kind)
     cores = None if chip is None else chip.cores
     tokens = config.global_batch * config.seq_len / len(devices)
-    return StepEstimate(
+    estimate = StepEstimate(
         devices=len(devices),
         num_slices=num_slices,
         device_kind=devices[0].device_kind,
@@ -111,6 +116,9 @@ def _estimate(
         operation_seconds=None if cores is None else counts.cycles / cores.clock_hz,
         kernel_seconds=None if cores is None or counts.other_kernels else cores.kernel_seconds(counts.kernel_elements),
     )
+    if chip is None or estimate.expected_seconds is None:
+        return estimate
+    return dataclasses.replace(estimate, times=tuple(instruction_times(text, chip, num_slices)))
 
 
 def _shard_bytes(tree) -> int:

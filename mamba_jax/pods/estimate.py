@@ -12,6 +12,7 @@ model operations / (peak * lower end).
 import dataclasses
 
 from mamba_jax.chips import CHIPS, GIB
+from mamba_jax.pods.breakdown import KINDS, InstructionTime
 
 MIB = 2**20
 
@@ -36,6 +37,7 @@ class StepEstimate:
         operation_seconds: time of XLA's operations, by the compiler's estimate of cycles; None if the clock is unknown.
         kernel_seconds: time of the Pallas kernels, by their static schedules; None if one of them has none for this
             device, as those of attention.
+        times: where this time goes, by instruction, with the waits for exchanges; None where a part of it is unknown.
     """
 
     devices: int
@@ -50,6 +52,7 @@ class StepEstimate:
     flops: float
     operation_seconds: float | None
     kernel_seconds: float | None
+    times: tuple[InstructionTime, ...] | None = None
 
     @property
     def total_memory(self) -> int:
@@ -89,8 +92,25 @@ class StepEstimate:
         busy = operations + kernels
         return max(busy, links, network), busy + links + network
 
-    def lines(self) -> list[str]:
-        """The estimate, for a terminal."""
+    @property
+    def seconds_by_kind(self) -> dict[str, float] | None:
+        """Time of a step by kind of work, in the order of `KINDS`: XLA's operations, kernels and waits for exchanges.
+
+        Its sum is the time of operations and kernels and, as far as the program does not hide it, that of exchanges.
+        """
+        if self.times is None:
+            return None
+        seconds = dict.fromkeys(KINDS, 0.0)
+        for part in self.times:
+            seconds[part.kind] += part.seconds
+        return seconds
+
+    def lines(self, *, largest: int = 0) -> list[str]:
+        """The estimate, for a terminal.
+
+        Args:
+            largest: how many of the instructions that take most time to list.
+        """
         slices = f" in {self.num_slices} slices" if self.num_slices > 1 else ""
         lines = [f"{self.devices} devices of kind {self.device_kind}{slices}", "memory of a device:"]
         lines += [f"  {kind:<16}{size / GIB:9.3f} GiB" for kind, size in self.memory.items()]
@@ -100,7 +120,7 @@ class StepEstimate:
         if self.num_slices > 1:
             lines += ["between slices:", *_exchange_lines(self.between_slices)]
         lines += ["kernels in a step:", *(f"  {name:<36}{count:6d} calls" for name, count in self.kernels.items())]
-        return lines + self._time_lines()
+        return lines + self._time_lines() + self._breakdown_lines(largest)
 
     def _time_lines(self) -> list[str]:
         """Report lines on the time of a step: of each kind of work alone, and the expected total if it is known."""
@@ -118,6 +138,22 @@ class StepEstimate:
                 f"  expected between {1e3 * least:.1f} and {1e3 * most:.1f} ms,",
                 f"  model FLOPs utilisation at most {self.matmul_seconds / least:.1%}",
             ]
+        return lines
+
+    def _breakdown_lines(self, largest: int) -> list[str]:
+        """Report lines on where the time goes, by kind of work and by instruction; none where it is unknown."""
+        seconds, parts = self.seconds_by_kind, self.times
+        if seconds is None or parts is None:
+            return []
+        total = sum(seconds.values())
+        rows = [*seconds.items(), ("total", total)]
+        lines = ["where the time goes:"]
+        lines += [f"  {kind:<24}{1e3 * part:9.2f} ms {part / total:6.1%}" for kind, part in rows]
+        if largest:
+            lines.append("instructions that take most of it:")
+            for part in sorted(parts, key=lambda part: -part.seconds)[:largest]:
+                lines.append(f"  {1e3 * part.seconds:9.2f} ms {part.kind:<22} {part.times:4d} times {part.name}")
+                lines += [f"{'':15}{part.op_name}"] * bool(part.op_name)
         return lines
 
 

@@ -15,7 +15,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 # Pallas kernels that a step may call.
 KERNELS = (
@@ -27,6 +27,7 @@ KERNELS = (
     "ssd_pallas_tpu_forward",
     "ssd_pallas_tpu_backward",
 )
+_REDUCE_SCATTER = "all-reduce-scatter"
 _COLLECTIVES = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -37,7 +38,7 @@ def compiled_instructions(text: str) -> Iterator[tuple[str, int]]:
         text: text of the program, from `Compiled.as_text`. Loops are taken to count up to the largest number in their
             condition; instructions that run on another unit of the chip are included.
     """
-    bodies, entry = _computations(text)
+    bodies, entry = computations(text)
 
     def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
         for line in bodies[name]:
@@ -78,19 +79,26 @@ def fused_instructions(text: str) -> Iterator[tuple[str, str, int]]:
     Args:
         text: as of `compiled_instructions`.
     """
-    bodies, _ = _computations(text)
-
-    def inside(line: str, times: int) -> Iterator[tuple[str, str, int]]:
-        if fusion := re.search(r" fusion\(.*calls=%([^\s,}]+)", line):
-            for inner in bodies[fusion[1]]:
-                yield fusion[1], inner, times
-                yield from inside(inner, times)
-
+    bodies, _ = computations(text)
     for line, times in compiled_instructions(text):
-        yield from inside(line, times)
+        for fusion, inner in inside(line, bodies):
+            yield fusion, inner, times
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def inside(line: str, bodies: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """The instructions inside a fusion and the fusions in it, each with the name of its own; none of another one.
+
+    Args:
+        line: any instruction.
+        bodies: from `computations`.
+    """
+    if fusion := re.search(r" fusion\(.*calls=%([^\s,}]+)", line):
+        for inner in bodies[fusion[1]]:
+            yield fusion[1], inner
+            yield from inside(inner, bodies)
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Lines of every computation of a compiled program, by name, and the name of the one that starts it."""
     bodies: dict[str, list[str]] = {}
     entry, name = "", ""
@@ -138,81 +146,125 @@ def count_instructions(text: str, num_slices: int) -> Counts:
     """
     counts = Counts()
     _count_collectives(counts, text)
-    types = dict(re.findall(r"%([\w.\-]+) = (\w+\[[\d,]*\])", text))
+    types = result_types(text)
     for line, times in compiled_instructions(text):
-        # ..., backend_config={"estimated_cycles":"100"}
-        if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
-            counts.cycles += times * int(estimate[1])
+        counts.cycles += times * estimated_cycles(line)
         _count_transfer(counts, line, times, num_slices)
         _count_kernel(counts, line, times, types)
     return counts
 
 
+def estimated_cycles(line: str) -> int:
+    """The compiler's estimate of an instruction, from `backend_config={"estimated_cycles":"100"}`; 0 without one."""
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+    return 0 if estimate is None else int(estimate[1])
+
+
 def _count_transfer(counts: Counts, line: str, times: int, num_slices: int) -> None:
-    """Counts what arrives from other slices.
+    """Counts what arrives from other slices."""
+    if found := transfer(line, num_slices):
+        kind, arriving = found
+        counts.transfers[kind] += times
+        counts.received[kind] += times * arriving
+
+
+def transfer(line: str, num_slices: int) -> tuple[str, int] | None:
+    """Kind of a transfer between slices and the bytes that a device receives in it; None for another instruction.
 
     The instruction: %recv = (f32[2,128]{1,0}, u32[], token[]) recv(%after), _xla_megascale_transfer_type="ALL_REDUCE"
     """
     found = re.search(r' = \((.*?), u32\[\].*? recv\(.*_xla_megascale_transfer_type="(\w+)"', line)
     if found is None:
-        return
+        return None
     kind = found[2].lower().replace("_", "-")
     # In a sum, each slice receives its own part from every other slice, and then the sums of all other parts.
     share = 2 * (num_slices - 1) / num_slices if kind == "all-reduce" else 1
-    counts.transfers[kind] += times
-    counts.received[kind] += times * round(share * _type_bytes(found[1]))
+    return kind, round(share * _type_bytes(found[1]))
 
 
-def _count_kernel(counts: Counts, line: str, times: int, types: dict[str, str]) -> None:
-    """Counts a call of a Pallas kernel, and the size of the sequence that it works on.
+def _count_kernel(counts: Counts, line: str, times: int, types: Mapping[str, str]) -> None:
+    """Counts a call of a Pallas kernel, and the size of the sequence that it works on."""
+    if found := kernel_call(line, types):
+        name, elements = found
+        counts.calls[name] += times
+        counts.kernel_elements[name] += times * elements
+    elif other := re.search(r'%([A-Za-z_-]+)\S* = .* custom-call\(.*custom_call_target="tpu_custom_call"', line):
+        counts.other_kernels[other[1]] += times
+
+
+def result_types(text: str) -> dict[str, str]:
+    """Type of the result of every instruction of a compiled program, by name, such as "bf16[8,128]"."""
+    return dict(re.findall(r"%([\w.\-]+) = (\w+\[[\d,]*\])", text))
+
+
+def kernel_call(line: str, types: Mapping[str, str]) -> tuple[str, int] | None:
+    """Which of `KERNELS` an instruction calls, and the number of tokens times channels that it works on; None for none.
 
     The instruction: %causal_conv1d_pallas_tpu_forward.3 = bf16[2,64,1024]{2,1,0} custom-call(%p), ...
 
     Args:
-        counts: the counts to add to.
         line: any instruction.
-        times: how often it runs.
-        types: type of the result of every instruction, by name.
+        types: from `result_types`.
     """
     found = re.search(rf"%({'|'.join(KERNELS)})[.\w]* = \(?(.*?) custom-call\((.*?)\)", line)
     if found is None:
-        if other := re.search(r'%([A-Za-z_-]+)\S* = .* custom-call\(.*custom_call_target="tpu_custom_call"', line):
-            counts.other_kernels[other[1]] += times
-        return
+        return None
     name, result, operands = found.groups()
-    counts.calls[name] += times
     shown = [result, *(types.get(operand, "") for operand in re.findall(r"%([\w.\-]+)", operands))]
     # What has three dimensions is a sequence: (batch, length, channels).
     sequence = next(sizes for type_ in shown for sizes in re.findall(r"\[(\d+,\d+,\d+)\]", type_))
-    counts.kernel_elements[name] += times * math.prod(int(size) for size in sequence.split(","))
+    return name, math.prod(int(size) for size in sequence.split(","))
 
 
 def _count_collectives(counts: Counts, text: str) -> None:
-    """Counts the exchanges within a slice, inside of fusions and outside.
-
-    An instruction: %all-gather.1 = bf16[8,128]{1,0} all-gather(%p), channel_id=5, replica_groups=[2,8]<=[16]
-    """
+    """Counts the exchanges within a slice, inside of fusions and outside."""
     alone = (("", line, times) for line, times in compiled_instructions(text))
     seen = set()
     for fusion, line, times in itertools.chain(alone, fused_instructions(text)):
-        # An exchange in two halves, "-start" and "-done", counts at the second.
-        found = re.search(rf" = (.*?) ({_COLLECTIVES})(-done)?\(", line)
+        found = collective(line, fusion)
         if found is None:
             continue
-        result, kind, _ = found.groups()
-        if channel := re.search(r"channel_id=(\d+)", line):
-            # One that goes on beside other work is written again in each of the fusions that it accompanies.
-            if fusion and (channel[1], times) in seen:
+        if channel := channel_beside_work(line, fusion):
+            if (channel, times) in seen:
                 continue
-            seen.add((channel[1], times))
-        arriving = _arriving_bytes(kind, result, line)
-        if fusion.startswith("all-reduce-scatter"):
-            # The compiler writes it as a sum and a choice of the device's part. Only the first half of the sum, in
-            # which parts are added up, then needs an exchange.
-            kind, arriving = "reduce-scatter", round(arriving / 2)
+            seen.add((channel, times))
+        kind, arriving = found
         counts.calls[kind] += times
         counts.arrived[kind] += times * arriving
         counts.collective_lines.append(line.strip())
+
+
+def channel_beside_work(line: str, fusion: str) -> str:
+    """The channel of a collective that goes on beside other work, which stands in every fusion that it accompanies.
+
+    Args:
+        line: instruction of a collective.
+        fusion: name of the fusion that it is in. Outside of one, and as the only work of one, a collective stands once,
+            its channel may be that of another one, and the result is empty.
+    """
+    channel = re.search(r"channel_id=(\d+)", line)
+    return channel[1] if fusion and channel and not fusion.startswith(_REDUCE_SCATTER) else ""
+
+
+def collective(line: str, fusion: str = "") -> tuple[str, int] | None:
+    """Kind of a collective and the bytes that arrive in it at a device; None for another instruction.
+
+    An instruction: %all-gather.1 = bf16[8,128]{1,0} all-gather(%p), channel_id=5, replica_groups=[2,8]<=[16]
+
+    Args:
+        line: any instruction. An exchange in two halves, "-start" and "-done", counts at the second.
+        fusion: name of the fusion that it is in, if it is in one.
+    """
+    found = re.search(rf" = (.*?) ({_COLLECTIVES})(-done)?\(", line)
+    if found is None:
+        return None
+    result, kind, _ = found.groups()
+    arriving = _arriving_bytes(kind, result, line)
+    if fusion.startswith(_REDUCE_SCATTER):
+        # The compiler writes it as a sum and a choice of the device's part. Only the first half of the sum, in which
+        # parts are added up, then needs an exchange.
+        return "reduce-scatter", round(arriving / 2)
+    return kind, arriving
 
 
 def _type_bytes(result: str) -> int:

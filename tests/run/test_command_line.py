@@ -42,6 +42,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--wait"], "usage"),
         ([CONFIG, "--wait=3"], "--wait"),
         ([CONFIG, "--topology", "v5e:4x4"], "--compile-only"),
+        ([CONFIG, "--verbose"], "--compile-only: pass that too"),
         (["nowhere.py"], "no config file 'nowhere.py'"),
         ([CONFIG, "--train.num-step", "5"], "--train.num-steps"),
         ([CONFIG, "--train.num-steps", "many"], "num-steps"),
@@ -104,7 +105,15 @@ def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     for arguments in (["--help"], ["-h"], [CONFIG, "--help"]):
         assert main(monkeypatch, *arguments) == 0
         text = capsys.readouterr().out
-        for flag in ("--wait", "--from-scratch", "--distributed", "--compile-only", "--topology", "--num-slices"):
+        for flag in (
+            "--wait",
+            "--from-scratch",
+            "--distributed",
+            "--compile-only",
+            "--verbose",
+            "--topology",
+            "--num-slices",
+        ):
             assert flag in text
         assert ("--train.num-steps" in text) == (CONFIG in arguments)
 
