@@ -11,9 +11,9 @@ Report:    of the compiler and published figures; nothing was run.
   total               5.802 GiB of 16 GiB
   all-reduce              51 times      643.2 MiB
   model operations of a step: 4.146e+14, of a device 2.591e+13, at the peak 131.5 ms
-  time of a step: XLA's operations by the compiler's estimate 372.6 ms, kernels by their schedules 211.8 ms,
+  time of a step: XLA's operations by the compiler's estimate 373.2 ms, kernels by their schedules 211.8 ms,
   exchange at the speed of the links 3.4 ms
-  expected between 584.4 and 587.8 ms,
+  expected between 585.0 and 588.4 ms,
   model FLOPs utilisation at most 22.5%
 """
 

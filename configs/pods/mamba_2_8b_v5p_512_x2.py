@@ -15,9 +15,9 @@ Report:    of the compiler and published figures; nothing was run.
   between slices:
   all-reduce             323 times       73.4 MiB
   model operations of a step: 1.757e+16, of a device 3.431e+13, at the peak 74.7 ms
-  time of a step: XLA's operations by the compiler's estimate 174.7 ms, kernels by their schedules 51.2 ms,
+  time of a step: XLA's operations by the compiler's estimate 174.5 ms, kernels by their schedules 51.2 ms,
   exchange at the speed of the links 38.9 ms, between slices 12.3 ms
-  expected between 225.9 and 277.1 ms,
+  expected between 225.7 and 276.9 ms,
   model FLOPs utilisation at most 33.1%
 """
 

@@ -21,7 +21,7 @@ PROGRAM = """
   %multiply.1 = bf16[2,256,192]{2,1,0} multiply(%p, %p)
   ROOT %convolution.8 = bf16[2,256,384]{2,1,0:T(8,128)(2,1)} convolution(%multiply.1, %q), dim_labels=0bf_io0->0bf
 }
-%async_collective_fusion (p: bf16[1,384,48]) -> (bf16[2,256,384]) {
+%async_product (p: bf16[1,384,48]) -> (bf16[2,256,384]) {
   %all-gather.60 = bf16[1,384,192]{1,2,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=52, replica_groups=[1,4]<=[4]
   %fusion.9 = bf16[2,256,384]{2,1,0} fusion(%p), calls=%product
 }
@@ -52,7 +52,7 @@ PROGRAM = """
 }
 %body (p: (s32[])) -> (s32[]) {
   %start = (bf16[1,384,192]{1,2,0}, u32[]{:S(2)}) fusion(%p), calls=%fused_start
-  %fusion.248 = f32[8] fusion(%p), calls=%async_collective_fusion, {op_name="jit(step)/jvp()/dot_general"}, {"estimated_cycles":"30"}
+  %fusion.248 = f32[8] fusion(%p), calls=%async_product, {op_name="jit(step)/jvp()/dot"}, {"estimated_cycles":"30"}
   %fusion.249 = bf16[2,256,384]{2,1,0} fusion(%p), calls=%product, {"estimated_cycles":"10"}
   %done = bf16[1,384,192]{1,2,0} fusion(%start), calls=%fused_done
   %causal_conv1d_pallas_tpu_forward.1 = bf16[1,64,1024]{2,1,0} custom-call(%p), custom_call_target="tpu_custom_call"
@@ -119,7 +119,7 @@ def test_parts_add_up_to_the_counts() -> None:
 
 def test_instructions_are_named() -> None:
     times = {part.name: part for part in instruction_times(PROGRAM, CHIP, 1)}
-    assert times["fusion.248"].op_name == "jit(step)/jvp()/dot_general"
+    assert times["fusion.248"].op_name == "jit(step)/jvp()/dot"
     assert times["fusion.250"].op_name == "jit(step)/jvp()/convert", "a cast in it says more than nothing"
     assert times["copy.1"].op_name == ""
     assert (times["fusion.248"].times, times["fusion.1"].times) == (2, 1)
