@@ -120,10 +120,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             trained: Any = optax.apply_updates(chosen(definition.trained, state.params), updates)
             params = completed(definition.trained, trained, state.params)
-            ema, decay = state.ema, config.optimizer.ema_decay
-            if decay is not None:
-                mean = _mean(decay, chosen(definition.trained, ema), trained)
-                ema = completed(definition.trained, mean, ema)
+            ema = _average(config.optimizer.ema_decay, definition, state.ema, trained)
             params, opt_state, ema = jax.tree.map(
                 lambda new, old: jnp.where(accepted, new, old),
                 (params, opt_state, ema),
@@ -149,8 +146,13 @@ def make_train_step(
     return train_step
 
 
-def _mean(decay: float, mean: Params, params: Params) -> Params:
-    return jax.tree.map(lambda mean, value: decay * mean + (1 - decay) * value, mean, params)
+def _average(decay: float | None, definition: ModelDefinition, ema: Params | None, trained: Params) -> Params | None:
+    """The moving average after an update of what is trained; None without one."""
+    if decay is None or ema is None:
+        return ema
+    before = chosen(definition.trained, ema)
+    mean = jax.tree.map(lambda mean, value: decay * mean + (1 - decay) * value, before, trained)
+    return completed(definition.trained, mean, ema)
 
 
 def _judge(
