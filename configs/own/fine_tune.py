@@ -3,7 +3,7 @@
 Commands:  python train.py configs/own/fine_tune.py --train.init-from runs/quickstart/export \
                --data.train.path corpus.txt --data.validation.path corpus.txt
            the same with --lora.rank 8, for adapters alone
-Hardware:  that of the model.
+Hardware:  that of the model. On a CPU --model.compute-dtype float32 takes less time.
 Data:      a file, a folder or a glob of JSON lines, parquet or text, the last 5 % of it held out. Checkpoints with a
            tokenizer of their own want --data.tokenizer.kind hf_json --data.tokenizer.path FOLDER/tokenizer.json.
 Expected:  held-out loss before the first step and at the end; docs/fine_tuning.md has the figures of the quickstart.

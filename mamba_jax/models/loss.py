@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from mamba_jax.models.head import Head, capped, capped_slope
 from mamba_jax.models.storage.matrix import logits_of
 from mamba_jax.sharding import Axis, constrain, parts
+from pallas_kernels.common.devices import target_platform
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +118,14 @@ def _logits_and_partition(how, hidden_SBTD, unembedding_VD):
     return logits_SBTV, jax.nn.logsumexp(logits_SBTV, axis=-1)
 
 
+def _einsum(subscripts, a, b):
+    """A sum of products in float32, of factors that may be narrower."""
+    if target_platform() == "cpu":
+        # XLA for CPUs has no batches of such products; in float32 they are the same numbers.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
 def _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT):
     target_logit_SBT = jnp.take_along_axis(logits_SBTV, targets_SBT[..., None], axis=-1)[..., 0]
     cross_entropy_S = jnp.sum(jnp.where(mask_SBT, partition_SBT - target_logit_SBT, 0), axis=(1, 2))
@@ -153,9 +162,9 @@ def _chunked_loss_forward(how, hidden_CSBTD, targets_CSBT, mask_CSBT, unembeddin
         if how.logit_cap is not None:
             dlogits_SBTV *= capped_slope(logits_SBTV, how.logit_cap)
         dlogits_SBTV = (dlogits_SBTV * scale_SBT[..., None]).astype(hidden_SBTD.dtype)
-        dhidden_SBTD = jnp.einsum("sbtv,vd->sbtd", dlogits_SBTV, weights_VD, preferred_element_type=jnp.float32)
+        dhidden_SBTD = _einsum("sbtv,vd->sbtd", dlogits_SBTV, weights_VD)
         # With D first a CPU transposes the small operand for the product, not the logits.
-        dunembedding_SDV += jnp.einsum("sbtd,sbtv->sdv", hidden_SBTD, dlogits_SBTV, preferred_element_type=jnp.float32)
+        dunembedding_SDV += _einsum("sbtd,sbtv->sdv", hidden_SBTD, dlogits_SBTV)
         dunembedding_SDV = constrain(dunembedding_SDV, how.shards, None, Axis.VOCAB)
         return (sums, dunembedding_SDV), dhidden_SBTD.astype(hidden_SBTD.dtype)
 

@@ -212,6 +212,26 @@ def test_bfloat16_products_accumulate_in_float32() -> None:
         assert error <= roundings * 2**-9 * np.linalg.norm(expected)
 
 
+def test_bfloat16_products_of_a_size_that_libraries_multiply() -> None:
+    """Small products are loops that take any dtype; XLA for CPUs has none of this size that widens bfloat16."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 256, 192)), jnp.bfloat16)
+    matrix = jnp.asarray(rng.normal(size=(264, 192)) / 14, jnp.bfloat16).astype(jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 264, (2, 256)))
+
+    def loss(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
+        mask, counted = jnp.ones(targets.shape, bool), jnp.asarray(targets.size, jnp.float32)
+        head = Head(matrix=matrix)
+        return next_token_loss(hidden, head, targets, mask, normalizer=counted, z_loss=0.0, chunk=256).loss
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    found, expected = gradient(hidden, matrix), gradient(hidden.astype(jnp.float32), matrix)
+    # The gradient of a logit is rounded to bfloat16 once, the result of `hidden` once more, 2^-9 relative each.
+    for narrow, right, roundings in zip(found, expected, (2, 1), strict=True):
+        error = jnp.linalg.norm(narrow.astype(jnp.float32) - right)
+        assert error <= roundings * 2**-9 * jnp.linalg.norm(right)
+
+
 def test_logits_of_the_batch_never_exist() -> None:
     batch, length, dim, vocab, chunk = 4, 256, 8, 2048, 32
 
