@@ -45,7 +45,9 @@ def of_tiles(advance: RecurrenceTile) -> Tiling:
     return Tiling(project_in=_TILE, project_selection=selection, advance=advance, project_out=_TILE)
 
 
-TILINGS = {"one_row": of_tiles(ONE), "sixteen_rows": of_tiles(SIXTEEN)}
+TILINGS = {"one_row": of_tiles(ONE), "four_rows": of_tiles(FOUR), "sixteen_rows": of_tiles(SIXTEEN)}
+# Several rows a program are for calls of many.
+CALLS = [("one_row", 1), ("one_row", 5), ("one_row", 16), *((name, 20) for name in TILINGS)]
 
 
 def make_call(*, rows: int, states: int = N, taps: int = K, seed: int = 0) -> dict:
@@ -183,8 +185,7 @@ def test_triton_declines() -> None:
 @interpreted
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 5, 16, 20])
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize(("name", "rows"), CALLS)
 def test_interpreted_values(name: str, rows: int, dtype: str) -> None:
     call = in_dtype(make_call(rows=rows), dtype)
     check_values(by_kernels(call, TILINGS[name]), call, dtype)
@@ -205,8 +206,7 @@ def test_plain_values_of_int8_weights(dtype: str) -> None:
 @interpreted
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 16, 20])
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize(("name", "rows"), CALLS)
 def test_interpreted_values_of_int8_weights(name: str, rows: int, dtype: str) -> None:
     call = int8_call(rows, dtype)
     check_values(by_kernels(call, TILINGS[name]), call, dtype)
@@ -314,9 +314,8 @@ def test_values_on_a_gpu(size: str, rows: int, is_int8: bool) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("rows", [1, 5, 16, 20])
+@pytest.mark.parametrize(("name", "rows"), CALLS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TILINGS)
 def test_values_of_odd_sizes_on_a_gpu(name: str, dtype: str, rows: int) -> None:
     call = in_dtype(make_call(rows=rows), dtype)
     check_values(by_kernels(call, TILINGS[name]), call, dtype)

@@ -76,7 +76,7 @@ def launch_of(tile: Tile, programs: int, **in_place: str) -> Launch:
 def normalize(arguments: Any) -> jax.Array:
     """(B, D), the normalised residual stream of a step in the compute dtype."""
     rows, width = arguments.residual.shape
-    constants = NormConstants(ROWS=rows, D=width, EPS=arguments.eps)
+    constants = NormConstants(D=width, EPS=arguments.eps)
     inputs = {"residual": arguments.residual, "norm_scale": arguments.norm_scale}
     outputs = {"normalized": rounded(arguments, rows, width)}
     kernel = kernels("pallas_kernels.common.triton.products").normalize

@@ -107,12 +107,10 @@ class NormConstants:
     """Of the kernel that normalises the residual stream, a row a program.
 
     Attributes:
-        ROWS: batch rows.
         D: width of the residual stream.
         EPS: of the norm.
     """
 
-    ROWS: int
     D: int
     EPS: float
 

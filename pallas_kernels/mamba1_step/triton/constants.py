@@ -69,7 +69,7 @@ class StepConstants(Sizes):
     """Of the kernel that advances the recurrence.
 
     Attributes:
-        M: rows of a program: 1, or a power of two from 16 on; any with HAS_DT.
+        M: rows of a program: 1, or with HAS_DT any power of two.
         CHANNELS: of a program, a power of two from 16 on.
         RANK: of the R terms of dt that are loaded at a time, a power of two from 16 on.
         PARTS: that the x-projection comes in, to be added.

@@ -106,12 +106,13 @@ def advance(
         x_BE: the input of the recurrence.
         z: the gate.
         tiling: of the kernels.
-        dt_BE: the step size before bias and softplus; None lets the kernel project it.
+        dt_BE: the step size before bias and softplus; None lets the kernel project it, for a row a program.
     """
     tile, sizes = tiling.advance, _sizes(arguments)
-    # The more terms at a time, the less often a program waits for memory; several parts of 16 rows fill its registers.
     parts = parts_PBM.shape[0]
-    most = max(_VALUES // next_power_of_two(parts), 16) if tile.rows == 1 else (256 if parts == 1 else 64)
+    assert tile.rows == 1 or (parts == 1 and dt_BE is not None)
+    # The more terms at a time, the less often a program waits for memory.
+    most = max(_VALUES // next_power_of_two(parts), 16)
     constants = StepConstants(
         **vars(sizes),
         M=tile.rows,

@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pallas_kernels.common.triton.products import as_factor, scaled
+from pallas_kernels.common.triton.products import scaled
 from pallas_kernels.selective_scan.triton.equations import sigmoid, step_size
 from pallas_kernels.selective_scan.triton.tiles import LOG2_E
 
@@ -69,7 +69,7 @@ def advance(parts, dt_proj, dt_proj_scale, dt_bias, A_log, D, x, z, state, y, ne
 @triton.jit
 @no_type_check
 def project_dt(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, dtype: tl.constexpr, constants: tl.constexpr):
-    """(M, E), the dt-projection in float32. Matrix units want 16 rows; one row is multiplied without them."""
+    """(1, E), the dt-projection of one row in float32, without matrix units, which want 16 of them."""
     dt_ME = tl.full((constants.M, constants.CHANNELS), 0.0, tl.float32)
     LOADS: tl.constexpr = constants.ranks
     for index in tl.static_range(LOADS):
@@ -78,20 +78,18 @@ def project_dt(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, dtype:
         weight_RE = tl.load(dt_proj + rank_R[:, None] + channel_E[None] * constants.R, mask=mask_RE, other=0.0)
         dt = load_selection(parts, row_M, 0, rank_R, constants.R, constants)
         dt_MR = finish_selection(dt, dtype, constants)
-        if constants.M == 1:
-            dt_R1 = tl.sum(dt_MR.to(tl.float32), axis=0)[:, None]
-            dt_ME += tl.sum(dt_R1 * weight_RE.to(tl.float32), axis=0)[None]
-        else:
-            dt_ME = tl.dot(dt_MR, as_factor(weight_RE, dtype), dt_ME, input_precision="ieee")
+        dt_R1 = tl.sum(dt_MR.to(tl.float32), axis=0)[:, None]
+        dt_ME += tl.sum(dt_R1 * weight_RE.to(tl.float32), axis=0)[None]
     return scaled(dt_ME, dt_proj, dt_proj_scale, channel_E, exists_E)
 
 
 @triton.jit
 @no_type_check
 def load_selection(parts, row_M, offset, column_R, last, constants: tl.constexpr):
-    """Columns of the x-projection from `offset` on for `finish_selection`: parts (P, M, R) in float32, or a sum (M, R).
+    """Columns of the x-projection from `offset` on for `finish_selection`: of one row its parts (P, 1, R), else (M, R).
 
-    One row is so little that a program holds all its parts, which its threads load at the same time.
+    One row is so little that a program holds all its parts, which its threads load at the same time. More rows come
+    added up.
     """
     place_MR = row_M[:, None] * constants.selection + offset + column_R[None]
     mask_MR = (row_M < constants.ROWS)[:, None] & (column_R < last)[None]
@@ -102,10 +100,6 @@ def load_selection(parts, row_M, offset, column_R, last, constants: tl.constexpr
         loaded = tl.load(parts + place_PMR, mask=mask_PMR, other=0.0).to(tl.float32)
     else:
         loaded = tl.load(parts + place_MR, mask=mask_MR, other=0.0).to(tl.float32)
-        OTHERS: tl.constexpr = constants.PARTS - 1
-        for _part in tl.static_range(OTHERS):
-            place_MR += constants.ROWS * constants.selection
-            loaded += tl.load(parts + place_MR, mask=mask_MR, other=0.0).to(tl.float32)
     return loaded
 
 

@@ -13,7 +13,7 @@ class RecurrenceTile:
     """What a program of the recurrence works on; sizes are powers of two.
 
     Attributes:
-        rows: of a program: 1 or at least 16, or, where the step size is projected before, any power of two.
+        rows: of a program: 1, or, where the step size is projected before, any power of two.
         channels: of a program, at least 16.
         warps: of a program.
     """
