@@ -6,7 +6,7 @@ import pallas_kernels
 from mamba_jax.models.layers import RMSNorm, read
 from mamba_jax.models.mixers.mamba1.state import Mamba1State
 from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput
-from mamba_jax.models.mixers.one_token import is_by_kernels, matrices_of, reads_one_token
+from mamba_jax.models.mixers.one_token import is_one_operation, matrices_of
 
 
 def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba1State | None) -> BlockOutput | None:
@@ -20,7 +20,7 @@ def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba1State 
         norm: the block's norm.
         state: from the call on the tokens before.
     """
-    if state is None or not _applies(mixer, given):
+    if state is None or not is_one_operation(mixer.config, given):
         return None
     output = pallas_kernels.mamba1_step(
         given.residual[:, 0],
@@ -32,13 +32,6 @@ def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba1State 
     )
     after = Mamba1State(conv_window=output.window, ssm=output.state)
     return BlockOutput(residual=output.residual[:, None], state=after)
-
-
-def _applies(mixer: Any, given: BlockInput) -> bool:
-    """Whether the operation computes what the mixer does, and is asked for or has kernels here."""
-    config = mixer.config
-    is_wanted = config.step_implementation == "xla" or is_by_kernels(config.step_implementation)
-    return config.has_step and is_wanted and reads_one_token(given)
 
 
 def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba1Weights:

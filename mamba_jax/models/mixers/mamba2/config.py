@@ -122,7 +122,7 @@ class Mamba2Config(MixerConfig):
         """See `MixerConfig.reads_columns`."""
         from mamba_jax.models.mixers.one_token import is_by_kernels
 
-        return self.has_step and is_by_kernels(self.step_implementation)
+        return is_by_kernels(self)
 
     @property
     def has_step(self) -> bool:

@@ -6,7 +6,7 @@ import pallas_kernels
 from mamba_jax.models.layers import RMSNorm, read
 from mamba_jax.models.mixers.mamba2.state import Mamba2Ring, Mamba2State
 from mamba_jax.models.mixers.mixer import BlockInput, BlockOutput
-from mamba_jax.models.mixers.one_token import is_by_kernels, matrices_of, reads_one_token
+from mamba_jax.models.mixers.one_token import is_one_operation, matrices_of
 
 
 def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba2State | None) -> BlockOutput | None:
@@ -20,9 +20,9 @@ def step_whole(mixer: Any, given: BlockInput, norm: RMSNorm, state: Mamba2State 
         norm: of the block.
         state: from the call on the tokens before.
     """
-    if state is None or not _applies(mixer, given):
-        return None
     config = mixer.config
+    if state is None or config.gated_channels(mixer.setting.d_model) or not is_one_operation(config, given):
+        return None
     before = pallas_kernels.Mamba2Carry(
         residual=given.residual[:, 0],
         window=state.conv_window,
@@ -49,14 +49,6 @@ def _ring(output: pallas_kernels.Mamba2Carry) -> Mamba2Ring | None:
         return None
     arrays: Any = {name: getattr(output, f"ring_{name}") for name in ("x", "B", "dt", "length")}
     return Mamba2Ring(**arrays)
-
-
-def _applies(mixer: Any, given: BlockInput) -> bool:
-    """Whether the operation computes what the mixer does, and is asked for or has kernels here."""
-    config = mixer.config
-    is_plain = config.has_step and not config.gated_channels(mixer.setting.d_model)
-    is_wanted = config.step_implementation == "xla" or is_by_kernels(config.step_implementation)
-    return is_plain and is_wanted and reads_one_token(given)
 
 
 def _weights(mixer: Any, norm: RMSNorm) -> pallas_kernels.Mamba2Weights:
