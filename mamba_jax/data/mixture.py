@@ -31,6 +31,11 @@ class Mixture:
     parts: tuple[OpenPart, ...]
 
     @property
+    def weights(self) -> list[float]:
+        """Of the parts."""
+        return [part.part.weight for part in self.parts]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The identity of every source, by its name."""
         return {part.part.name: part.dataset.identity for part in self.parts}

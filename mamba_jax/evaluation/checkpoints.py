@@ -239,7 +239,7 @@ def _perplexity(
         if not isinstance(data, Mixture):
             return _loss(loaded, data, request), {}
         parts = {part.part.name: _loss(loaded, part.dataset, request) for part in data.parts}
-        return Perplexity.mean(list(parts.values()), [part.part.weight for part in data.parts]), parts
+        return Perplexity.mean(list(parts.values()), data.weights), parts
 
 
 def _loss(loaded: LoadedCheckpoint, data: TokenDataset | Task, request: EvaluationRequest) -> Perplexity:

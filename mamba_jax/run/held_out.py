@@ -66,8 +66,7 @@ class HeldOut:
                 found[part.part.name] = loss
             for name, loss in found.items():
                 self._log.evaluation(f"{kind}/{name}", step, loss)
-            weights = [part.part.weight for part in self._data.parts]
-            result = Perplexity.mean(list(found.values()), weights)
+            result = Perplexity.mean(list(found.values()), self._data.weights)
         if result is not None:
             self._log.evaluation(kind, step, result)
         return result

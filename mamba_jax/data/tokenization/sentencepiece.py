@@ -8,6 +8,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from tokenizers import normalizers
 
+from mamba_jax.data.tokenization.description import bpe, description, split_at
 from mamba_jax.data.tokenization.merges import merges_of
 from mamba_jax.errors import InputError, brief
 
@@ -105,19 +106,13 @@ def sentencepiece_description(data: bytes, path: str) -> dict[str, Any]:
     symbols = [piece.piece for piece in pieces if piece.type == _USER_DEFINED]
     _check_symbols(symbols, model.normalizer, path)
     is_unigram = model.trainer.model_type == _UNIGRAM
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            _added(number, piece) for number, piece in enumerate(pieces) if piece.type in (_UNKNOWN, _CONTROL)
-        ],
-        "normalizer": _normalizer(model.normalizer),
-        "pre_tokenizer": None if is_unigram else _split(symbols),
-        "post_processor": None,
-        "decoder": _decoder(model.normalizer),
-        "model": (_unigram if is_unigram else _bpe)(pieces, unknown[0], model.trainer.byte_fallback),
-    }
+    return description(
+        special={piece.piece: number for number, piece in enumerate(pieces) if piece.type in (_UNKNOWN, _CONTROL)},
+        normalizer=_normalizer(model.normalizer),
+        pre_tokenizer=None if is_unigram else _split(symbols),
+        decoder=_decoder(model.normalizer),
+        model=(_unigram if is_unigram else _bpe)(pieces, unknown[0], model.trainer.byte_fallback),
+    )
 
 
 def spelled_words(description: dict[str, Any]) -> tuple[str, ...]:
@@ -129,26 +124,12 @@ def spelled_words(description: dict[str, Any]) -> tuple[str, ...]:
     return (unknown, *(f"<0x{byte:02X}>" for byte in range(256) if model["byte_fallback"]))
 
 
-def _added(number: int, piece: Any) -> dict[str, Any]:
-    """What the library has to know of a piece that no text makes."""
-    return {
-        "id": number,
-        "content": piece.piece,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-
-
 def _split(symbols: list[str]) -> dict[str, Any] | None:
     """Sets user-defined symbols of a BPE apart from all around them, the longest where several begin."""
     if not symbols:
         return None
     longest_first = sorted(symbols, key=lambda symbol: -len(symbol))
-    pattern = "|".join(map(re.escape, longest_first))
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return split_at("|".join(map(re.escape, longest_first)))
 
 
 def _check_symbols(symbols: list[str], spec: Any, path: str) -> None:
@@ -202,16 +183,11 @@ def _bpe(pieces: list[Any], unknown: int, byte_fallback: bool) -> dict[str, Any]
     """A BPE whose merges are all pairs that make a normal piece, those of the highest scores first."""
     made = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == _NORMAL}
     by_score = sorted(made, key=lambda piece: -pieces[made[piece]].score)
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": pieces[unknown].piece,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": byte_fallback,
+    return bpe(
+        {piece.piece: number for number, piece in enumerate(pieces)},
+        merges_of(by_score, made),
+        unknown=pieces[unknown].piece,
+        byte_fallback=byte_fallback,
         # A symbol stands alone and nothing makes it.
-        "ignore_merges": any(piece.type == _USER_DEFINED for piece in pieces),
-        "vocab": {piece.piece: number for number, piece in enumerate(pieces)},
-        "merges": [list(pair) for pair in merges_of(by_score, made)],
-    }
+        ignore_merges=any(piece.type == _USER_DEFINED for piece in pieces),
+    )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mamba_jax.data.tokenization.description import bpe, description, split_at
 from mamba_jax.data.tokenization.merges import merges_of
 from mamba_jax.data.tokenization.token_bytes import byte_characters
 from mamba_jax.errors import InputError, short
@@ -87,35 +88,21 @@ def tiktoken_description(data: bytes, path: str, *, encoding: str, end_of_docume
         return "".join(characters[byte] for byte in token)
 
     merges = merges_of(sorted(ranks, key=lambda token: ranks[token]), ranks)
-    steps = [
-        {"type": "Split", "pattern": {"Regex": known.pattern}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    special = sorted(known.special.items(), key=lambda item: item[1])
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": number, "content": content, **flags} for content, number in special],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # A word that is a token is that token, whatever merges would make of it.
-            "ignore_merges": True,
-            "vocab": {text(token): number for token, number in ranks.items()} | dict(special),
-            "merges": [[text(left), text(right)] for left, right in merges],
-        },
-    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = dict(sorted(known.special.items(), key=lambda item: item[1]))
+    return description(
+        special=special,
+        normalizer=None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [split_at(known.pattern), byte_level]},
+        decoder=byte_level,
+        model=bpe(
+            {text(token): number for token, number in ranks.items()} | special,
+            [(text(left), text(right)) for left, right in merges],
+            unknown=None,
+            byte_fallback=False,
+            ignore_merges=True,
+        ),
+    )
 
 
 def _ranks(data: bytes, path: str) -> dict[bytes, int]:
