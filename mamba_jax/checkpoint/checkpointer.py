@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -227,6 +229,10 @@ class Checkpointer:
             while inner := root.__cause__ or root.__context__:
                 root = inner
             problem, cause = f"{type(root).__name__}: {one_line(root)}", error
+            # TensorStore's messages can be so long that the reason does not stay in one line of them.
+            code = re.search(r"os_error_code='(\d+)'", str(root))
+            if code is not None and (reason := os.strerror(int(code[1]))) not in problem:
+                problem = f"{reason}: {problem}"
             outcome = Outcome.WAITED_IN_VAIN if "DEADLINE_EXCEEDED" in problem else Outcome.FAILED
         worst, problem = highest_of_all(outcome, problem)
         if worst != Outcome.DONE:

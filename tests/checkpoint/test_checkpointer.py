@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mamba_jax.checkpoint import Checkpointer, load_params
+from mamba_jax.checkpoint import Checkpointer, SaveFailed, load_params
 from mamba_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -325,3 +325,14 @@ def test_reading_changes_nothing(saved: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
     load_params(saved)
     assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == before
+
+
+def test_reason_of_a_failed_write_outlives_a_long_message(tmp_path: Path) -> None:
+    """TensorStore says at the end of a message, which may have thousands of characters, what the system refused."""
+    checkpointer = Checkpointer(tmp_path, CONFIG.checkpoint)
+    message = f"RESOURCE_EXHAUSTED: Error writing {'x' * 3000} [os_error_code='28'] {'y' * 3000}"
+    expected = r"^No space left on device: ValueError: RESOURCE_EXHAUSTED"
+    with pytest.raises(SaveFailed, match=expected) as failure, checkpointer._failure_in_one_line():
+        raise ValueError(message)
+    assert "\n" not in str(failure.value)
+    checkpointer.close()
