@@ -173,8 +173,6 @@ class Search:
         """Changes one kernel's tile after the other."""
         for field in dataclasses.fields(self.best):
             while time.perf_counter() < self.deadline and dataclasses.is_dataclass(getattr(self.best, field.name)):
-                if field.name == "convolve" and self.workload.rows <= 16:
-                    break
                 changes = [
                     (f"{field.name} {described(tile)}", dataclasses.replace(self.best, **{field.name: tile}))
                     for tile in neighbours(getattr(self.best, field.name))

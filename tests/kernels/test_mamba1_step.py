@@ -15,7 +15,7 @@ from pallas_kernels.common.triton.tiles import Tile
 from pallas_kernels.mamba1_step.api import mamba1_step
 from pallas_kernels.mamba1_step.arguments import Mamba1Weights, StepArguments
 from pallas_kernels.mamba1_step.triton import op as triton_backend
-from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tiling
+from pallas_kernels.mamba1_step.triton.tilings import RecurrenceTile, Tiling, default_tiling
 from tests.kernels.triton_interpreter import compiled, interpreted
 from tests.kernels.triton_steps import (
     check_binaries,
@@ -39,15 +39,29 @@ FOUR = RecurrenceTile(rows=4, channels=32, warps=1)
 SIXTEEN = RecurrenceTile(rows=16, channels=16, warps=1)
 
 
-def of_tiles(advance: RecurrenceTile) -> Tiling:
+_WIDE_TILE = Tile(columns=64, depth=32, stages=2, warps=1, rows=32)
+
+
+def of_tiles(advance: RecurrenceTile, *, tile: Tile = _TILE, dt: Tile | None = _TILE, parts: int = 1) -> Tiling:
     """Tiles for the sizes above."""
-    selection = dataclasses.replace(_TILE, parts=3)
-    return Tiling(project_in=_TILE, project_selection=selection, advance=advance, project_out=_TILE)
+    return Tiling(
+        project_in=tile,
+        project_selection=dataclasses.replace(tile, parts=3),
+        project_dt=dt,
+        advance=advance,
+        project_out=dataclasses.replace(tile, parts=parts),
+    )
 
 
-TILINGS = {"one_row": of_tiles(ONE), "four_rows": of_tiles(FOUR), "sixteen_rows": of_tiles(SIXTEEN)}
-# Several rows a program are for calls of many.
-CALLS = [("one_row", 1), ("one_row", 5), ("one_row", 16), *((name, 20) for name in TILINGS)]
+TILINGS = {
+    "no_dt": of_tiles(ONE, dt=None),
+    "one_row": of_tiles(ONE),
+    "four_rows": of_tiles(FOUR, parts=2),
+    "sixteen_rows": of_tiles(SIXTEEN),
+    "wide": of_tiles(FOUR, tile=_WIDE_TILE, dt=_WIDE_TILE, parts=3),
+}
+CALLS = [("no_dt", 1), ("no_dt", 5), ("one_row", 5), ("one_row", 16), ("wide", 3), ("wide", 16)]
+CALLS += [(name, 20) for name in TILINGS] + [("wide", 40)]
 
 
 def make_call(*, rows: int, states: int = N, taps: int = K, seed: int = 0) -> dict:
@@ -288,8 +302,10 @@ def test_kernels_compile(size: str, rows: int, is_int8: bool, monkeypatch: pytes
     """The kernels compile for Hopper, without arrays in local memory."""
     binaries = compiled_by(monkeypatch)
     jax.eval_shape(by_kernels, shapes_of_call(rows, *SHAPES[size], is_int8=is_int8))
-    few = {"project_in", "project_selection", "advance", "project_out"} | ({"normalize"} if rows > 1 else set())
-    assert binaries.keys() == (few if rows <= 16 else {"normalize", "convolve", "advance"})
+    expected = {"project_in", "multiply_in_parts", "advance"} | ({"normalize"} if rows > 1 else set())
+    if default_tiling(rows, width=SHAPES[size][0]).project_dt is not None:
+        expected |= {"sum_parts", "project_dt"}
+    assert binaries.keys() == expected | {"project_out" if rows <= 16 else "add_to_residual"}
     check_binaries(binaries)
 
 

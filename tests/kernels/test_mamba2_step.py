@@ -311,8 +311,9 @@ def test_kernels_compile(size: str, rows: int, is_int8: bool, monkeypatch: pytes
     tiling = default_tiling(rows, width=SHAPES[size][0])
     weights = int8_shapes(call.weights, *MATRICES) if is_int8 else call.weights
     jax.eval_shape(functools.partial(of_published_size, tiling), call.before, weights)
-    few = {"project_in", "advance", "project_out"} | ({"normalize"} if rows > 1 else set())
-    assert binaries.keys() == (few if rows <= 16 else {"normalize", "convolve", "advance"})
+    expected = {"project_in", "advance"} | ({"normalize"} if rows > 1 else set())
+    expected |= {"project_out"} if rows <= 16 else {"project_out_in_parts", "add_to_residual"}
+    assert binaries.keys() == expected
     check_binaries(binaries)
 
 

@@ -10,9 +10,19 @@ import jax.numpy as jnp
 from pallas_kernels.common.checks import decline_double_precision, decline_symbolic_sizes
 from pallas_kernels.common.triton import launch
 from pallas_kernels.common.triton.launch import Launch
-from pallas_kernels.common.triton.tiles import ConvolutionConstants, NormConstants, Tile, by_column
+from pallas_kernels.common.triton.tiles import (
+    NormConstants,
+    PartsConstants,
+    SumConstants,
+    Tile,
+    by_column,
+    next_power_of_two,
+)
 
+_PRODUCTS = "pallas_kernels.common.triton.products"
 _NORM_WARPS = 4
+_SUM_COLUMNS = 512
+_SUM_WARPS = 4
 
 
 def decline(arguments: Any, backend: str) -> None:
@@ -79,43 +89,43 @@ def normalize(arguments: Any) -> jax.Array:
     constants = NormConstants(D=width, EPS=arguments.eps)
     inputs = {"residual": arguments.residual, "norm_scale": arguments.norm_scale}
     outputs = {"normalized": rounded(arguments, rows, width)}
-    kernel = kernels("pallas_kernels.common.triton.products").normalize
+    kernel = kernels(_PRODUCTS).normalize
     return launch.run(kernel, inputs, outputs, constants, Launch(programs=rows, warps=_NORM_WARPS))["normalized"]
 
 
-def convolve(
-    inputs_BF: jax.Array,
-    offset: int,
-    *,
-    weight: jax.Array,
-    bias: jax.Array,
-    window: jax.Array,
-    tile: Tile,
-) -> tuple[jax.Array, jax.Array]:
-    """Convolution and SiLU of one token, and the window a token later, in place of the old one.
+def multiply_in_parts(arguments: Any, x_BK: jax.Array, matrix: str, tile: Tile) -> jax.Array:
+    """(P, B, columns), x times one of a step's matrices in parts of the sum, float32."""
+    rows, terms = x_BK.shape
+    inputs = {"x": x_BK} | matrices(arguments, weight=matrix)
+    channels = inputs["weight"].shape[0]
+    sizes = tile.constants(rows, inputs["weight"])
+    constants = PartsConstants(ROWS=rows, TERMS=terms, CHANNELS=channels, PARTS=tile.parts, **sizes)
+    outputs = {"parts": float32(tile.parts, rows, channels)}
+    kernel = kernels(_PRODUCTS).multiply_in_parts
+    return launch.run(kernel, inputs, outputs, constants, launch_of(tile, constants.programs))["parts"]
 
-    Args:
-        inputs_BF: (B, F), whose channels from `offset` on are convolved.
-        offset: the first of them.
-        weight: (K, E).
-        bias: (E,).
-        window: (B, K - 1, E).
-        tile: of which columns and warps count, and `depth` is the rows.
-    """
-    taps, channels = weight.shape
-    constants = ConvolutionConstants(
-        ROWS=inputs_BF.shape[0],
-        M=tile.depth,
-        COLUMNS=tile.columns,
-        E=channels,
-        K=taps,
-        STRIDE=inputs_BF.shape[1],
-        OFFSET=offset,
-    )
-    inputs = {"inputs": inputs_BF, "conv_weight": weight, "conv_bias": bias, "window": window}
-    outputs = {"x": jax.ShapeDtypeStruct((constants.ROWS, channels), inputs_BF.dtype), "new_window": same(window)}
-    programs = -(-constants.ROWS // constants.M) * constants.blocks
-    shape = launch_of(tile, programs, new_window="window")
-    kernel = kernels("pallas_kernels.common.triton.convolution").convolve
-    results = launch.run(kernel, inputs, outputs, constants, shape)
-    return results["x"], results["new_window"]
+
+def sum_parts(arguments: Any, parts_PBC: jax.Array) -> jax.Array:
+    """(B, columns), a product of its parts, rounded to a step's compute dtype."""
+    constants = _of_sum(arguments, parts_PBC)
+    outputs = {"total": rounded(arguments, *parts_PBC.shape[1:])}
+    shape = Launch(programs=constants.ROWS * constants.blocks, warps=_SUM_WARPS)
+    return launch.run(kernels(_PRODUCTS).sum_parts, {"parts": parts_PBC}, outputs, constants, shape)["total"]
+
+
+def add_to_residual(arguments: Any, parts_PBD: jax.Array) -> jax.Array:
+    """A step's residual stream and a product in parts, in place of the residual stream."""
+    constants = _of_sum(arguments, parts_PBD)
+    inputs = {"residual": arguments.residual, "parts": parts_PBD}
+    outputs = {"new_residual": same(arguments.residual)}
+    programs = constants.ROWS * constants.blocks
+    shape = Launch(programs=programs, warps=_SUM_WARPS, in_place={"new_residual": "residual"})
+    return launch.run(kernels(_PRODUCTS).add_to_residual, inputs, outputs, constants, shape)["new_residual"]
+
+
+def _of_sum(arguments: Any, parts: jax.Array) -> SumConstants:
+    """What a kernel that adds parts is compiled for."""
+    count, rows, channels = parts.shape
+    columns = min(next_power_of_two(channels), _SUM_COLUMNS)
+    is_bfloat16 = arguments.compute_dtype == jnp.bfloat16
+    return SumConstants(ROWS=rows, CHANNELS=channels, COLUMNS=columns, PARTS=count, IS_BFLOAT16=is_bfloat16)

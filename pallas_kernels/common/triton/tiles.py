@@ -1,16 +1,12 @@
-"""What kernels that multiply a few rows with a matrix are compiled for."""
+"""What kernels that multiply rows with a matrix are compiled for."""
 
 import dataclasses
 from typing import Any
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from pallas_kernels.common.xla.token import product
-
-# Rows that the kernels which stream a matrix take: the least that matrix units multiply. More rows are left to XLA's
-# products, which have an arithmetic intensity worth their tiles.
-MOST_ROWS = 16
+# Rows of the smallest product of matrix units.
+LEAST_ROWS = 16
 
 
 def next_power_of_two(size: int) -> int:
@@ -32,20 +28,6 @@ def by_column(matrix: jax.Array) -> jax.Array:
     return matrix.reshape(matrix.shape[0], -1).T
 
 
-def product_by_column(x: jax.Array, matrix: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """X (B, terms) times a matrix (terms, *columns) that lies by columns, by XLA: (B, columns).
-
-    Without the constraint XLA would bring such matrices into another order first, all of them before a loop.
-
-    Args:
-        x: in the compute dtype, as the result.
-        matrix: likewise, or int8.
-        scale: (*columns), of a matrix in int8.
-    """
-    matrix = with_layout_constraint(matrix, Layout((*range(1, matrix.ndim), 0)))
-    return product(x, matrix.reshape(matrix.shape[0], -1), None if scale is None else scale.reshape(-1))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
     """What a program of a product works on at a time; sizes are powers of two.
@@ -55,7 +37,8 @@ class Tile:
         depth: terms of the sum of a matrix of 2 bytes a weight, at least 32; of others as many bytes.
         stages: loads under way at a time.
         warps: of a program.
-        parts: into which the sum is cut.
+        parts: into which the sum is cut, one program each, to be added.
+        rows: of a program at most, at least 16; a call of one row has programs of one.
     """
 
     columns: int
@@ -63,6 +46,7 @@ class Tile:
     stages: int
     warps: int
     parts: int = 1
+    rows: int = LEAST_ROWS
 
     def constants(self, rows: int, matrix: jax.Array) -> dict[str, Any]:
         """What a kernel that works on such tiles is compiled for, but for its sizes.
@@ -72,27 +56,24 @@ class Tile:
             matrix: that it multiplies with.
         """
         return {
-            "M": 1 if rows == 1 else MOST_ROWS,
+            "M": 1 if rows == 1 else max(LEAST_ROWS, min(self.rows, next_power_of_two(rows))),
             "COLUMNS": self.columns,
             "DEPTH": self.depth * 2 // matrix.dtype.itemsize,
             "STAGES": self.stages,
         }
 
 
-# Of a convolution alone, where the rows are many: columns and warps count, and depth is its rows.
-CONVOLUTION_TILE = Tile(columns=128, depth=8, stages=1, warps=4)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductConstants:
-    """Of a kernel that multiplies a few rows with a matrix.
+    """Of a kernel that multiplies rows with a matrix; all attributes in lower case follow.
 
     Attributes:
         ROWS: batch rows.
-        M: rows of a tile, a power of two. One row is multiplied without matrix units.
+        M: rows of a program, a power of two. One row is multiplied without matrix units.
         COLUMNS: of a program, a power of two.
         DEPTH: terms of a sum that are loaded at a time, a power of two.
         STAGES: loads under way at a time.
+        PARTS: into which the sum is cut, one program each; 1 is not at all.
     """
 
     ROWS: int
@@ -100,6 +81,40 @@ class ProductConstants:
     COLUMNS: int
     DEPTH: int
     STAGES: int
+    PARTS: int = 1
+
+    @property
+    def row_blocks(self) -> int:
+        """Programs of the same columns, which follow each other: they read the same weights."""
+        return -(-self.ROWS // self.M)
+
+    @property
+    def IS_WINDOW_LATE(self) -> bool:
+        """Whether a window is read after the sum: of many rows it would want the sum's registers."""
+        return self.M > LEAST_ROWS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartsConstants(ProductConstants):
+    """Of a product in parts of its sum.
+
+    Attributes:
+        TERMS: of the whole sum.
+        CHANNELS: columns of the matrix.
+    """
+
+    TERMS: int
+    CHANNELS: int
+
+    @property
+    def steps(self) -> int:
+        """Loads of a part of the sum."""
+        return -(-self.TERMS // (self.PARTS * self.DEPTH))
+
+    @property
+    def programs(self) -> int:
+        """Of the whole product."""
+        return -(-self.CHANNELS // self.COLUMNS) * self.row_blocks * self.PARTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,33 +136,24 @@ class NormConstants:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvolutionConstants:
-    """Of the kernel that convolves alone; all attributes in lower case follow.
+class SumConstants:
+    """Of a kernel that adds the parts of a product; all attributes in lower case follow.
 
     Attributes:
         ROWS: batch rows.
-        M: rows of a program, a power of two.
-        COLUMNS: of a program, a power of two.
-        E: channels.
-        K: taps.
-        STRIDE: from a row of the inputs to the next.
-        OFFSET: of their first channel.
+        CHANNELS: columns of the product.
+        COLUMNS: of a program, which has one row; a power of two.
+        PARTS: of the product.
+        IS_BFLOAT16: whether the product is rounded to bfloat16.
     """
 
     ROWS: int
-    M: int
+    CHANNELS: int
     COLUMNS: int
-    E: int
-    K: int
-    STRIDE: int
-    OFFSET: int
+    PARTS: int
+    IS_BFLOAT16: bool
 
     @property
     def blocks(self) -> int:
-        """Of the E channels."""
-        return -(-self.E // self.COLUMNS)
-
-    @property
-    def TAPS(self) -> int:
-        """K - 1 taps of the window as a power of two."""
-        return taps_of_window(self.K)
+        """Of the columns."""
+        return -(-self.CHANNELS // self.COLUMNS)

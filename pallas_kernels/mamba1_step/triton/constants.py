@@ -33,35 +33,33 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectionConstants(Sizes, ProductConstants):
-    """Of a kernel that multiplies a few rows with a matrix; all attributes in lower case follow.
+    """Of a kernel that multiplies rows with a matrix; all attributes in lower case follow.
 
     Attributes:
-        PARTS: into which a sum is cut, one program each; 1 is not at all.
         EPS: of the norm; read by the in-projection only.
     """
 
-    PARTS: int = 1
     EPS: float = 0.0
 
     @property
     def blocks(self) -> int:
-        """Of the E channels, for the in-projection."""
+        """Of the E channels."""
         return -(-self.E // self.COLUMNS)
 
     @property
     def steps(self) -> int:
-        """Loads of a part of the sum over E."""
-        return -(-self.E // (self.PARTS * self.DEPTH))
+        """Loads of the sum over E."""
+        return -(-self.E // self.DEPTH)
+
+    @property
+    def ranks(self) -> int:
+        """Loads of the sum over R."""
+        return -(-self.R // self.DEPTH)
 
     @property
     def TAPS(self) -> int:
         """K - 1 taps of the window as a power of two."""
         return taps_of_window(self.K)
-
-    @property
-    def selection_blocks(self) -> int:
-        """Of the columns of the x-projection."""
-        return -(-self.selection // self.COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,6 @@ class StepConstants(Sizes):
         CHANNELS: of a program, a power of two from 16 on.
         RANK: of the R terms of dt that are loaded at a time, a power of two from 16 on.
         PARTS: that the x-projection comes in, to be added.
-        Z_STRIDE: from a row of z to the next.
-        Z_OFFSET: of the first row.
         HAS_DT: whether the projected step size (ROWS, E) comes in the place of its projection.
     """
 
@@ -82,8 +78,6 @@ class StepConstants(Sizes):
     CHANNELS: int
     RANK: int
     PARTS: int
-    Z_STRIDE: int
-    Z_OFFSET: int
     HAS_DT: bool
 
     @property

@@ -1,25 +1,19 @@
 """The Mamba-1 step as Triton kernels: what a few rows cost is the weights' way from memory, and every launch.
 
-`project_in` does norm, in-projection, convolution and SiLU, `project_selection` the x-projection in parts, `advance`
-adds the parts, projects dt and advances the recurrence, and `project_out` adds to the residual stream. More rows than
-one are normalised before, by a kernel of its own. Window, state and residual stream are written in place. All read
-matrices by columns. With many rows XLA's products do the projections.
+`project_in` does norm, in-projection, convolution and SiLU, a product in parts the x-projection, `advance` adds these
+and advances the recurrence, and `project_out` adds to the residual stream. Of a few rows `advance` projects dt as well.
+More rows than one are normalised before, by a kernel of its own, and of many the out-projection comes in parts too.
+Window, state and residual stream are written in place. All read matrices by columns.
 """
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.common.triton import calls, launch
-from pallas_kernels.common.triton.calls import float32, launch_of, matrices, rounded, same
+from pallas_kernels.common.triton.calls import launch_of, matrices, rounded, same
 from pallas_kernels.common.triton.launch import Launch
-from pallas_kernels.common.triton.tiles import (
-    MOST_ROWS,
-    Tile,
-    next_power_of_two,
-    product_by_column,
-)
+from pallas_kernels.common.triton.tiles import Tile, next_power_of_two
 from pallas_kernels.mamba1_step.arguments import Mamba1StepOutput, StepArguments
 from pallas_kernels.mamba1_step.triton.constants import ProjectionConstants, Sizes, StepConstants
 from pallas_kernels.mamba1_step.triton.tilings import Tiling, default_tiling
@@ -40,31 +34,15 @@ def mamba1_step(arguments: StepArguments, *, tiling: Tiling | None = None) -> Ma
     calls.decline(arguments, "triton")
     rows, width = arguments.residual.shape
     tiling = tiling or default_tiling(rows, width=width)
-    return (_few_rows if rows <= MOST_ROWS else _many_rows)(arguments, tiling)
-
-
-def _few_rows(arguments: StepArguments, tiling: Tiling) -> Mamba1StepOutput:
-    """Every projection by a kernel."""
     first = project_in(arguments, tiling.project_in)
-    parts_PBM = project_selection(arguments, first["x"], tiling.project_selection)
-    y_BE, state_BEN = advance(arguments, parts_PBM, first["x"], first["z"], tiling)
+    parts_PBM, dt_BE = calls.multiply_in_parts(arguments, first["x"], "x_proj", tiling.project_selection), None
+    if tiling.project_dt is not None:
+        # A program that added the parts itself would wait for them, and many would add the same.
+        parts_PBM = calls.sum_parts(arguments, parts_PBM)[None]
+        dt_BE = project_dt(arguments, parts_PBM[0], tiling.project_dt)
+    y_BE, state_BEN = advance(arguments, parts_PBM, first["x"], first["z"], tiling, dt_BE=dt_BE)
     residual_BD = project_out(arguments, y_BE, tiling.project_out)
     return Mamba1StepOutput(residual=residual_BD, window=first["new_window"], state=state_BEN)
-
-
-def _many_rows(arguments: StepArguments, tiling: Tiling) -> Mamba1StepOutput:
-    """The projections by XLA, the rest by kernels that read x and z where the in-projection left them."""
-    xz_BF = product_by_column(calls.normalize(arguments), arguments.in_proj, arguments.in_proj_scale)
-    weights = {"weight": arguments.conv_weight, "bias": arguments.conv_bias}
-    x_BE, window_BWE = calls.convolve(xz_BF, 0, **weights, window=arguments.window, tile=tiling.convolve)
-    selection_BM = product_by_column(x_BE, arguments.x_proj, arguments.x_proj_scale)
-    # A program has few rows: its bytes are of the state, and none of a matrix that all programs would read.
-    dt_BR = selection_BM[:, : arguments.dt_proj.shape[0]]
-    dt_BE = product_by_column(dt_BR, arguments.dt_proj, arguments.dt_proj_scale)
-    y_BE, state_BEN = advance(arguments, selection_BM[None], x_BE, xz_BF, tiling, dt_BE=dt_BE)
-    output_BD = product_by_column(y_BE, arguments.out_proj, arguments.out_proj_scale)
-    residual_BD = arguments.residual + output_BD.astype(jnp.float32)
-    return Mamba1StepOutput(residual=residual_BD, window=window_BWE, state=state_BEN)
 
 
 def project_in(arguments: StepArguments, tile: Tile) -> dict[str, jax.Array]:
@@ -75,41 +53,41 @@ def project_in(arguments: StepArguments, tile: Tile) -> dict[str, jax.Array]:
     inputs |= {name: getattr(arguments, name) for name in ("conv_weight", "conv_bias", "window")}
     x_type = rounded(arguments, constants.ROWS, constants.E)
     outputs = {"x": x_type, "z": x_type, "new_window": same(arguments.window)}
-    shape = launch_of(tile, 2 * constants.blocks, new_window="window")
+    shape = launch_of(tile, 2 * constants.blocks * constants.row_blocks, new_window="window")
     return launch.run(calls.kernels(f"{_FOLDER}.products").project_in, inputs, outputs, constants, shape)
 
 
-def project_selection(arguments: StepArguments, x_BE: jax.Array, tile: Tile) -> jax.Array:
-    """The x-projection in parts of its sum, (P, B, R + 2 N), float32."""
-    constants = _of_product(arguments, tile, PARTS=tile.parts)
-    outputs = {"parts": float32(tile.parts, constants.ROWS, constants.selection)}
-    inputs = {"x": x_BE} | matrices(arguments, weight="x_proj")
-    kernel = calls.kernels(f"{_FOLDER}.products").project_selection
-    shape = launch_of(tile, tile.parts * constants.selection_blocks)
-    return launch.run(kernel, inputs, outputs, constants, shape)["parts"]
+def project_dt(arguments: StepArguments, selection_BM: jax.Array, tile: Tile) -> jax.Array:
+    """The step size (B, E) before bias and softplus, from the x-projection."""
+    constants = _of_product(arguments, tile)
+    inputs = {"selection": selection_BM} | matrices(arguments, weight="dt_proj")
+    outputs = {"dt": rounded(arguments, constants.ROWS, constants.E)}
+    kernel = calls.kernels(f"{_FOLDER}.products").project_dt
+    return launch.run(kernel, inputs, outputs, constants, launch_of(tile, constants.blocks * constants.row_blocks))[
+        "dt"
+    ]
 
 
 def advance(
     arguments: StepArguments,
     parts_PBM: jax.Array,
     x_BE: jax.Array,
-    z: jax.Array,
+    z_BE: jax.Array,
     tiling: Tiling,
     *,
     dt_BE: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated output y (B, E) and the new state; z is (B, E), or the in-projection (B, 2 E) whose second half it is.
+    """The gated output y (B, E) and the new state.
 
     Args:
         arguments: of the step.
         parts_PBM: the x-projection in parts of its sum.
         x_BE: the input of the recurrence.
-        z: the gate.
+        z_BE: the gate.
         tiling: of the kernels.
         dt_BE: the step size before bias and softplus; None lets the kernel project it, for a row a program.
     """
-    tile, sizes = tiling.advance, _sizes(arguments)
-    parts = parts_PBM.shape[0]
+    tile, sizes, parts = tiling.advance, _sizes(arguments), parts_PBM.shape[0]
     assert tile.rows == 1 or (parts == 1 and dt_BE is not None)
     # The more terms at a time, the less often a program waits for memory.
     most = max(_VALUES // next_power_of_two(parts), 16)
@@ -119,14 +97,12 @@ def advance(
         CHANNELS=tile.channels,
         RANK=min(max(next_power_of_two(sizes.R), 16), most),
         PARTS=parts,
-        Z_STRIDE=z.shape[1],
-        Z_OFFSET=z.shape[1] - sizes.E,
         HAS_DT=dt_BE is not None,
     )
     inputs = {"parts": parts_PBM} | matrices(arguments, dt_proj="dt_proj")
     inputs |= {} if dt_BE is None else {"dt_proj": dt_BE}
     inputs |= {name: getattr(arguments, name) for name in ("dt_bias", "A_log", "D")}
-    inputs |= {"x": x_BE, "z": z, "state": arguments.state}
+    inputs |= {"x": x_BE, "z": z_BE, "state": arguments.state}
     outputs = {"y": same(x_BE), "new_state": same(arguments.state)}
     programs = -(-sizes.ROWS // tile.rows) * constants.blocks
     shape = Launch(programs=programs, warps=tile.warps, in_place={"new_state": "state"})
@@ -136,10 +112,13 @@ def advance(
 
 def project_out(arguments: StepArguments, y_BE: jax.Array, tile: Tile) -> jax.Array:
     """The residual stream after the block."""
+    if tile.parts > 1:
+        return calls.add_to_residual(arguments, calls.multiply_in_parts(arguments, y_BE, "out_proj", tile))
     constants = _of_product(arguments, tile)
     inputs = {"residual": arguments.residual, "y": y_BE} | matrices(arguments, weight="out_proj")
     outputs = {"new_residual": same(arguments.residual)}
-    shape = launch_of(tile, -(-constants.D // tile.columns), new_residual="residual")
+    programs = -(-constants.D // tile.columns) * constants.row_blocks
+    shape = launch_of(tile, programs, new_residual="residual")
     kernel = calls.kernels(f"{_FOLDER}.products").project_out
     return launch.run(kernel, inputs, outputs, constants, shape)["new_residual"]
 

@@ -1,7 +1,7 @@
-"""Kernels of the Mamba-1 step that stream a matrix past a few rows; import only where triton is installed.
+"""Kernels of the Mamba-1 step that stream a matrix past rows; import only where triton is installed.
 
-A program owns a block of columns and all rows, at most M. Suffixes spell shapes: M rows, C columns of a block, which
-are channels in the in-projection, T taps, S columns of the x-projection.
+A program owns a block of columns and M rows. Suffixes spell shapes: M rows, C columns of a block, which are channels in
+the in-projection, T taps, K terms of a sum.
 """
 
 # Triton compiles what only looks like Python, and need not be installed.
@@ -11,8 +11,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pallas_kernels.common.triton.convolution import finish_convolution, load_window, store_window, window_sum
-from pallas_kernels.common.triton.products import product_of_stream, sum_of_products
+from pallas_kernels.common.triton import convolution
+from pallas_kernels.common.triton.products import own_block, product_of_stream, sum_of_products
 
 
 @triton.jit
@@ -34,17 +34,16 @@ def project_in(
 
     Writes x and z (ROWS, E), and the window in place of the old one.
     """
-    program = tl.program_id(0)
-    is_gate = program >= constants.blocks
-    block = program % constants.blocks
-    row_M = tl.arange(0, constants.M)
-    channel_C = block * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    row_M, block, _column_C = own_block(tl.program_id(0), constants)
+    is_gate = block >= constants.blocks
+    channel_C = block % constants.blocks * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
     exists_C = channel_C < constants.E
-    convolved_C = exists_C & (program < constants.blocks)
+    convolved_C = exists_C & (block < constants.blocks)
     column_C = channel_C + tl.where(is_gate, constants.E, 0)
-    # Loaded long before they are needed: the sum hides the wait.
-    window_MTC = load_window(window, row_M, channel_C, convolved_C, constants.E, constants)
-    taps_C = window_sum(window_MTC, conv_weight, conv_bias, channel_C, convolved_C, constants.E, constants)
+    if not constants.IS_WINDOW_LATE:
+        # Loaded long before they are needed: the sum hides the wait.
+        window_MTC = convolution.load_window(window, row_M, channel_C, convolved_C, constants.E, constants)
+        taps_MC = convolution.window_sum(window_MTC, conv_weight, channel_C, convolved_C, constants.E, constants)
 
     dtype: tl.constexpr = x.dtype.element_ty
     sum_MC = product_of_stream(
@@ -57,41 +56,53 @@ def project_in(
     if is_gate:
         tl.store(z + place_MC, value_MC, mask=is_row_M1 & exists_C[None])
     else:
-        x_MC = finish_convolution(taps_C, value_MC, conv_weight, channel_C, constants.E, constants)
+        if constants.IS_WINDOW_LATE:
+            taps_MC = convolution.sum_and_shift(
+                new_window, value_MC, conv_weight, row_M, channel_C, constants.E, constants
+            )
+        else:
+            convolution.store_window(new_window, window_MTC, value_MC, row_M, channel_C, constants.E, constants)
+        x_MC = convolution.finish_convolution(
+            taps_MC, value_MC, conv_weight, conv_bias, channel_C, constants.E, constants
+        )
         tl.store(x + place_MC, x_MC, mask=is_row_M1 & exists_C[None])
-        store_window(new_window, window_MTC, value_MC, row_M, channel_C, constants.E, constants)
 
 
 @triton.jit
 @no_type_check
-def project_selection(x, weight, weight_scale, parts, constants: tl.constexpr):
-    """A part of the sum of the x-projection for a block of columns: parts is (PARTS, ROWS, R + 2 N)."""
-    program = tl.program_id(0)
-    part = program % constants.PARTS
-    row_M = tl.arange(0, constants.M)
-    column_C = program // constants.PARTS * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
-    exists_C = column_C < constants.selection
-    first = part * constants.steps * constants.DEPTH
+def project_dt(selection, weight, weight_scale, dt, constants: tl.constexpr):
+    """The dt-projection (ROWS, E), for a block of channels, of the first R columns of the x-projection."""
+    row_M, _block, channel_C = own_block(tl.program_id(0), constants)
+    exists_C = channel_C < constants.E
     sum_MC = sum_of_products(
-        x, weight, weight_scale, row_M, column_C, exists_C, first, constants.E, constants.steps, constants.E, constants
+        selection,
+        weight,
+        weight_scale,
+        row_M,
+        channel_C,
+        exists_C,
+        0,
+        constants.R,
+        constants.ranks,
+        constants.selection,
+        constants.R,
+        constants,
     )
-    place_MC = (part * constants.ROWS + row_M[:, None]) * constants.selection + column_C[None]
-    tl.store(parts + place_MC, sum_MC, mask=(row_M < constants.ROWS)[:, None] & exists_C[None])
+    mask_MC = (row_M < constants.ROWS)[:, None] & exists_C[None]
+    tl.store(dt + row_M[:, None] * constants.E + channel_C[None], sum_MC.to(dt.dtype.element_ty), mask=mask_MC)
 
 
 @triton.jit
 @no_type_check
 def project_out(residual, y, weight, weight_scale, new_residual, constants: tl.constexpr):
     """The residual stream and the out-projection, for a block of columns, in place of the residual stream."""
-    row_M = tl.arange(0, constants.M)
-    column_C = tl.program_id(0) * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
+    row_M, _block, column_C = own_block(tl.program_id(0), constants)
     exists_C = column_C < constants.D
     place_MC = row_M[:, None] * constants.D + column_C[None]
     mask_MC = (row_M < constants.ROWS)[:, None] & exists_C[None]
     residual_MC = tl.load(residual + place_MC, mask=mask_MC, other=0.0)
-    sum_MC = sum_of_products(
-        y, weight, weight_scale, row_M, column_C, exists_C, 0, constants.E, constants.steps, constants.E, constants
-    )
+    E: tl.constexpr = constants.E
+    sum_MC = sum_of_products(y, weight, weight_scale, row_M, column_C, exists_C, 0, E, constants.steps, E, E, constants)
     # Rounded as the layer's output is.
     output_MC = sum_MC.to(y.dtype.element_ty).to(residual_MC.dtype)
     tl.store(new_residual + place_MC, residual_MC + output_MC, mask=mask_MC)

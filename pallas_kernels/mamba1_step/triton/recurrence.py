@@ -39,9 +39,9 @@ def advance(parts, dt_proj, dt_proj_scale, dt_bias, A_log, D, x, z, state, y, ne
     A_EN = tl.load(A_log + matrix_EN, mask=is_state_EN, other=0.0).to(tl.float32) * LOG2_E
     A_EN = tl.exp2(A_EN) * -LOG2_E
     mask_ME = is_row_M[:, None] & exists_E[None]
-    x_ME = tl.load(x + row_M[:, None] * constants.E + channel_E[None], mask=mask_ME, other=0.0).to(tl.float32)
-    place_z_ME = row_M[:, None] * constants.Z_STRIDE + constants.Z_OFFSET + channel_E[None]
-    z_ME = tl.load(z + place_z_ME, mask=mask_ME, other=0.0).to(tl.float32)
+    place_ME = row_M[:, None] * constants.E + channel_E[None]
+    x_ME = tl.load(x + place_ME, mask=mask_ME, other=0.0).to(tl.float32)
+    z_ME = tl.load(z + place_ME, mask=mask_ME, other=0.0).to(tl.float32)
     D_E = tl.load(D + channel_E, mask=exists_E, other=0.0).to(tl.float32)
     bias_E = tl.load(dt_bias + channel_E, mask=exists_E, other=0.0).to(tl.float32)
 
@@ -49,10 +49,9 @@ def advance(parts, dt_proj, dt_proj_scale, dt_bias, A_log, D, x, z, state, y, ne
     B = load_selection(parts, row_M, constants.R, state_N, constants.N, constants)
     C = load_selection(parts, row_M, constants.R + constants.N, state_N, constants.N, constants)
     if constants.HAS_DT:
-        place_ME = row_M[:, None] * constants.E + channel_E[None]
         dt_ME = tl.load(dt_proj + place_ME, mask=mask_ME, other=0.0).to(tl.float32)
     else:
-        dt_ME = project_dt(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, y.dtype.element_ty, constants)
+        dt_ME = dt_of_row(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, y.dtype.element_ty, constants)
     B_MN = finish_selection(B, y.dtype.element_ty, constants).to(tl.float32)
     C_MN = finish_selection(C, y.dtype.element_ty, constants).to(tl.float32)
     # Rounded as the layer's output is.
@@ -63,12 +62,12 @@ def advance(parts, dt_proj, dt_proj_scale, dt_bias, A_log, D, x, z, state, y, ne
     y_ME = tl.sum(state_MEN * C_MN[:, None], axis=2) + D_E[None] * x_ME
     y_ME = y_ME * z_ME * sigmoid(z_ME)
     tl.store(new_state + place_MEN, state_MEN.to(new_state.dtype.element_ty), mask=is_state_MEN)
-    tl.store(y + row_M[:, None] * constants.E + channel_E[None], y_ME.to(y.dtype.element_ty), mask=mask_ME)
+    tl.store(y + place_ME, y_ME.to(y.dtype.element_ty), mask=mask_ME)
 
 
 @triton.jit
 @no_type_check
-def project_dt(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, dtype: tl.constexpr, constants: tl.constexpr):
+def dt_of_row(parts, dt_proj, dt_proj_scale, row_M, channel_E, exists_E, dtype: tl.constexpr, constants: tl.constexpr):
     """(1, E), the dt-projection of one row in float32, without matrix units, which want 16 of them."""
     dt_ME = tl.full((constants.M, constants.CHANNELS), 0.0, tl.float32)
     LOADS: tl.constexpr = constants.ranks

@@ -42,7 +42,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectionConstants(Sizes, ProductConstants):
-    """Of a kernel that multiplies a few rows with a matrix; all attributes in lower case follow.
+    """Of a kernel that multiplies rows with a matrix; all attributes in lower case follow.
 
     Attributes:
         EPS: of the norm.
@@ -70,7 +70,7 @@ class ProjectionConstants(Sizes, ProductConstants):
     @property
     def programs(self) -> int:
         """Of the in-projections."""
-        return 2 * self.blocks + self.BC_blocks + self.dt_blocks
+        return (2 * self.blocks + self.BC_blocks + self.dt_blocks) * self.row_blocks
 
     @property
     def TAPS(self) -> int:
@@ -84,8 +84,8 @@ class ProjectionConstants(Sizes, ProductConstants):
 
     @property
     def steps(self) -> int:
-        """Loads of the sum over a group."""
-        return -(-self.GROUP // self.DEPTH)
+        """Loads of a part of the sum over a group."""
+        return -(-self.GROUP // (self.PARTS * self.DEPTH))
 
     @property
     def squares(self) -> int:
@@ -107,8 +107,6 @@ class StepConstants(Sizes):
         DT_LEAST: least step size.
         DT_GREATEST: greatest step size.
         SKIPS: numbers of D for a head: 1 or P.
-        Z_STRIDE: from a row of z to the next.
-        IS_SCALED: whether the output is multiplied with the scale of the gated norm.
         LENGTH: tokens that the ring holds; 0 without one.
     """
 
@@ -116,8 +114,6 @@ class StepConstants(Sizes):
     DT_LEAST: float
     DT_GREATEST: float
     SKIPS: int
-    Z_STRIDE: int
-    IS_SCALED: bool
     LENGTH: int
 
     @property

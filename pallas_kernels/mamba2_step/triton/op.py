@@ -1,28 +1,22 @@
 """The Mamba-2 step as three Triton kernels.
 
 `project_in` does norm, in-projections, convolutions and SiLU, `advance` the recurrence and the gate, and `project_out`
-normalises, projects, and adds to the residual stream. More than one row is normalised before, by a kernel of its own.
-Windows, state and residual stream are written in place. All read matrices by columns; with many rows XLA's products do
-the projections.
+normalises, projects, and adds to the residual stream. More than one row is normalised before, by a kernel of its own,
+and of many the out-projection comes in parts of its sum, which another kernel adds. Windows, state and residual stream
+are written in place. All read matrices by columns.
 """
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.common.triton import calls, launch
 from pallas_kernels.common.triton.calls import float32, launch_of, matrices, rounded, same
 from pallas_kernels.common.triton.launch import Launch
-from pallas_kernels.common.triton.tiles import (
-    MOST_ROWS,
-    Tile,
-    product_by_column,
-)
+from pallas_kernels.common.triton.tiles import Tile
 from pallas_kernels.mamba2_step.arguments import Mamba2Carry, StepArguments
 from pallas_kernels.mamba2_step.triton.constants import ProjectionConstants, Sizes, StepConstants
 from pallas_kernels.mamba2_step.triton.tilings import RecurrenceTile, Tiling, default_tiling
-from pallas_kernels.mamba2_step.xla.op import gated_norm
 
 _FOLDER = "pallas_kernels.mamba2_step.triton"
 
@@ -44,47 +38,12 @@ def mamba2_step(arguments: StepArguments, *, tiling: Tiling | None = None) -> Ma
     rows, width = arguments.residual.shape
     ring = arguments.state.dtype if arguments.ring_x is not None else None
     tiling = tiling or default_tiling(rows, width=width, ring=ring)
-    return (_few_rows if rows <= MOST_ROWS else _many_rows)(arguments, tiling)
-
-
-def _few_rows(arguments: StepArguments, tiling: Tiling) -> Mamba2Carry:
-    """Every projection by a kernel."""
     first = project_in(arguments, tiling.project_in)
     inputs = {name: first[name] for name in ("x", "BC", "dt", "z")}
-    step = advance(arguments, inputs, tiling.advance, output=same(first["x"]))
+    step = advance(arguments, inputs, tiling.advance)
     residual_BD = project_out(arguments, step["y"], step["squares"], tiling.project_out)
     windows = {"window": first["new_window"], "BC_window": first["new_BC_window"]}
     return Mamba2Carry(residual=residual_BD, **windows, **_carried(step))
-
-
-def _many_rows(arguments: StepArguments, tiling: Tiling) -> Mamba2Carry:
-    """The projections by XLA, the rest by kernels that read x and z where the in-projection left them."""
-    u_BD, channels = calls.normalize(arguments), arguments.out_proj.shape[0]
-    zx_BF = product_by_column(u_BD, arguments.in_proj, arguments.in_proj_scale)
-    BC_BM = product_by_column(u_BD, arguments.BC_proj, arguments.BC_proj_scale)
-    # Of two products of the same rows XLA makes one, for which it joins their matrices for every token.
-    dt_BH = product_by_column(jax.lax.optimization_barrier(u_BD), arguments.dt_proj, arguments.dt_proj_scale)
-    x_BE, window_BWE = calls.convolve(
-        zx_BF,
-        channels,
-        weight=arguments.conv_weight,
-        bias=arguments.conv_bias,
-        window=arguments.window,
-        tile=tiling.convolve,
-    )
-    BC_BM, window_BWM = calls.convolve(
-        BC_BM,
-        0,
-        weight=arguments.BC_conv_weight,
-        bias=arguments.BC_conv_bias,
-        window=arguments.BC_window,
-        tile=tiling.convolve,
-    )
-    inputs = {"x": x_BE, "BC": BC_BM, "dt": dt_BH, "z": zx_BF}
-    step = advance(arguments, inputs, tiling.advance, output=float32(*x_BE.shape))
-    output_BD = product_by_column(gated_norm(arguments, step["y"]), arguments.out_proj, arguments.out_proj_scale)
-    residual_BD = arguments.residual + output_BD.astype(jnp.float32)
-    return Mamba2Carry(residual=residual_BD, window=window_BWE, BC_window=window_BWM, **_carried(step))
 
 
 def _carried(step: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -107,16 +66,13 @@ def project_in(arguments: StepArguments, tile: Tile) -> dict[str, jax.Array]:
     return launch.run(calls.kernels(f"{_FOLDER}.products").project_in, inputs, outputs, constants, shape)
 
 
-def advance(
-    arguments: StepArguments, inputs: dict[str, jax.Array], tile: RecurrenceTile, *, output: jax.ShapeDtypeStruct
-) -> dict[str, jax.Array]:
-    """The gated output y (B, E), sums of its squares, and the new state and ring.
+def advance(arguments: StepArguments, inputs: dict[str, jax.Array], tile: RecurrenceTile) -> dict[str, jax.Array]:
+    """The gated output y (B, E) times the scale of its norm, sums of its squares, and the new state and ring.
 
     Args:
         arguments: of the step.
-        inputs: x, BC, dt and z; z is (B, E), or the in-projection (B, 2 E) whose first half it is.
+        inputs: x, BC, dt and z.
         tile: of the kernel.
-        output: y; it is multiplied with the scale of the norm, but for many rows.
     """
     sizes = _sizes(arguments)
     constants = StepConstants(
@@ -125,15 +81,13 @@ def advance(
         DT_LEAST=arguments.dt_limit[0],
         DT_GREATEST=arguments.dt_limit[1],
         SKIPS=arguments.D.size // sizes.H,
-        Z_STRIDE=inputs["z"].shape[1],
-        IS_SCALED=sizes.ROWS <= MOST_ROWS,
         LENGTH=0 if arguments.ring_x is None else arguments.ring_x.shape[1],
     )
     kernels = calls.kernels(f"{_FOLDER}.recurrence")
     learned = {"scale": arguments.gated_norm_scale}
     learned |= {name: getattr(arguments, name) for name in ("dt_bias", "A_log", "D")}
     state = {"state": arguments.state}
-    outputs = {"y": output, "squares": float32(sizes.ROWS, sizes.H * constants.pieces)}
+    outputs = {"y": same(inputs["x"]), "squares": float32(sizes.ROWS, sizes.H * constants.pieces)}
     outputs["new_state"] = same(arguments.state)
     programs = sizes.ROWS * sizes.H * constants.pieces
     if arguments.ring_length is None:
@@ -163,12 +117,18 @@ def _score(arguments: StepArguments, BC_BM: jax.Array, constants: StepConstants)
 
 def project_out(arguments: StepArguments, y_BE: jax.Array, squares: jax.Array, tile: Tile) -> jax.Array:
     """The residual stream after the block."""
-    constants = _of_product(arguments, tile, EPS=arguments.gated_norm_eps, SQUARES=squares.shape[1])
-    inputs = {"residual": arguments.residual, "y": y_BE, "squares": squares} | matrices(arguments, weight="out_proj")
+    constants = _of_product(arguments, tile, EPS=arguments.gated_norm_eps, SQUARES=squares.shape[1], PARTS=tile.parts)
+    kernels, programs = calls.kernels(f"{_FOLDER}.products"), -(-constants.D // tile.columns) * constants.row_blocks
+    inputs = {"y": y_BE, "squares": squares} | matrices(arguments, weight="out_proj")
+    if tile.parts > 1:
+        outputs = {"parts": float32(tile.parts, *arguments.residual.shape)}
+        shape = launch_of(tile, programs * tile.parts)
+        results = launch.run(kernels.project_out_in_parts, inputs, outputs, constants, shape)
+        return calls.add_to_residual(arguments, results["parts"])
+    inputs = {"residual": arguments.residual} | inputs
     outputs = {"new_residual": same(arguments.residual)}
-    shape = launch_of(tile, -(-constants.D // tile.columns), new_residual="residual")
-    kernel = calls.kernels(f"{_FOLDER}.products").project_out
-    return launch.run(kernel, inputs, outputs, constants, shape)["new_residual"]
+    shape = launch_of(tile, programs, new_residual="residual")
+    return launch.run(kernels.project_out, inputs, outputs, constants, shape)["new_residual"]
 
 
 def _of_product(arguments: StepArguments, tile: Tile, **options: Any) -> ProjectionConstants:

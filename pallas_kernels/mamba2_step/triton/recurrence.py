@@ -42,9 +42,10 @@ def advance(
     state_PN = tl.load(state + place_PN, mask=mask_PN, other=0.0).to(tl.float32)
     # What does not depend on the state is loaded while it comes.
     x_P = tl.load(x + row * constants.E + inner_P, mask=exists_P, other=0.0).to(tl.float32)
-    z_P = tl.load(z + row * constants.Z_STRIDE + inner_P, mask=exists_P, other=0.0).to(tl.float32)
+    z_P = tl.load(z + row * constants.E + inner_P, mask=exists_P, other=0.0).to(tl.float32)
     B_N, C_N = load_matrices(BC, row, head // (constants.H // constants.G), state_N, is_state_N, constants)
     D_P = load_skip(D, head, inner_P, exists_P, constants)
+    scale_P = tl.load(scale + inner_P, mask=exists_P, other=0.0).to(tl.float32)
     one = tl.arange(0, 1)
     dt_11 = tl.load(dt + row * constants.H + head + one)[None]
     step_11 = step_of(dt_11, dt_bias, head, one < 1, constants)
@@ -53,7 +54,7 @@ def advance(
     state_PN = decay_11 * state_PN + step_11 * x_P[:, None] * B_N[None]
     y_P = tl.sum(state_PN * C_N[None], axis=1) + D_P * x_P
     tl.store(new_state + place_PN, state_PN.to(new_state.dtype.element_ty), mask=mask_PN)
-    finish(y_P, z_P, scale, y, squares, row, head, piece, inner_P, exists_P, x.dtype.element_ty, constants)
+    finish(y_P, z_P, scale_P, y, squares, row, head, piece, inner_P, exists_P, x.dtype.element_ty, constants)
 
 
 @triton.jit
@@ -118,8 +119,9 @@ def advance_ring(
     place_C_N = row * constants.BC + (constants.G + group) * constants.N + state_N
     C_N = tl.load(BC + place_C_N, mask=is_state_N, other=0.0).to(tl.float32)
     x_P = tl.load(x + row * constants.E + inner_P, mask=exists_P, other=0.0)
-    z_P = tl.load(z + row * constants.Z_STRIDE + inner_P, mask=exists_P, other=0.0).to(tl.float32)
+    z_P = tl.load(z + row * constants.E + inner_P, mask=exists_P, other=0.0).to(tl.float32)
     D_P = load_skip(D, head, inner_P, exists_P, constants)
+    scale_P = tl.load(scale + inner_P, mask=exists_P, other=0.0).to(tl.float32)
     new_dt = tl.load(dt + row * constants.H + head)
 
     # The ring with this token at its place, and zeros behind it.
@@ -156,7 +158,7 @@ def advance_ring(
     tl.store(new_ring_x + slot * constants.E + inner_P, x_P.to(new_ring_x.dtype.element_ty), mask=exists_P)
     if piece == 0:
         tl.store(new_ring_dt + slot * constants.H + head, new_dt.to(new_ring_dt.dtype.element_ty))
-    finish(y_P, z_P, scale, y, squares, row, head, piece, inner_P, exists_P, x.dtype.element_ty, constants)
+    finish(y_P, z_P, scale_P, y, squares, row, head, piece, inner_P, exists_P, x.dtype.element_ty, constants)
 
 
 @triton.jit
@@ -216,12 +218,10 @@ def decay_rate(A_log, head):
 @triton.jit
 @no_type_check
 def finish(
-    y_P, z_P, scale, y, squares, row, head, piece, inner_P, exists_P, dtype: tl.constexpr, constants: tl.constexpr
+    y_P, z_P, scale_P, y, squares, row, head, piece, inner_P, exists_P, dtype: tl.constexpr, constants: tl.constexpr
 ):
-    """Rounds the output of the recurrence as the layer's is, gates it, stores it, and the sum of its squares."""
+    """Rounds the output of the recurrence as the layer's is, gates it, stores the sum of its squares, and it scaled."""
     gated_P = y_P.to(dtype).to(tl.float32) * z_P * sigmoid(z_P)
     gated_P = tl.where(exists_P, gated_P, 0.0)
     tl.store(squares + (row * constants.H + head) * constants.pieces + piece, tl.sum(gated_P * gated_P))
-    if constants.IS_SCALED:
-        gated_P *= tl.load(scale + inner_P, mask=exists_P, other=0.0).to(tl.float32)
-    tl.store(y + row * constants.E + inner_P, gated_P.to(y.dtype.element_ty), mask=exists_P)
+    tl.store(y + row * constants.E + inner_P, (gated_P * scale_P).to(y.dtype.element_ty), mask=exists_P)

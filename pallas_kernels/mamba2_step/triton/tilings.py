@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels.common.triton.tiles import CONVOLUTION_TILE, MOST_ROWS, Tile
+from pallas_kernels.common.triton.tiles import LEAST_ROWS, Tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,14 +27,12 @@ class Tiling:
     Attributes:
         project_in: of norm, in-projections and convolutions.
         advance: of the recurrence.
-        project_out: of gated norm, out-projection and residual stream.
-        convolve: of a convolution alone, for many rows; `columns` and `warps` count, and `depth` is its rows.
+        project_out: of gated norm and out-projection; of one part it adds to the residual stream itself.
     """
 
     project_in: Tile
     advance: RecurrenceTile
     project_out: Tile
-    convolve: Tile = CONVOLUTION_TILE
 
 
 def default_tiling(rows: int, *, width: int, ring: jnp.dtype | None = None) -> Tiling:
@@ -53,7 +51,7 @@ def default_tiling(rows: int, *, width: int, ring: jnp.dtype | None = None) -> T
     elif rows == 1:
         advance = RecurrenceTile(channels=8, warps=2)
     else:
-        advance = RecurrenceTile(channels=32 if rows <= MOST_ROWS else 64, warps=4)
+        advance = RecurrenceTile(channels=32 if rows <= LEAST_ROWS else 64, warps=4)
     if rows == 1:
         return Tiling(
             project_in=Tile(columns=8 if is_narrow else 16, depth=256, stages=3 if is_narrow else 4, warps=4),
@@ -61,6 +59,16 @@ def default_tiling(rows: int, *, width: int, ring: jnp.dtype | None = None) -> T
             project_out=Tile(columns=2, depth=512, stages=3, warps=2)
             if is_narrow
             else Tile(columns=4, depth=1024, stages=4, warps=4),
+        )
+    if rows > LEAST_ROWS:
+        return Tiling(
+            project_in=Tile(rows=16, columns=64, depth=128, stages=3, warps=4)
+            if is_narrow
+            else Tile(rows=64, columns=128, depth=64, stages=4, warps=8),
+            advance=advance,
+            project_out=Tile(rows=64, columns=64, depth=128, stages=4, warps=4, parts=4)
+            if is_narrow
+            else Tile(rows=128, columns=64, depth=64, stages=4, warps=4, parts=4),
         )
     return Tiling(
         project_in=Tile(columns=32, depth=128, stages=6, warps=2)
