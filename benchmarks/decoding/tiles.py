@@ -97,8 +97,7 @@ class Workload:
         """What the search starts from."""
         if isinstance(self.mixer, Mamba1Config):
             return mamba1_tilings.default_tiling(self.rows, width=self.width)
-        ring = jnp.dtype(self.state_dtype) if self.ring else None
-        return mamba2_tilings.default_tiling(self.rows, width=self.width, ring=ring)
+        return mamba2_tilings.default_tiling(self.rows, width=self.width, has_ring=self.ring > 0)
 
     def step(self, arrays: Arrays, tiling: Any) -> Any:
         """One layer."""
@@ -151,8 +150,10 @@ def drawn(shapes: Any) -> Any:
 
 
 def neighbours(tile: Any) -> Iterator[Any]:
-    """Tiles that differ in one size."""
+    """Tiles that differ in one size that is set."""
     for name, value in vars(tile).items():
+        if value is None:
+            continue
         others = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
         yield from (dataclasses.replace(tile, **{name: other}) for other in others if other >= 1)
 

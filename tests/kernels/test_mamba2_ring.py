@@ -137,7 +137,7 @@ def shapes_with_ring(rows: int, state: Any) -> Call:
 @pytest.mark.parametrize("rows", [16, 128])
 def test_kernels_compile(rows: int, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     binaries, call = compiled_by(monkeypatch), shapes_with_ring(rows, state)
-    tiling = default_tiling(rows, width=SHAPES["2.7b"][0])
+    tiling = default_tiling(rows, width=SHAPES["2.7b"][0], has_ring=True)
     jax.eval_shape(functools.partial(of_published_size, tiling), call.before, call.weights)
     assert {"advance_ring", "score_ring"} <= binaries.keys()
     assert "advance" not in binaries

@@ -90,7 +90,7 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, launch.Compiled]:
 
     def compile_kernel(kernel, inputs, outputs, constants, shape):
         types = tuple(launch.POINTERS[str(array.dtype)] for array in [*inputs.values(), *outputs.values()])
-        binaries[kernel.__name__] = launch.compiled(kernel, types, constants, shape.warps, shape.stages, 90)
+        binaries[kernel.__name__] = launch.compiled(kernel, types, constants, shape.options, 90)
         return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
 
     monkeypatch.setattr(launch, "require_triton", lambda op: None)

@@ -35,13 +35,20 @@ class Launch:
         programs: size of the grid.
         warps: number of warps (32 threads each) of a program.
         stages: loads of a loop that are under way at a time.
+        registers: that a thread may have, so that more programs fit on a multiprocessor; None is as many as it likes.
         in_place: by output, the input that it takes the place of.
     """
 
     programs: int
     warps: int
     stages: int = 1
+    registers: int | None = None
     in_place: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def options(self) -> tuple[tuple[str, int | None], ...]:
+        """What Triton's compiler is told, by its names."""
+        return ("num_warps", self.warps), ("num_stages", self.stages), ("maxnreg", self.registers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +115,7 @@ def run(
     assert kernel.arg_names == [*inputs, *outputs, "constants"]
     types = tuple(POINTERS[str(array.dtype)] for array in [*inputs.values(), *outputs.values()])
     capability = cuda_compute_capability() or 0
-    built = compiled(kernel, types, constants, launch.warps, launch.stages, capability)
+    built = compiled(kernel, types, constants, launch.options, capability)
     if built.shared > (most := _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)):
         raise NotImplementedError(f"{built.name} wants {built.shared} bytes of shared memory, and there are {most}")
     places, results = list(inputs), list(outputs)
@@ -135,9 +142,13 @@ def run(
 
 @functools.cache
 def compiled(
-    kernel: Any, types: tuple[str, ...], constants: Hashable, warps: int, stages: int, capability: int
+    kernel: Any,
+    types: tuple[str, ...],
+    constants: Hashable,
+    options: tuple[tuple[str, int | None], ...],
+    capability: int,
 ) -> Compiled:
-    """Compiles a kernel for arrays of these types, which start at multiples of 16 bytes."""
+    """Compiles a kernel for arrays of these types, which start at multiples of 16 bytes; see `Launch.options`."""
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, _THREADS_OF_A_WARP)
@@ -149,8 +160,7 @@ def compiled(
         constexprs={"constants": constants},
         attrs={(index,): [["tt.divisibility", 16]] for index in range(len(types))},
     )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=target, options=options)
+    binary = triton.compile(source, target=target, options=dict(options) | {"enable_fp_fusion": True})
     ptx = binary.asm["ptx"]
     header = ptx[ptx.index(".entry") :]
     parameters = header[: header.index(")")].count(".param")

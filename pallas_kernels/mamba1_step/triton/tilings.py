@@ -62,7 +62,9 @@ def default_tiling(rows: int, *, width: int) -> Tiling:
         project_selection=Tile(columns=16, depth=128, stages=4, warps=2, parts=8),
         project_dt=None if is_few else Tile(columns=64, depth=64, stages=4, warps=4),
         advance=RecurrenceTile(rows=1, channels=32 if rows <= 2 else 64 if is_few else 128, warps=4),
-        project_out=Tile(columns=16, depth=256, stages=5, warps=2),
+        project_out=Tile(columns=16, depth=128, stages=8, warps=2)
+        if is_narrow
+        else Tile(columns=16, depth=256, stages=5, warps=2),
     )
 
 
@@ -93,6 +95,6 @@ def _many_rows(*, is_narrow: bool) -> Tiling:
         project_in=Tile(rows=128, columns=64, depth=64, stages=4, warps=8),
         project_selection=Tile(rows=64, columns=32, depth=128, stages=4, warps=4, parts=8),
         project_dt=Tile(rows=32, columns=128, depth=64, stages=4, warps=4),
-        advance=RecurrenceTile(rows=4, channels=64, warps=4),
+        advance=RecurrenceTile(rows=2, channels=32, warps=4),
         project_out=Tile(rows=128, columns=64, depth=64, stages=4, warps=4, parts=4),
     )

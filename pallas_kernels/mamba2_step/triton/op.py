@@ -36,8 +36,7 @@ def mamba2_step(arguments: StepArguments, *, tiling: Tiling | None = None) -> Ma
         )
     calls.decline(arguments, "triton")
     rows, width = arguments.residual.shape
-    ring = arguments.state.dtype if arguments.ring_x is not None else None
-    tiling = tiling or default_tiling(rows, width=width, ring=ring)
+    tiling = tiling or default_tiling(rows, width=width, has_ring=arguments.ring_x is not None)
     first = project_in(arguments, tiling.project_in)
     inputs = {name: first[name] for name in ("x", "BC", "dt", "z")}
     step = advance(arguments, inputs, tiling.advance)
@@ -91,14 +90,14 @@ def advance(arguments: StepArguments, inputs: dict[str, jax.Array], tile: Recurr
     outputs["new_state"] = same(arguments.state)
     programs = sizes.ROWS * sizes.H * constants.pieces
     if arguments.ring_length is None:
-        shape = Launch(programs=programs, warps=tile.warps, in_place={"new_state": "state"})
+        shape = Launch(programs=programs, warps=tile.warps, registers=tile.registers, in_place={"new_state": "state"})
         return launch.run(kernels.advance, inputs | learned | state, outputs, constants, shape)
     ring = {name: getattr(arguments, name) for name in ("ring_x", "ring_B", "ring_dt", "ring_length")}
     scored = _score(arguments, inputs["BC"], constants)
     outputs |= {f"new_{name}": same(ring[name]) for name in ("ring_x", "ring_dt")}
     in_place = {name: name.removeprefix("new_") for name in outputs if name.startswith("new_")}
     ring |= {"ring_B": scored["new_ring_B"], "scores": scored["scores"]}
-    shape = Launch(programs=programs, warps=tile.warps, in_place=in_place)
+    shape = Launch(programs=programs, warps=tile.warps, registers=tile.registers, in_place=in_place)
     step = launch.run(kernels.advance_ring, learned | ring | state | inputs, outputs, constants, shape)
     # Kernels of other programs may still read the lengths when one ends: XLA moves them on.
     length_B = (arguments.ring_length + 1) % constants.LENGTH

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from pallas_kernels.common.triton.tiles import LEAST_ROWS, Tile
 
 
@@ -14,10 +12,12 @@ class RecurrenceTile:
     Attributes:
         warps: of a program.
         channels: of a head, a power of two.
+        registers: that a thread may have; None is as many as it likes.
     """
 
     warps: int
     channels: int
+    registers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,23 +35,23 @@ class Tiling:
     project_out: Tile
 
 
-def default_tiling(rows: int, *, width: int, ring: jnp.dtype | None = None) -> Tiling:
+def default_tiling(rows: int, *, width: int, has_ring: bool = False) -> Tiling:
     """The tiling for a number of rows and D, the width of the residual stream: the fastest of a search on an H100.
 
-    A program of a ring has much else to load: of the state, its threads hold 256 bytes each.
+    A program of a ring has much else to load, and 12 of one warp fit on a multiprocessor at 168 registers a thread.
 
     Args:
         rows: B.
         width: D.
-        ring: dtype of the state beside a ring of inputs; None without one.
+        has_ring: whether inputs are kept beside the state.
     """
     is_narrow = width < 2048
-    if ring is not None:
-        advance = RecurrenceTile(channels=128 // ring.itemsize, warps=2)
+    if has_ring:
+        advance = RecurrenceTile(channels=16, warps=1, registers=168)
     elif rows == 1:
         advance = RecurrenceTile(channels=8, warps=2)
     else:
-        advance = RecurrenceTile(channels=32 if rows <= LEAST_ROWS else 64, warps=4)
+        advance = RecurrenceTile(channels=32, warps=4)
     if rows == 1:
         return Tiling(
             project_in=Tile(columns=8 if is_narrow else 16, depth=256, stages=3 if is_narrow else 4, warps=4),
@@ -64,7 +64,7 @@ def default_tiling(rows: int, *, width: int, ring: jnp.dtype | None = None) -> T
         return Tiling(
             project_in=Tile(rows=16, columns=64, depth=128, stages=3, warps=4)
             if is_narrow
-            else Tile(rows=64, columns=128, depth=64, stages=4, warps=8),
+            else Tile(rows=128, columns=64, depth=64, stages=4, warps=8),
             advance=advance,
             project_out=Tile(rows=64, columns=64, depth=128, stages=4, warps=4, parts=4)
             if is_narrow
