@@ -138,7 +138,7 @@ def test_a_draft_changes_nothing_but_the_time(model: Model, generator: Generator
 
 
 def test_devices_share_out_rows_and_channels(model: Model, generator: Generator) -> None:
-    split = Generator(model, GeneratorConfig(rows=4, mesh=MeshConfig(data=4, tensor=2)))
+    split = Generator(model, GeneratorConfig(rows=4, mesh=MeshConfig(data=jax.device_count() // 2, tensor=2)))
     found = split.generate(PROMPTS, num_tokens=8, sampling=GREEDY)
     expected = generator.generate(PROMPTS, num_tokens=8, sampling=GREEDY)
     assert [text.tokens for text in found] == [text.tokens for text in expected]
