@@ -13,8 +13,9 @@ from typing import Literal
 
 import harness
 from harness import Results, Setting
-from mamba_jax.cli import load_config, one_line_errors, parse
+from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import ExperimentConfig
+from mamba_jax.config_files import load_config
 from mamba_jax.run.loop import train
 
 ALGORITHMS: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")

@@ -20,7 +20,7 @@ import jax
 
 import harness
 from harness import MIB, Results, Setting
-from mamba_jax.cli import load_config, one_line_errors, parse
+from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
     AttentionConfig,
     ExperimentConfig,
@@ -33,6 +33,7 @@ from mamba_jax.config import (
     SharedBlockConfig,
     WithSharedConfig,
 )
+from mamba_jax.config_files import load_config
 from mamba_jax.models.parameters import count
 from mamba_jax.run.loop import train
 from mamba_jax.telemetry.metrics import read_metrics

@@ -1,23 +1,16 @@
-"""What the command-line programs share: error lines, output that may fail, config files with overrides."""
+"""What the command-line programs share: error lines, output that may fail, flags."""
 
 import contextlib
-import dataclasses
 import io
 import os
 import re
 import sys
-import traceback
-import types
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tyro
 
 from mamba_jax.errors import InputError
-from mamba_jax.experiment import FROM_CHECKPOINT, ExperimentConfig
-from mamba_jax.models.config import ModelConfig
-from mamba_jax.training.config import TrainConfig
 
 # Ctrl-C that ended the program at once. 128 + SIGINT is left to a run that Ctrl-C stopped and that has saved.
 EXIT_INTERRUPTED = 3
@@ -173,114 +166,3 @@ def _one_line(report: str) -> str:
     message = " ".join(statements[0])
     suggestion = next((flag for group in flags[1:] for flag in group), None)
     return f"{message}; did you mean {suggestion}?" if message.startswith("Unrecognized") and suggestion else message
-
-
-def load_config(
-    path: str, overrides: Sequence[str], *, model_for: Callable[[TrainConfig], ModelConfig] | None = None
-) -> ExperimentConfig:
-    """Runs `get_config()` of a config file and applies overrides such as `--train.num-steps 100`.
-
-    Args:
-        path: a Python file that defines `get_config() -> ExperimentConfig`.
-        overrides: command-line flags.
-        model_for: gives the model of what the config's `train` begins with, if it or `--model from_checkpoint` asks for
-            that; flags then change its fields. None leaves the config as it is.
-
-    Raises:
-        InputError: the file is missing, cannot be run, has no `get_config`, or it returns something else; or what
-            `model_for` raises.
-    """
-    source = _read_config_file(path)
-    with _config_module(path) as module:
-        try:
-            # Not imported: Python keeps a compiled file beside it, which it takes for the text as long as that has the
-            # same size and was edited in the same second.
-            exec(compile(source, str(module.__file__), "exec", dont_inherit=True), vars(module))
-            if not callable(getattr(module, "get_config", None)):
-                raise InputError(f"config {path!r} defines no get_config()")
-            config = module.get_config()
-        except InputError:
-            raise
-        # A config file that ends the program, or the person who interrupts it, ends it in one line too.
-        except BaseException as error:
-            raise InputError(f"config {path!r} cannot be run{_place(error, path)}: {_describe(error)}") from error
-        if not isinstance(config, ExperimentConfig):
-            raise InputError(f"get_config() of {path!r} returned {type(config).__name__}, expected ExperimentConfig")
-        words, config = _with_model(list(overrides), config, model_for)
-        return parse(ExperimentConfig, words, default=config, prog=f"train.py {path}")
-
-
-def _with_model(
-    words: list[str], config: ExperimentConfig, model_for: Callable[[TrainConfig], ModelConfig] | None
-) -> tuple[list[str], ExperimentConfig]:
-    """Flags and config once the model that they take from a checkpoint is known, so that flags can change it."""
-    given, words = _taken(words, "--model")
-    if given not in (None, FROM_CHECKPOINT):
-        raise InputError(f"--model {given} is no model: give {FROM_CHECKPOINT}, or fields such as --model.num-layers")
-    if model_for is None or FROM_CHECKPOINT not in (given, config.model):
-        return words, config
-    fields: dict[str, Any] = {}
-    for name in ("init_from", "branch_from", "run_dir"):
-        if (value := _taken(words, f"--train.{name}")[0]) is not None:
-            fields[name] = value
-    train = dataclasses.replace(config.train, **fields)
-    return words, dataclasses.replace(config, model=model_for(train))
-
-
-def _taken(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """The last value of a flag, which may have hyphens in place of underscores, and the words without it."""
-    value, rest = None, []
-    queue = list(words)
-    while queue:
-        name, has_value, own = queue[0].partition("=")
-        if name.replace("-", "_") != flag.replace("-", "_"):
-            rest.append(queue.pop(0))
-            continue
-        queue.pop(0)
-        value = own if has_value else queue.pop(0) if queue else None
-    return value, rest
-
-
-def _read_config_file(path: str) -> bytes:
-    """Reads the source of a config; raises an InputError that tells what is wrong with the path."""
-    try:
-        if not Path(path).is_file():
-            problem = ", but something else of this name" if Path(path).exists() else ""
-            raise InputError(f"no config file {path!r}{problem}; configs/ holds the ones that come with the project")
-        if Path(path).suffix != ".py":
-            raise InputError(f"config {path!r} is not a Python file; its name must end in .py")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"config {path!r} cannot be read ({error.strerror}): choose another file") from None
-
-
-@contextlib.contextmanager
-def _config_module(path: str) -> Iterator[types.ModuleType]:
-    """An empty module of the file; while the block runs it is where dataclasses look up the types of their fields."""
-    module = types.ModuleType("mamba_jax_run_config")
-    module.__file__ = str(Path(path).absolute())
-    outer = sys.modules.get(module.__name__)
-    sys.modules[module.__name__] = module
-    try:
-        yield module
-    finally:
-        sys.modules.pop(module.__name__, None)
-        if outer is not None:
-            sys.modules[module.__name__] = outer
-
-
-def _place(error: BaseException, path: str) -> str:
-    """Where in the config file it happened; empty if that is not known."""
-    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError):
-        places.append((error.filename or "", error.lineno))
-    lines = [line for file, line in places if line is not None and Path(file) == Path(path).absolute()]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _describe(error: BaseException) -> str:
-    try:
-        text = error.msg if isinstance(error, SyntaxError) else str(error)
-    except Exception:
-        text = "(it has no text)"
-    return f"{type(error).__name__}: {' '.join(text.split())}"

@@ -3,7 +3,7 @@
 To be run and not to be imported: `mamba_jax.generate` is a function.
 """
 
-from mamba_jax.generate_command import main
+from mamba_jax.commands.generate import main
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import jax
 
-from mamba_jax.cli import load_config, one_line_errors, print_result
+from mamba_jax.cli import one_line_errors, print_result
+from mamba_jax.config_files import load_config
 from mamba_jax.errors import InputError, brief
 from mamba_jax.experiment import ExperimentConfig
 from mamba_jax.export.initial import model_for
@@ -21,7 +22,7 @@ from mamba_jax.report.swept import Outcome, plot_outcomes
 from mamba_jax.run import distributed, loop, watchdog
 from mamba_jax.run.directory import check_run_directory
 
-_USAGE = """usage: python -m mamba_jax.sweep CONFIG [--sweep-dir DIR] [--field value ...] [--field value value ...]
+_USAGE = """usage: {prog} CONFIG [--sweep-dir DIR] [--field value ...] [--field value value ...]
 
 Trains CONFIG once for every combination of the values of the fields that have several, one after the other, each in a
 folder of its own below DIR (runs/NAME_sweep by default). The same command goes on where it stopped and leaves finished
@@ -54,19 +55,23 @@ class Trial:
         return Path(self.config.train.run_dir)
 
 
-def main() -> None:
-    """Reads the command line, trains what is not finished, and shows all."""
+def main(prog: str = "python -m mamba_jax.sweep") -> None:
+    """Reads the command line, trains what is not finished, and shows all.
+
+    Args:
+        prog: what it is called by.
+    """
     with one_line_errors():
-        raise SystemExit(_main(sys.argv[1:]))
+        raise SystemExit(_main(sys.argv[1:], prog))
 
 
-def _main(words: Sequence[str]) -> int:
+def _main(words: Sequence[str], prog: str) -> int:
     """The exit status: 0 if all runs are finished, 2 if one cannot be, 128 plus the signal that stopped it."""
     if {"--help", "-h"} & {*words}:
-        print_result(_USAGE)
+        print_result(_USAGE.format(prog=prog))
         return 0
     if not words or words[0].startswith("-"):
-        raise InputError("missing CONFIG: python -m mamba_jax.sweep CONFIG --field value value; --help says more")
+        raise InputError(f"missing CONFIG: {prog} CONFIG --field value value; --help says more")
     distributed.initialize()
     trials = plan(words[0], words[1:])
     failures: dict[str, str] = {}

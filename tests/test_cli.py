@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mamba_jax.cli import EnduringStream, enduring, load_config, one_line_errors, print_result
+from mamba_jax.cli import EnduringStream, enduring, one_line_errors, print_result
+from mamba_jax.config_files import load_config
 from mamba_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]

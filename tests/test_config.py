@@ -11,7 +11,8 @@ from typing import Any, get_args
 import pytest
 
 from mamba_jax import config as c
-from mamba_jax.cli import load_config, one_line_errors
+from mamba_jax.cli import one_line_errors
+from mamba_jax.config_files import load_config
 from mamba_jax.errors import InputError
 from mamba_jax.models.mixers.mamba1.config import ScanName
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS

@@ -161,10 +161,14 @@ def _progress(title: str, total: int, unit: Literal["bytes", "documents"]) -> It
     yield advance
 
 
-def main() -> None:
-    """The command line."""
+def main(prog: str = "python -m mamba_jax.data.prepare") -> None:
+    """The command line.
+
+    Args:
+        prog: what it is called by.
+    """
     with cli.one_line_errors():
-        arguments = cli.parse(arguments_class(PrepareArguments), prog="python -m mamba_jax.data.prepare")
+        arguments = cli.parse(arguments_class(PrepareArguments), prog=prog)
         folder = Path(arguments.output)
         refuse_existing(folder)
         tokenizer = make_tokenizer(arguments.tokenizer_config)

@@ -50,10 +50,14 @@ def check_tokenizer(path: Path, texts: list[str], *, end_of_document: str) -> fl
     return sum(len(text.encode()) for text in texts) / sum(map(len, found))
 
 
-def main() -> None:
-    """The command line."""
+def main(prog: str = "python -m mamba_jax.data.train_tokenizer") -> None:
+    """The command line.
+
+    Args:
+        prog: what it is called by.
+    """
     with cli.one_line_errors():
-        arguments = cli.parse(arguments_class(TrainTokenizerArguments), prog="python -m mamba_jax.data.train_tokenizer")
+        arguments = cli.parse(arguments_class(TrainTokenizerArguments), prog=prog)
         path = Path(arguments.output)
         refuse_existing(path)
         make_folder(path.parent)

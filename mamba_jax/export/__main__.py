@@ -43,10 +43,14 @@ class Arguments:
     max_length: int | None = None
 
 
-def main() -> None:
-    """The command line: writes a checkpoint as a folder in some layout, with its tokenizer files."""
+def main(prog: str = "python -m mamba_jax.export") -> None:
+    """The command line: writes a checkpoint as a folder in some layout, with its tokenizer files.
+
+    Args:
+        prog: what it is called by.
+    """
     with one_line_errors():
-        arguments = parse(Arguments, prog="python -m mamba_jax.export")
+        arguments = parse(Arguments, prog=prog)
         layouts = {found.layout for found in formats()} | _WRITERS.keys()
         if arguments.layout not in layouts:
             choices = " or ".join(map(repr, sorted(layouts)))

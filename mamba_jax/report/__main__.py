@@ -26,10 +26,14 @@ class Arguments:
     output: str | None = None
 
 
-def main() -> None:
-    """Reads the command line, writes the page and says where it is."""
+def main(prog: str = "python -m mamba_jax.report") -> None:
+    """Reads the command line, writes the page and says where it is.
+
+    Args:
+        prog: what it is called by.
+    """
     with one_line_errors():
-        arguments = parse(Arguments, prog="python -m mamba_jax.report")
+        arguments = parse(Arguments, prog=prog)
         if not arguments.run_dirs:
             raise InputError("missing RUN_DIR: give the train.run_dir of a run, or of several to compare")
         page = render([run for folder in arguments.run_dirs for run in read_runs(Path(folder))])

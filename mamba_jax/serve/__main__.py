@@ -61,10 +61,14 @@ class Arguments:
     limits: Annotated[Limits, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Limits)
 
 
-def main() -> None:
-    """Reads the command line and serves what it names."""
+def main(prog: str = "python -m mamba_jax.serve") -> None:
+    """Reads the command line and serves what it names.
+
+    Args:
+        prog: what it is called by.
+    """
     with one_line_errors():
-        arguments = cli.parse(Arguments, prog="python -m mamba_jax.serve")
+        arguments = cli.parse(Arguments, prog=prog)
         try:
             from mamba_jax.serve.server import Server, bind
         except ImportError as error:

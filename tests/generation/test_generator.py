@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mamba_jax import generate_command as program
+from mamba_jax.commands import generate as program
 from mamba_jax.config import MeshConfig, TokenizerConfig
 from mamba_jax.errors import InputError
 from mamba_jax.generation.sampling import SamplingConfig

@@ -13,13 +13,13 @@ import jax
 import pytest
 
 from configs import mamba_2_8b, mamba_130m
-from mamba_jax.cli import load_config
 from mamba_jax.config import (
     ExperimentConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
 )
+from mamba_jax.config_files import load_config
 from mamba_jax.errors import InputError
 from mamba_jax.pods.compile import compile_step
 from mamba_jax.pods.estimate import StepEstimate

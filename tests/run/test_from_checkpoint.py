@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 
 from mamba_jax.checkpoint import load_params
-from mamba_jax.cli import load_config
 from mamba_jax.config import FROM_CHECKPOINT, ExperimentConfig, TokenizerConfig, to_json
+from mamba_jax.config_files import load_config
 from mamba_jax.data.tokenizer import make_tokenizer
 from mamba_jax.errors import InputError
 from mamba_jax.export.initial import model_for

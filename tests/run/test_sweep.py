@@ -87,11 +87,11 @@ def test_a_sweep_goes_on_and_shows_all(
     values["bad"] = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=3))
     monkeypatch.setattr(sweep, "load_config", lambda _, words, model_for: values[words[1]])
     words = ["CONFIG", "--seed", "0", "1", "bad", "--sweep-dir", str(tmp_path / "all")]
-    assert sweep._main(words) == 128 + 15
+    assert sweep._main(words, "sweep") == 128 + 15
     assert trained == ["seed=0", "seed=1"]
     assert "not begun" in capsys.readouterr().out
 
-    assert sweep._main(words) == 2
+    assert sweep._main(words, "sweep") == 2
     assert trained[2:] == ["seed=1", "seed=bad"]
     printed = capsys.readouterr()
     assert "run 1 of 3, seed=0: finished before" in printed.out

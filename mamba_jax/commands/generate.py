@@ -63,10 +63,14 @@ class Arguments:
     generator: Annotated[GeneratorConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=GeneratorConfig)
 
 
-def main() -> None:
-    """Reads the command line and continues what it names."""
+def main(prog: str = "python -m mamba_jax.generate") -> None:
+    """Reads the command line and continues what it names.
+
+    Args:
+        prog: what it is called by.
+    """
     with one_line_errors():
-        arguments = cli.parse(Arguments, prog="python -m mamba_jax.generate")
+        arguments = cli.parse(Arguments, prog=prog)
         prompts = _prompts(arguments)
         if arguments.save_state is not None and len(prompts) != 1:
             raise InputError(f"--save-state keeps what follows one prompt, but there are {len(prompts)}: give one")

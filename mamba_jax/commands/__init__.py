@@ -1,0 +1,1 @@
+"""Programs of the command line: each reads its words and calls what does the job."""
