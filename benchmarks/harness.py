@@ -6,15 +6,9 @@ that file. `compare.py` sets the last two results of a program on the same hardw
 
 import collections
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,57 +18,14 @@ import jax
 import pydantic
 
 from mamba_jax.errors import InputError, reason
+from mamba_jax.telemetry.setting import Setting as Setting
+from mamba_jax.telemetry.setting import hardware as hardware
+from mamba_jax.telemetry.setting import header as header
+from mamba_jax.telemetry.setting import processor as processor
 
 RESULTS = Path(__file__).parent / "results"
 FILE_NAME = "measurements.jsonl"
 MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """Where, when and how results were taken.
-
-    Attributes:
-        hardware: as people and `compare.py` tell it apart from other hardware.
-        versions: of Python and the libraries, by name.
-        command: as typed.
-        commit: of the code, short; "+" at its end says that files were changed.
-        date: ISO 8601, in seconds.
-    """
-
-    hardware: str
-    versions: dict[str, str]
-    command: str
-    commit: str
-    date: str
-
-    @classmethod
-    def here(cls, hardware: str, *, libraries: Sequence[str] = ()) -> "Setting":
-        """That of this process.
-
-        Args:
-            hardware: what the results are of.
-            libraries: distributions whose versions matter, besides jax.
-        """
-        return cls(
-            hardware=hardware,
-            versions={"Python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in ("jax", *libraries)},
-            command=_command(sys.argv),
-            commit=_commit(),
-            date=datetime.datetime.now().isoformat(timespec="seconds"),
-        )
-
-
-def _command(argv: Sequence[str]) -> str:
-    """What a reader types to do the same; where the results went is a matter of the machine."""
-    words, kept = iter(argv[1:]), []
-    for word in words:
-        if word == "--output":
-            next(words, None)
-        elif not word.startswith("--output="):
-            kept.append(word)
-    return f"python {shlex.join([f'benchmarks/{Path(argv[0]).name}', *kept])}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,19 +108,6 @@ def select_platform(device: str) -> None:
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
 
 
-def processor() -> str:
-    """Name and cores of this machine's processor."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def hardware() -> str:
-    """What JAX runs on in this process."""
-    device = jax.devices()[0]
-    return processor() if device.platform == "cpu" else device.device_kind
-
-
 class Results:
     """The results of one run of a benchmark."""
 
@@ -231,16 +169,6 @@ class Results:
         path = self._folder / f"{name}_{day}.md"
         path.write_text("\n".join(lines) + "\n" + render(self.measurements))
         return path
-
-
-def header(setting: Setting) -> list[str]:
-    """Lines that say where and how results were taken."""
-    return [
-        f"Hardware: {setting.hardware}.",
-        f"Software: {', '.join(f'{name} {version}' for name, version in setting.versions.items())}; commit "
-        f"{setting.commit}.",
-        f"Command: `{setting.command}`",
-    ]
 
 
 def render(measurements: Sequence[Measurement]) -> str:
@@ -310,16 +238,3 @@ def _written(value: float | str | None) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _commit() -> str:
-    root = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -22,6 +22,7 @@ _PROGRAMS = {
     "export": ("mamba_jax.export.__main__", (), "write a checkpoint for other programs"),
     "report": ("mamba_jax.report.__main__", (), "a page about a run, or several to compare"),
     "sweep": ("mamba_jax.sweep", (), "train a config with several values of its fields"),
+    "experiments": ("mamba_jax.experiments.__main__", (), "make the papers' experiments and compare with them"),
     "prepare": ("mamba_jax.data.prepare", (), "make token shards of text"),
     "train-tokenizer": ("mamba_jax.data.train_tokenizer", (), "train a tokenizer on text"),
     "compile": ("mamba_jax.commands.train", ("--compile-only",), "compile the step for TPUs that need not be there"),

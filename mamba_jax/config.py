@@ -17,6 +17,7 @@ from mamba_jax.data.config import MixturePart as MixturePart
 from mamba_jax.data.config import MixtureSource as MixtureSource
 from mamba_jax.data.config import ShardSource as ShardSource
 from mamba_jax.data.config import Source as Source
+from mamba_jax.data.config import SyntheticSource as SyntheticSource
 from mamba_jax.data.config import TextFolderSource as TextFolderSource
 from mamba_jax.data.config import TfdsSource as TfdsSource
 from mamba_jax.data.config import TokenizerConfig as TokenizerConfig

@@ -31,7 +31,7 @@ _SUFFIXES = (".py", ".json", ".yaml", ".yml")
 
 def shipped_configs() -> dict[str, Path]:
     """The config files that come with the package, by name, such as "quickstart" or "hybrids/jamba_like_130m"."""
-    folder = _shipped_folder()
+    folder = configs_folder()
     paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("**/*.py"))}
     return {name: path for name, path in paths.items() if "def get_config(" in path.read_text(encoding="utf-8")}
 
@@ -44,8 +44,8 @@ def list_configs() -> str:
     return "\n".join(f"{name:<{width}}  {line}" for name, line in lines.items())
 
 
-def _shipped_folder() -> Path:
-    """Inside the installed package, or beside it in a checkout."""
+def configs_folder() -> Path:
+    """The folder of the configs that come with the package: inside it, or beside it in a checkout."""
     package = Path(__file__).parent
     return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
 
@@ -212,7 +212,7 @@ def _config_module(path: str) -> Iterator[types.ModuleType]:
     sys.modules[module.__name__] = module
     if "configs" not in sys.modules and importlib.util.find_spec("configs") is None:
         shipped = types.ModuleType("configs")
-        shipped.__path__ = [str(_shipped_folder())]
+        shipped.__path__ = [str(configs_folder())]
         sys.modules["configs"] = shipped
     try:
         yield module

@@ -39,6 +39,7 @@ ROOMS = (
     "mamba_jax.pods",
     "mamba_jax.report",
     "mamba_jax.sweep",
+    "mamba_jax.experiments",
     "mamba_jax.loaded",
     "mamba_jax.generator",
     "mamba_jax.evaluation.harness",

@@ -240,6 +240,36 @@ class HuggingFaceSource(RecordSource):
         )
 
 
+@SOURCES.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticSource(Source):
+    """Rows of a synthetic task without end, of which the answers alone count in the loss.
+
+    Attributes:
+        kind: discriminator.
+        task: which one; `mamba_jax.data.sources.synthetic` says what its rows are.
+        num_ids: V, ids that rows are made of, 0 .. V - 1.
+        items: M, tokens to copy, or pairs of key and value to recall.
+        power: of the distances between pairs and queries: near 0 most are short, 1 makes all equally likely.
+    """
+
+    kind: Literal["synthetic"] = "synthetic"
+    task: Literal["induction_heads", "selective_copying", "associative_recall"]
+    num_ids: int
+    items: int = 1
+    power: float = 0.01
+
+    def _check(self) -> None:
+        self._require_positive("items", "power")
+        require(self.num_ids >= 4, f"SyntheticSource.num_ids must be at least 4, got {self.num_ids}")
+
+    def open(self) -> "Task":
+        """The task."""
+        from mamba_jax.data.sources.synthetic import SyntheticTask
+
+        return SyntheticTask(self)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixturePart(Config):
     """A source of a mixture, and how much is taken of it.

@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, or a file of the `tokenizers` library, SentencePiece or tiktoken."""
+"""Text to token ids and back: bytes, ids as numbers, or a file of `tokenizers`, SentencePiece or tiktoken."""
 
 import abc
 import functools
@@ -371,6 +371,11 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
         InputError: the JSON file is missing, damaged or lacks the end-of-document token, or a chat template cannot be
             read.
     """
+    if config.num_ids is not None:
+        # Imported here: the module derives its tokenizer from this one's.
+        from mamba_jax.data.tokenization.ids import IdTokenizer
+
+        return IdTokenizer(config.num_ids)
     if config.path is None:
         tokenizer, end = ByteTokenizer(), ""
     else:

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
+from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.batches import Task
 from mamba_jax.data.config import Documents, FilesSource, Source, TextFolderSource, TokenizerConfig, TokenizerKind
 from mamba_jax.data.mixture import Mixture
@@ -19,6 +21,7 @@ from mamba_jax.data.shards import TokenDataset
 from mamba_jax.data.tokenization.config import tokenizer_kind
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import InputError
+from mamba_jax.evaluation.answers import Answers, measure_answers
 from mamba_jax.evaluation.perplexity import Perplexity, evaluate
 from mamba_jax.evaluation.scoring import Scorer
 from mamba_jax.evaluation.task_files import read_task
@@ -127,15 +130,17 @@ class Evaluation:
 
     Attributes:
         perplexity: loss on the text; None if no text was read.
+        answers: what the model answered in a task that makes its batches itself; None for text.
         parts: of a mixture the loss on each part by its name, whose mean `perplexity` is.
         tasks: results of the tasks.
         sample: prompt and continuation; None without a prompt.
         text: name or folder of the text; None if no text was read.
-        tokenizer: path of the tokenizer's JSON file, or "bytes".
+        tokenizer: path of the tokenizer's JSON file, "bytes", or "ids".
         compute_dtype: dtype that matrix products and activations were computed in.
     """
 
     perplexity: Perplexity | None
+    answers: Answers | None
     parts: Mapping[str, Perplexity]
     tasks: tuple[TaskResult, ...]
     sample: str | None
@@ -169,7 +174,7 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
     if request.prompt is not None:
         tokenizer.check_prompt(request.prompt)
     source = _source(loaded, request, checkpoint)
-    perplexity, parts = (None, {}) if source is None else _perplexity(loaded, source, request, tokenizer)
+    measured = _Measured() if source is None else _measure(loaded, source, request, tokenizer)
     results: tuple[TaskResult, ...] = ()
     if tasks:
         batch_size = request.batch_size or _TASK_BATCH_SIZE
@@ -187,12 +192,13 @@ def evaluate_checkpoint(checkpoint: str, request: EvaluationRequest) -> Evaluati
             sampling=request.sampling,
         )
     return Evaluation(
-        perplexity=perplexity,
-        parts=parts,
+        perplexity=measured.perplexity,
+        answers=measured.answers,
+        parts=measured.parts,
         tasks=results,
         sample=sample,
         text=None if source is None else source.place,
-        tokenizer=tokenizer_config.path or "bytes",
+        tokenizer=tokenizer_config.path or {"byte": "bytes"}.get(tokenizer_config.kind, tokenizer_config.kind),
         compute_dtype=model.compute_dtype,
     )
 
@@ -228,37 +234,55 @@ def _source(loaded: LoadedCheckpoint, request: EvaluationRequest, checkpoint: st
     return source
 
 
-def _perplexity(
-    loaded: LoadedCheckpoint, source: Source, request: EvaluationRequest, tokenizer: Tokenizer
-) -> tuple[Perplexity, dict[str, Perplexity]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What was measured on a source; see `Evaluation`."""
+
+    perplexity: Perplexity | None = None
+    answers: Answers | None = None
+    parts: Mapping[str, Perplexity] = dataclasses.field(default_factory=dict)
+
+
+def _measure(loaded: LoadedCheckpoint, source: Source, request: EvaluationRequest, tokenizer: Tokenizer) -> _Measured:
     """Measures a loaded model on text, and on each part of a mixture; what the request leaves open is as trained."""
     if tokenizer.lossy:
         print("warning:", tokenizer.lossy, file=sys.stderr)
     with _cache(request) as cache:
         data = open_data(source, cache, tokenizer)
+        # All devices on the data axis: sequences are not split, so any length will do.
+        mesh = make_mesh(MeshConfig())
+        loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params, replicated(mesh)))
+        if isinstance(data, Task):
+            batches = _batches(loaded, data, request, mesh)
+            answers = measure_answers(define(loaded.config), loaded.params, batches, mesh=mesh)
+            return _Measured(perplexity=_loss(loaded, data, request, mesh), answers=answers)
         if not isinstance(data, Mixture):
-            return _loss(loaded, data, request), {}
-        parts = {part.part.name: _loss(loaded, part.dataset, request) for part in data.parts}
-        return Perplexity.mean(list(parts.values()), data.weights), parts
+            return _Measured(perplexity=_loss(loaded, data, request, mesh))
+        parts = {part.part.name: _loss(loaded, part.dataset, request, mesh) for part in data.parts}
+        return _Measured(perplexity=Perplexity.mean(list(parts.values()), data.weights), parts=parts)
 
 
-def _loss(loaded: LoadedCheckpoint, data: TokenDataset | Task, request: EvaluationRequest) -> Perplexity:
-    """Measures a loaded model on one text."""
+def _batches(
+    loaded: LoadedCheckpoint, data: TokenDataset | Task, request: EvaluationRequest, mesh: Mesh
+) -> Iterator[LMBatch]:
+    """The batches that a request asks for."""
     experiment = loaded.experiment
-    # All devices on the data axis: sequences are not split, so any length will do.
-    mesh = make_mesh(MeshConfig())
     batch_size = request.batch_size or (experiment.evaluation_batch_size if experiment else _BATCH_SIZE)
-    batches = evaluation_batches(
+    return evaluation_batches(
         data,
         seq_len=request.seq_len or (experiment.data.seq_len if experiment else _SEQ_LEN),
         documents=experiment.data.documents if experiment else _DOCUMENTS,
         batch_size=round_up(batch_size, batch_shards(mesh)),
         max_batches=request.max_batches,
     )
+
+
+def _loss(loaded: LoadedCheckpoint, data: TokenDataset | Task, request: EvaluationRequest, mesh: Mesh) -> Perplexity:
+    """Measures a loaded model, whose parameters are on the devices, on one text."""
     return evaluate(
         define(loaded.config),
-        jax.device_put(loaded.params, replicated(mesh)),
-        batches,
+        loaded.params,
+        _batches(loaded, data, request, mesh),
         mesh=mesh,
         tokens_per_byte=data.tokens_per_byte,
         loss_chunk=_LOSS_CHUNK,

@@ -3,23 +3,26 @@
 import dataclasses
 import json
 
+from mamba_jax.evaluation.answers import Answers
 from mamba_jax.evaluation.checkpoints import Evaluation
 from mamba_jax.evaluation.perplexity import Perplexity
 from mamba_jax.evaluation.tasks import TaskResult
 
 
 def as_text(evaluation: Evaluation) -> list[str]:
-    """Paragraphs for people: one for each part of a mixture, the text's, one for each task, the sample."""
+    """Paragraphs for people: one for each part of a mixture, the text's, answers, one for each task, the sample."""
     found = [f"part           {name}\n{_of_text(result)}" for name, result in evaluation.parts.items()]
     found += [] if evaluation.perplexity is None else [_of_text(evaluation.perplexity)]
+    found += [] if evaluation.answers is None else [_of_answers(evaluation.answers)]
     found += [_of_task(result) for result in evaluation.tasks]
     return found if evaluation.sample is None else [*found, evaluation.sample]
 
 
 def as_json(evaluation: Evaluation) -> list[str]:
-    """The same as JSON objects, one a line, with the fields of `Perplexity` and `TaskResult`, `part` and `sample`."""
+    """The same as JSON objects, a line each, with the fields of `Perplexity`, `Answers`, `TaskResult`, and `sample`."""
     records = [{"part": name, **dataclasses.asdict(result)} for name, result in evaluation.parts.items()]
     records += [] if evaluation.perplexity is None else [dataclasses.asdict(evaluation.perplexity)]
+    records += [] if evaluation.answers is None else [dataclasses.asdict(evaluation.answers)]
     records += [dataclasses.asdict(result) for result in evaluation.tasks]
     if evaluation.sample is not None:
         records.append({"sample": evaluation.sample})
@@ -32,6 +35,14 @@ def _of_text(result: Perplexity) -> str:
         f"loss           {result.loss:.4f} nats/token\n"
         f"perplexity     {result.perplexity:.3f}\n"
         f"bits per byte  {result.bits_per_byte:.4f}"
+    )
+
+
+def _of_answers(result: Answers) -> str:
+    return (
+        f"answers        {result.num_answers:,} in {result.num_rows:,} rows\n"
+        f"accuracy       {result.accuracy:.4f}\n"
+        f"exact match    {result.exact_match:.4f} of the rows"
     )
 
 

@@ -25,6 +25,7 @@ from mamba_jax.data.batches import Task
 from mamba_jax.data.pipeline import evaluation_batches, open_source, train_batches
 from mamba_jax.data.tokenizer import ByteTokenizer
 from mamba_jax.errors import InputError
+from mamba_jax.evaluation.checkpoints import EvaluationRequest, evaluate_checkpoint
 from mamba_jax.run.loop import train
 from tests.runs import corpus, make_config
 from tests.toys import source as toy
@@ -107,6 +108,9 @@ def test_it_trains_and_resumes(make_copy_run: Callable[..., ExperimentConfig], d
     assert whole.validation is not None
     # At its last step a run reads all there is: 16 batches of a task.
     assert whole.validation.num_tokens == 16 * 8 * CopySource.length
+    answers = evaluate_checkpoint(str(run_dir), EvaluationRequest(max_batches=2)).answers
+    assert answers is not None
+    assert (answers.num_answers, answers.num_rows) == (2 * 8 * CopySource.length, 2 * 8)
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, train=CopySource(symbols=13)))
     with pytest.raises(InputError, match=r"data\.train"):
         train(other, devices=jax.devices()[:devices])

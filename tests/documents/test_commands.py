@@ -26,6 +26,7 @@ SCRIPTS = [
 MODULES = (
     "mamba_jax.data.prepare",
     "mamba_jax.data.train_tokenizer",
+    "mamba_jax.experiments",
     "mamba_jax.export",
     "mamba_jax.report",
     "mamba_jax.serve",

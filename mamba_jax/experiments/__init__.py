@@ -1,0 +1,1 @@
+"""Experiments of the papers: sets of configs that are trained, judged and compared with published results."""
