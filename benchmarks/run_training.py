@@ -2,16 +2,19 @@
 
     python benchmarks/run_training.py
     python benchmarks/run_training.py --device gpu --compute-dtype bfloat16 --d-model 768 --num-layers 24 --length 2048
-    python benchmarks/run_training.py --mixer mamba2
+    python benchmarks/run_training.py --device gpu --no-parts --sizes mamba_130m mamba2_130m --remat none_unrolled block
 
-Every policy runs in a process of its own, so that its peak memory is its own.
+Every policy runs in a process of its own, for its peak memory; they compile side by side and run one by one.
 """
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import functools
 import multiprocessing
+import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import bounds
 import harness
+from decoding.profile import time_by_kernel
 from harness import MIB, Results, Setting, Timing, select_platform, time_calls
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
@@ -43,13 +48,26 @@ from mamba_jax.training.config import ProgramConfig
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.program import TrainProgram
 from pallas_kernels import causal_conv1d, selective_scan, ssd
+from steps.kernels import rows
 
-Remat = Literal["none", "dots", "block"]
+Remat = Literal["none", "cheap", "dots", "block", "none_unrolled", "cheap_unrolled"]
+Size = Literal["mamba_130m", "mamba_370m", "mamba_1_4b", "mamba2_130m", "mamba2_370m", "mamba2_1_3b"]
+# Width, layers and batch at which the figures of the authors' code were taken, in bfloat16 with a length of 2048.
+_SMALL, _MEDIUM, _LARGE = ((768, 24, 16), (1024, 48, 8), (2048, 48, 4))
+SIZES: dict[Size, tuple[Literal["mamba1", "mamba2"], tuple[int, int, int]]] = {
+    "mamba_130m": ("mamba1", _SMALL),
+    "mamba_370m": ("mamba1", _MEDIUM),
+    "mamba_1_4b": ("mamba1", _LARGE),
+    "mamba2_130m": ("mamba2", _SMALL),
+    "mamba2_370m": ("mamba2", _MEDIUM),
+    "mamba2_1_3b": ("mamba2", _LARGE),
+}
 NOTES = (
     "Forward, backward and update, compiled once, the state donated. Times are the best of repeated runs; CPU ms is "
     "processor time over all threads, the one to compare on shared cores. Temporaries are what the compiled step "
     "allocates beyond the state and the batch. Then where the time goes, each part compiled and timed alone, forward "
-    "and backward, all layers.",
+    "and backward, all layers, or by the kernels of a step in a trace. The bound is the operations that the model's "
+    "arithmetic counts at the peak rate of the matrix units, and 28 bytes a parameter for the update.",
 )
 
 
@@ -60,7 +78,8 @@ class Options:
     Attributes:
         device: where to run.
         mixer: of every layer, with its defaults.
-        remat: policies to compare.
+        sizes: of the paper's models, instead of one with the width, layers, vocabulary, batch, length and dtype below.
+        remat: policies to compare; "_unrolled" is without a loop over layers.
         d_model: width of the residual stream.
         num_layers: blocks.
         vocab_size: token ids.
@@ -68,12 +87,14 @@ class Options:
         length: tokens of a sequence.
         compute_dtype: of matrix products and activations.
         loss_chunk: sequence positions whose logits exist at the same time.
+        parts: time the pieces of a step as well, of the first size.
         seconds: time to spend on each measurement, at least three runs.
         output: folder of the results.
     """
 
     device: Literal["cpu", "gpu", "tpu"] = "cpu"
     mixer: Literal["mamba1", "mamba2"] = "mamba1"
+    sizes: tuple[Size, ...] = ()
     remat: tuple[Remat, ...] = ("none", "dots", "block")
     d_model: int = 256
     num_layers: int = 4
@@ -82,11 +103,21 @@ class Options:
     length: int = 1024
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     loss_chunk: int = 512
+    parts: bool = True
     seconds: float = 20.0
     output: Path = harness.RESULTS
 
+    def cases(self) -> "list[Options]":
+        """The options of every size."""
+        common: Any = {"vocab_size": 50280, "length": 2048, "compute_dtype": "bfloat16", "sizes": ()}
+        return [
+            dataclasses.replace(self, **common, mixer=mixer, d_model=width, num_layers=layers, batch=batch)
+            for mixer, (width, layers, batch) in (SIZES[size] for size in self.sizes)
+        ] or [self]
+
     def program(self, remat: Remat) -> ProgramConfig:
         """What one policy is measured with."""
+        policy: Any = remat.removesuffix("_unrolled")
         return ProgramConfig(
             model=ModelConfig(
                 vocab_size=self.vocab_size,
@@ -94,7 +125,8 @@ class Options:
                 num_layers=self.num_layers,
                 mixer=Mamba1Config() if self.mixer == "mamba1" else Mamba2Config(),
                 compute_dtype=self.compute_dtype,
-                remat=remat,
+                remat=policy,
+                unroll=policy != remat,
             ),
             optimizer=OptimizerConfig(peak_lr=1e-3),
             num_steps=1000,
@@ -113,14 +145,20 @@ class StepCost:
     temporaries: int
     peak_memory: int
     hardware: str
+    kernels: dict[str, tuple[int, float]]
 
 
-def measure_step(options: Options, remat: Remat) -> StepCost:
-    """The whole donated step, as the training loop runs it."""
+def measure_step(options: Options, remat: Remat, turn: str) -> StepCost:
+    """The whole donated step, as the training loop runs it.
+
+    Args:
+        options: what to measure.
+        remat: the policy.
+        turn: path of a file that is locked by the process whose turn it is to use the device, until it ends.
+    """
     select_platform(options.device)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     program = TrainProgram(options.program(remat), mesh)
-    state = program.initialize()
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, options.vocab_size, (options.batch, options.length + 1)).astype(np.int32)
     host_batch = LMBatch(
@@ -131,10 +169,12 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
     )
     with jax.set_mesh(mesh):
         batch = put_batch(mesh, host_batch)
-        lowered = program.step.lower(state, batch)
+        lowered = program.step.lower(program.state, batch)
         start = time.perf_counter()
         step = lowered.compile()
         compile_seconds = time.perf_counter() - start
+        fcntl.flock(os.open(turn, os.O_RDONLY), fcntl.LOCK_EX)
+        state = program.initialize()
 
         def run() -> Any:
             nonlocal state
@@ -142,6 +182,7 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
             return state, metrics
 
         timing = time_calls(run, seconds=options.seconds, in_a_row=False)
+        kernels = time_by_kernel(run) if options.device == "gpu" else {}
     memory = step.memory_analysis()
     assert memory is not None, "XLA reports the memory of every backend in use here"
     # Peak memory of the device where it keeps its own; the CPU's is that of the process, in KiB on Linux.
@@ -152,6 +193,7 @@ def measure_step(options: Options, remat: Remat) -> StepCost:
         temporaries=memory.temp_size_in_bytes,
         peak_memory=peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         hardware=harness.hardware(),
+        kernels=kernels,
     )
 
 
@@ -279,10 +321,21 @@ def step_figures(options: Options, cost: StepCost) -> dict[str, float | None]:
         "CPU_ms": cost.timing.cpu_milliseconds,
         "tokens/s": speed,
         "MFU_%": None if mfu is None else 100 * mfu,
+        "bound_ms": least_milliseconds(options, cost.hardware),
         "temporaries_MiB": cost.temporaries / MIB,
         "peak_memory_MiB": cost.peak_memory / MIB,
         "compile_s": cost.compile_seconds,
     }
+
+
+def least_milliseconds(options: Options, device_kind: str) -> float | None:
+    """A bound of the step: the model's operations at the peak of the matrix units, and the update at its bytes."""
+    chip, config = bounds.chip(device_kind), options.program("none").model
+    if chip is None:
+        return None
+    operations = flops_per_token(config, length=options.length) * options.batch * options.length
+    # Parameter and two moments are read and written, the gradient is read.
+    return 1e3 * (operations / chip.matrix + 28 * parameters.count(config) / chip.memory)
 
 
 def part_figures(options: Options, timings: dict[str, Timing], whole: Timing, remat: Remat) -> dict[str, dict]:
@@ -311,25 +364,36 @@ def main() -> None:
     """Command-line entry."""
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_training.py")
-        for remat in options.remat:
-            options.program(remat)
-        results, whole = None, None
-        with concurrent.futures.ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-        ) as processes:
-            for remat in options.remat:
-                cost = processes.submit(measure_step, options, remat).result()
-                results = results or Results(options.output, Setting.here(cost.hardware, libraries=("flax", "optax")))
-                whole = whole or cost.timing
-                figures: dict[str, Any] = step_figures(options, cost)
-                results.add("training step", workload(options), implementation=remat, direction="step", **figures)
-            timings = processes.submit(measure_parts, options).result()
-        if results is None or whole is None:
+        cases = [(case, remat) for case in options.cases() for remat in options.remat if case.program(remat)]
+        if not cases:
             raise InputError("--remat names no policy: give none, dots or block")
-        first = options.remat[0]
-        for name, figures in part_figures(options, timings, whole, first).items():
-            results.add("parts of a step", workload(options), implementation=first, direction=name, **figures)
+        results = measure(options, cases)
         print(f"wrote {results.write_table(f'training_{options.device}', 'Cost of a training step', *NOTES)}")
+
+
+def measure(options: Options, cases: list[tuple[Options, Remat]]) -> Results:
+    """Every case, and the pieces of the first."""
+    workers = len(cases) if options.device == "gpu" else 1
+    spawn = multiprocessing.get_context("spawn")
+    results = None
+    with (
+        tempfile.NamedTemporaryFile() as turn,
+        concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as processes,
+    ):
+        futures = [processes.submit(measure_step, case, remat, turn.name) for case, remat in cases]
+        for (case, remat), future in zip(cases, futures, strict=True):
+            cost = future.result()
+            results = results or Results(options.output, Setting.here(cost.hardware, libraries=("flax", "optax")))
+            figures: dict[str, Any] = step_figures(case, cost)
+            results.add("training step", workload(case), implementation=remat, direction="step", **figures)
+            for heading, name, figures in rows(cost.kernels):
+                results.add(heading, workload(case), implementation=remat, direction=name, **figures)
+        (case, first), cost = cases[0], futures[0].result()
+        timings = processes.submit(measure_parts, case).result() if options.parts else {}
+    assert results is not None, "there is a case"
+    for name, figures in part_figures(case, timings, cost.timing, first).items() if timings else ():
+        results.add("parts of a step", workload(case), implementation=first, direction=name, **figures)
+    return results
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ WRONG_TYPES = {
     "OptimizerConfig(peak_lr='x', b1='y')": "got 'x'; OptimizerConfig.b1: Input should be a valid number, got 'y'",
     "OptimizerConfig(peak_lr=1e-3, schedule=None)": "OptimizerConfig.schedule: ",
     "Mamba1Config(scan_implementation='cuda')": "'xla_sequential' or 'xla_associative', got 'cuda'",
-    "ModelConfig(vocab_size=257, d_model=8, num_layers=1, remat='all')": "Input should be 'none', 'block' or 'dots'",
+    "ModelConfig(vocab_size=257, d_model=8, num_layers=1, remat='all')": "should be 'none', 'block', 'dots' or 'cheap'",
     "OptimizerConfig(peak_lr=numpy.float32(0.5), b1=0).__dict__": "'peak_lr': 0.5, ",
 }
 _SCRIPT = """

@@ -27,11 +27,12 @@ from mamba_jax.training.config import TrainConfig
 
 # Fields that say how random weights are drawn, or how and in which precision a step is computed.
 _FREE = {
+    "remat",
+    "unroll",
     "embedding_std",
     "rescale_residual",
     "param_dtype",
     "compute_dtype",
-    "remat",
 }
 
 

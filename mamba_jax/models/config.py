@@ -113,7 +113,10 @@ class ModelConfig(Config):
         compute_dtype: dtype of matrix products and activations; the residual stream, the recurrent state, A, dt, norm
             statistics and the loss stay float32 whatever this says.
         remat: what the backward pass recomputes: "none" keeps all activations, "block" keeps only the residual stream
-            between blocks, "dots" also keeps the results of matrix products.
+            between blocks, "dots" also keeps the results of matrix products, "cheap" also those of projections and of
+            recurrences, and recomputes norms, convolutions and activations.
+        unroll: compile every layer by itself instead of a loop over layers. What the backward pass needs then stays
+            where it was computed, which is faster on GPUs; compile time grows with depth.
     """
 
     vocab_size: int
@@ -130,7 +133,8 @@ class ModelConfig(Config):
     rescale_residual: bool = True
     param_dtype: DType = "float32"
     compute_dtype: DType = "bfloat16"
-    remat: Literal["none", "block", "dots"] = "block"
+    remat: Literal["none", "block", "dots", "cheap"] = "block"
+    unroll: bool = False
 
     def _check(self) -> None:
         """Refuses sizes that are not positive, too many ids, and units that do not add up to `num_layers` blocks."""

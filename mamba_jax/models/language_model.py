@@ -13,15 +13,16 @@ from mamba_jax.models import initializers
 from mamba_jax.models.block import Block
 from mamba_jax.models.config import ModelConfig, Stack
 from mamba_jax.models.head import Head, capped
-from mamba_jax.models.layers import Embedding, RMSNorm
+from mamba_jax.models.layers import PROJECTION, Embedding, RMSNorm
 from mamba_jax.models.mixers.mixer import BlockInput
 from mamba_jax.models.state import LMState
-from mamba_jax.models.storage.matrix import logits_of, read_matrix
+from mamba_jax.models.storage.matrix import logits_of, narrowed, read_matrix
 from mamba_jax.models.storage.per_layer import is_unstacked, layer, num_layers, of_layers, stacked, unstacked
 from mamba_jax.sharding import Axis, constrain
 
 _REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
+    "cheap": jax.checkpoint_policies.save_only_these_names(PROJECTION, "selective_scan", "ssd"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -164,10 +165,17 @@ class LanguageModel(nnx.Module):
 
         if is_per_layer:
             return _run_layers(run_round, residual_BLD, params, unstacked(states))
+        is_unrolled = self.config.unroll
         if self.config.remat != "none":
             policy = _REMAT_POLICIES[self.config.remat]
-            run_round = jax.checkpoint(run_round, policy=policy, prevent_cse=False)
-        return jax.lax.scan(run_round, residual_BLD, (params, stacked(states)))
+            # In a loop nothing that is computed again can be merged with what it repeats.
+            run_round = jax.checkpoint(run_round, policy=policy, prevent_cse=is_unrolled)
+        # Rounded once for all layers: neither the recomputation nor the gradient passes over wider matrices again.
+        params = narrowed(params, self.config.compute_dtype)
+        if is_unrolled:
+            # The layers' gradients are put together here once, and not in each of the optimizer's passes over them.
+            params = jax.lax.optimization_barrier(params)
+        return jax.lax.scan(run_round, residual_BLD, (params, stacked(states)), unroll=is_unrolled)
 
     def unembed(self, hidden: Float[jax.Array, "B L D"]) -> Float[jax.Array, "B L V"]:
         """The head: float32 logits over the padded vocabulary."""

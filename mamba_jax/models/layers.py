@@ -3,13 +3,17 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from mamba_jax.models import initializers
 from mamba_jax.models.initializers import Initializer
 from mamba_jax.models.mixers.declaration import Setting
-from mamba_jax.models.storage.matrix import product_with, read_matrix, rows_of
+from mamba_jax.models.storage.matrix import Matrix, columns_of, product_with, read_matrix, rows_of
 from mamba_jax.sharding import Axis, in_context, placed_like
+
+# Rematerialisation policies know the results of projections by this name.
+PROJECTION = "projection"
 
 
 def parameter(
@@ -60,16 +64,27 @@ class Linear(nnx.Module):
         self.kernel = parameter(rngs, kernel_init, shape, axes, dtype=param_dtype, decay=True, summed=0)
         if bias_init is not None:
             self.bias = parameter(rngs, bias_init, shape[1:], axes[1:], dtype=param_dtype, decay=False)
-        self.has_bias = bias_init is not None
+        self.has_bias, self.num_parts = bias_init is not None, shape[1]
         self.compute_dtype = compute_dtype
 
     def __call__(self, x: Float[jax.Array, "... I"]) -> Float[jax.Array, "..."]:
         """Maps (..., I) to (..., O) or (..., O1, O2), in the compute dtype."""
-        y = product_with(x, read_matrix(self.kernel), dtype=self.compute_dtype)
-        if self.has_bias:
-            bias = read(self.bias).astype(self.compute_dtype)
+        return self._applied(x, read_matrix(self.kernel), read(self.bias) if self.has_bias else None)
+
+    def parts(self, x: Float[jax.Array, "... I"]) -> tuple[Float[jax.Array, "... O"], ...]:
+        """The outputs for each index of W's second dimension, a product each: none is cut out of a larger array."""
+        kernel, bias = read_matrix(self.kernel), read(self.bias) if self.has_bias else None
+        return tuple(
+            self._applied(x, columns_of(kernel, index), None if bias is None else bias[index])
+            for index in range(self.num_parts)
+        )
+
+    def _applied(self, x: jax.Array, kernel: Matrix, bias: jax.Array | None) -> jax.Array:
+        y = product_with(x, kernel, dtype=self.compute_dtype)
+        if bias is not None:
+            bias = bias.astype(self.compute_dtype)
             y = y + placed_like(bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape), y)
-        return y
+        return checkpoint_name(y, PROJECTION)
 
 
 def projection(

@@ -153,7 +153,7 @@ def _chunked_loss_forward(how, hidden_CSBTD, targets_CSBT, mask_CSBT, unembeddin
     def step(carry, chunk):
         sums, dunembedding_SDV = carry
         hidden_SBTD, targets_SBT, mask_SBT = chunk
-        logits_SBTV, partition_SBT = _logits_and_partition(how, hidden_SBTD, unembedding_VD)
+        logits_SBTV, partition_SBT = _logits_and_partition(how, hidden_SBTD, weights_VD)
         sums = jax.tree.map(jnp.add, sums, _chunk_sums(logits_SBTV, partition_SBT, targets_SBT, mask_SBT))
         scale_SBT = jnp.where(mask_SBT, inverse, 0)
         softmax_SBTV = jnp.exp(logits_SBTV - partition_SBT[..., None])

@@ -22,6 +22,7 @@ _CHANGEABLE = {
     "faults.max_skipped",
     "faults.startup_seconds",
     "model.remat",
+    "model.unroll",
     "train.run_dir",
     "train.loss_chunk",
     "train.log_every",

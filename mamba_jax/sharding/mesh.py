@@ -71,7 +71,7 @@ def repeatable(mesh: Mesh) -> dict[str, bool]:
     not choose by timing, so there the options are empty.
     """
     is_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-    return {"xla_gpu_exclude_nondeterministic_ops": True} if is_gpu else {}
+    return {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_enable_triton_gemm": False} if is_gpu else {}
 
 
 def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

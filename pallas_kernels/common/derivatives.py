@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
@@ -97,7 +98,9 @@ def differentiable_op[Output](
         return outputs(static, joined(operands, fixed))
 
     def with_residuals(static: Any, operands: Arguments, fixed: dict[str, jax.Array]) -> tuple[Output, Any]:
-        result, kept = forward(static, joined(operands, fixed))
+        # Rematerialisation policies know results of a forward pass by the name of the op.
+        named = functools.partial(checkpoint_name, name=operands.op)
+        result, kept = jax.tree.map(named, forward(static, joined(operands, fixed)))
         return result, (operands, fixed, kept)
 
     def gradients(static: Any, residuals: Any, cotangents: Output) -> Arguments:

@@ -28,7 +28,7 @@ from mamba_jax.models import parameters
 from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.state import init_state
 from mamba_jax.models.storage.int8 import quantize
-from mamba_jax.models.storage.matrix import Quantized, product_with
+from mamba_jax.models.storage.matrix import LowRank, Quantized, columns_of, product_with
 from mamba_jax.models.storage.per_layer import unstacked
 from mamba_jax.sharding import make_mesh, parameter_sharding, put_batch
 from pallas_kernels.common.ahead_of_time import compile_for, tpu_devices
@@ -182,6 +182,20 @@ def test_integers_are_multiplied_exactly_in_bfloat16() -> None:
     exact, magnitude = products.sum(axis=2), np.abs(products).sum(axis=2)
     # Half an epsilon of bfloat16 (2^-7) of the result, and 8 roundings of float32 in each order of 256 sums.
     assert np.all(np.abs(np.asarray(found, np.float64) - exact) <= 2.0**-8 * np.abs(exact) + 8 * 2.0**-24 * magnitude)
+
+
+def test_products_with_parts_of_a_matrix_are_parts_of_the_product() -> None:
+    rng = np.random.default_rng(0)
+    weights, lora_a, lora_b, x = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((16, 2, 8), (16, 4), (4, 2, 8), (1, 3, 16))
+    )
+    integers = qwix.quantize(weights, jnp.int8, channelwise_axes=(1, 2))
+    adapted = LowRank(base=integers, lora_a=lora_a, lora_b=lora_b, scale=0.5)
+    for kernel in (weights, integers, adapted):
+        whole = product_with(x, kernel, dtype="float32")
+        for index in range(2):
+            part = product_with(x, columns_of(kernel, index), dtype="float32")
+            np.testing.assert_allclose(part, whole[:, :, index], rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_over_devices() -> None:

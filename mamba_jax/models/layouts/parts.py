@@ -217,6 +217,7 @@ MODEL_FIELDS = (
     "param_dtype",
     "compute_dtype",
     "remat",
+    "unroll",
 )
 
 

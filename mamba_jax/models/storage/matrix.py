@@ -63,6 +63,31 @@ def read_matrix(param: nnx.Param) -> Matrix:
     return jax.tree.map(in_context, param.get_value())
 
 
+def narrowed(params: Any, dtype: str) -> Any:
+    """A tree of parameters whose matrices are rounded to a dtype that is narrower than theirs; products are the same.
+
+    Args:
+        params: tree of `nnx.Param`. Matrices in int8 or with an adapter stay as they are.
+        dtype: of the products.
+    """
+
+    def one(param: Any) -> Any:
+        value = param.get_value()
+        is_matrix = param.get_metadata().get("summed") is not None and isinstance(value, jax.Array)
+        if not is_matrix or jnp.finfo(value.dtype).bits <= jnp.finfo(dtype).bits:
+            return param
+        return param.replace(value.astype(dtype))
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def columns_of(kernel: Matrix, index: int) -> Matrix:
+    """The matrix (I, *O) of those columns of a matrix (I, P, *O) whose second index is given."""
+    if isinstance(kernel, LowRank):
+        return dataclasses.replace(kernel, base=columns_of(kernel.base, index), lora_b=kernel.lora_b[:, index])
+    return jax.tree.map(lambda array: array[:, index], kernel)
+
+
 def product_with(x: Float[jax.Array, "... I"], kernel: Matrix, *, dtype: str) -> Float[jax.Array, "..."]:
     """The product x W, summed over the last dimension of x and the first of W, in `dtype`.
 

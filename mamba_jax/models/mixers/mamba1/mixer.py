@@ -159,9 +159,8 @@ class Mamba1(Mixer):
     ) -> MixerOutput:
         """See `Mixer.advance`."""
         segment_ids = None if segment_ids_BL is None else jnp.asarray(segment_ids_BL)
-        xz_BLPE = self.in_proj(self.checked_input(u_BLD))
-        x_BLE = ops.constrain(xz_BLPE[:, :, 0], "BLE")
-        z_BLE = ops.constrain(xz_BLPE[:, :, 1], "BLE") if self.config.use_gate else None
+        x_BLE, *gate = (ops.constrain(part, "BLE") for part in self.in_proj.parts(self.checked_input(u_BLD)))
+        z_BLE = gate[0] if gate else None
         if self.config.use_conv:
             convolved = self.conv1d(x_BLE, None if state is None else state.conv_window, segment_ids)
             x_BLE, window_BWE = convolved.y, convolved.final_window

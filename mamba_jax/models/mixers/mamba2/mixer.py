@@ -151,9 +151,7 @@ class Mamba2(Mixer):
         """See `Mixer.advance`."""
         segment_ids = None if segment_ids_BL is None else jnp.asarray(segment_ids_BL)
         u_BLD = self.checked_input(u_BLD)
-        zx_BL2E = self.in_proj(u_BLD)
-        # Unlike indices, whose gradients are padded and added, these parts are joined again in one pass.
-        z_BLE, x_BLE = (ops.constrain(jnp.squeeze(part, 2), "BLE") for part in jax.lax.split(zx_BL2E, (1, 1), axis=2))
+        z_BLE, x_BLE = (ops.constrain(part, "BLE") for part in self.in_proj.parts(u_BLD))
         x = self.conv1d(x_BLE, None if state is None else state.conv_window, segment_ids)
         BC_BL2GN = self.BC_proj(u_BLD)
         BC_BLM = BC_BL2GN.reshape(*BC_BL2GN.shape[:2], -1)
@@ -161,8 +159,8 @@ class Mamba2(Mixer):
         y_BLE, ssm_BHPN = self._recur(u_BLD, x.y, BC.y.reshape(BC_BL2GN.shape), state, segment_ids)
         y_BLE = self.norm(y_BLE, z_BLE) if self.config.use_norm else y_BLE * jax.nn.silu(z_BLE)
         if self.config.gated_channels(self.setting.d_model):
-            gate_value_BL2F = self.mlp_proj(u_BLD)
-            gated_BLF = jax.nn.silu(gate_value_BL2F[:, :, 0]) * gate_value_BL2F[:, :, 1]
+            gate_BLF, value_BLF = self.mlp_proj.parts(u_BLD)
+            gated_BLF = jax.nn.silu(gate_BLF) * value_BLF
             y_BLE = jnp.concatenate([gated_BLF, y_BLE], axis=-1)
         dtype = self.setting.compute_dtype
         after = Mamba2State(
