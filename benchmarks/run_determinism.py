@@ -145,7 +145,7 @@ def run_steps(options: Options, variant: Variant) -> Steps:
     """Compiles the step, and runs it twice over the same batches."""
     if variant == "free":
         lookup._add_sorted = lookup._add_in_order
-        step_module.repeatable = lambda mesh: {}
+        step_module.compiler_options = lambda mesh: {}
     mesh = make_mesh(MeshConfig(data=options.num_devices), jax.devices()[: options.num_devices])
     program = TrainProgram(options.program, mesh)
     runs = []

@@ -13,7 +13,7 @@ from mamba_jax.data.batch import LMBatch
 from mamba_jax.errors import InputError
 from mamba_jax.models.loss import next_token_loss
 from mamba_jax.models.parameters import ModelDefinition, Params
-from mamba_jax.sharding import put_batch, repeatable
+from mamba_jax.sharding import compiler_options, put_batch
 
 # exp(709) is the largest that float64 holds. Larger losses are reported with the perplexity exp(700), not as an
 # overflow.
@@ -122,7 +122,7 @@ def measure(
 
 @functools.cache
 def _program(mesh: Mesh) -> jax.stages.Wrapped:
-    return jax.jit(_summed_loss, static_argnums=(0, 1), compiler_options=repeatable(mesh))
+    return jax.jit(_summed_loss, static_argnums=(0, 1), compiler_options=compiler_options(mesh))
 
 
 def _summed_loss(definition: ModelDefinition, loss_chunk: int, params: Params, batch: LMBatch) -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from mamba_jax.generation.decoder import Prefilled, as_before, read_prompts
 from mamba_jax.models.language_model import LanguageModel
 from mamba_jax.models.parameters import ModelDefinition, Params
 from mamba_jax.models.state import LMState, taken_rows
-from mamba_jax.sharding import repeatable
+from mamba_jax.sharding import compiler_options
 
 # Positions of a row whose logits exist at the same time: 16 rows * 64 * 50,000 ids * 4 bytes = 0.2 GB in float32.
 CHUNK = 64
@@ -47,13 +47,13 @@ def part_program(mesh: Mesh) -> jax.stages.Wrapped:
 
     The state is None for the start of texts, and what it was in is given away.
     """
-    return jax.jit(_score_part, static_argnums=0, donate_argnums=3, compiler_options=repeatable(mesh))
+    return jax.jit(_score_part, static_argnums=0, donate_argnums=3, compiler_options=compiler_options(mesh))
 
 
 @functools.cache
 def context_program(mesh: Mesh) -> jax.stages.Wrapped:
     """A program (definition, room, params, tokens, lengths) that reads contexts, see `read_prompts`."""
-    return jax.jit(_read_contexts, static_argnums=(0, 1), compiler_options=repeatable(mesh))
+    return jax.jit(_read_contexts, static_argnums=(0, 1), compiler_options=compiler_options(mesh))
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def choice_program(mesh: Mesh) -> jax.stages.Wrapped:
     Each of them stands behind the context that its entry of `owners` numbers; `first` is its first token, of which the
     context's logits decide, and the part has the others.
     """
-    return jax.jit(_score_choices, static_argnums=0, compiler_options=repeatable(mesh))
+    return jax.jit(_score_choices, static_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def _score_part(

@@ -14,11 +14,11 @@ from mamba_jax.sharding.axes import (
 from mamba_jax.sharding.mesh import (
     batch_sharding,
     batch_shards,
+    compiler_options,
     make_mesh,
     parameter_sharding,
     process_rows,
     put_batch,
-    repeatable,
     replicated,
 )
 from mamba_jax.sharding.placement import (
@@ -50,6 +50,7 @@ __all__ = [
     "ShardingRules",
     "batch_sharding",
     "batch_shards",
+    "compiler_options",
     "constrain",
     "from_last",
     "from_shard",
@@ -67,7 +68,6 @@ __all__ = [
     "product",
     "product_of_groups",
     "put_batch",
-    "repeatable",
     "replicated",
     "scattered_sum",
     "shard_count",

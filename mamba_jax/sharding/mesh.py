@@ -63,15 +63,21 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return RULES.parts(mesh, Axis.BATCH)
 
 
-def repeatable(mesh: Mesh) -> dict[str, bool]:
-    """Compiler options for `jax.jit` that make a program give the same bits each time it is compiled on this mesh.
+def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
+    """Options for `jax.jit` of a program on this mesh: the same bits from every compilation, products in one piece.
 
-    Without them XLA for GPUs times several kernels for each matrix product during compilation and takes the fastest.
-    The candidates sum in different orders, so two compilations can differ in the last bits. XLA for TPUs and CPUs does
-    not choose by timing, so there the options are empty.
+    XLA for GPUs times several kernels for each matrix product during compilation and takes the fastest. The candidates
+    sum in different orders, so two compilations could differ in the last bits. Without timing its own Triton products
+    run in a form that is slow for narrow matrices, and cuBLAS does them. XLA for TPUs and CPUs does not choose by timing.
+
+    XLA for TPUs cuts a product with a gathered matrix into as many products as devices hold parts of it, above a size
+    in MiB, when other dimensions are split as well. With the parts of many devices these are too narrow for the matrix
+    units; no matrix reaches the size that is given here.
     """
-    is_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-    return {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_enable_triton_gemm": False} if is_gpu else {}
+    platform = mesh.devices.flat[0].platform
+    if platform in ("gpu", "cuda"):
+        return {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000} if platform == "tpu" else {}
 
 
 def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:

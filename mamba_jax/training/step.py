@@ -23,7 +23,7 @@ from mamba_jax.models.state import (
     reset_rows,
     split_rows,
 )
-from mamba_jax.sharding import Axis, batch_sharding, constrain, repeatable
+from mamba_jax.sharding import Axis, batch_sharding, compiler_options, constrain
 from mamba_jax.training.config import FaultsConfig, ProgramConfig
 from mamba_jax.training.optimizer import learning_rate
 from mamba_jax.training.train_state import SkipState, TrainState
@@ -110,7 +110,7 @@ def make_train_step(
         jax.jit,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=repeatable(shardings.step.mesh),
+        compiler_options=compiler_options(shardings.step.mesh),
     )
     def train_step(state: TrainState, batch: LMBatch) -> tuple[TrainState, StepMetrics]:
         parts, gradient, recurrent = _whole_batch(config, definition, state, batch)

@@ -147,6 +147,16 @@ def test_replicas_exchange_gradients_only() -> None:
     assert any("model FLOPs utilisation at most" in line for line in lines)
 
 
+def test_products_with_gathered_matrices_are_not_cut() -> None:
+    """Cut into pieces, one for each device that holds a part, the matrices would be passed on piece by piece."""
+    model = ModelConfig(vocab_size=512, d_model=1024, num_layers=2)
+    mesh = MeshConfig(data=1, fsdp=8, tensor=2)
+    target = Target(topology="v5e:4x4", mesh=mesh, model=model, length=2048, sequences=64)
+    report = compile_target(target)
+    check_report(report)
+    assert "collective-permute" not in report.collectives, report.lines()
+
+
 def test_command_line() -> None:
     """`train.py --compile-only` reports on two slices, of which only gradients pass between one and the other."""
     command = [sys.executable, "train.py", "configs/quickstart.py", "--compile-only"]
