@@ -68,7 +68,8 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
 
     XLA for GPUs times several kernels for each matrix product during compilation and takes the fastest. The candidates
     sum in different orders, so two compilations could differ in the last bits. Without timing its own Triton products
-    run in a form that is slow for narrow matrices, and cuBLAS does them. XLA for TPUs and CPUs does not choose by timing.
+    would run in a form that is slow for narrow matrices: cuBLAS does them all. XLA for TPUs and CPUs does not choose by
+    timing.
 
     XLA for TPUs cuts a product with a gathered matrix into as many products as devices hold parts of it, above a size
     in MiB, when other dimensions are split as well. With the parts of many devices these are too narrow for the matrix
