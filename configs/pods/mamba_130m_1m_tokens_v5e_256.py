@@ -8,15 +8,15 @@ Hardware:  v5litepod-256, a slice of 16x16 chips; the command runs on every host
 Data:      as in configs/mamba_130m.py; documents follow each other without a reset of the state.
 Compiled:  python train.py configs/pods/mamba_130m_1m_tokens_v5e_256.py --compile-only --topology v5e:16x16
 Report:    of the compiler and published figures; nothing was run.
-  total               0.843 GiB of 16 GiB
-  all-gather              57 times      952.5 MiB
-  all-reduce             149 times     1154.3 MiB
+  total               0.849 GiB of 16 GiB
+  all-gather             105 times      952.5 MiB
+  all-reduce             149 times     1154.1 MiB
   collective-permute    1152 times       57.6 MiB
   model operations of a step: 8.291e+14, of a device 3.239e+12, at the peak 16.4 ms
-  time of a step: XLA's operations by the compiler's estimate 46.0 ms, kernels by their schedules 36.3 ms,
+  time of a step: XLA's operations by the compiler's estimate 42.6 ms, kernels by their schedules 36.3 ms,
   exchange at the speed of the links 11.3 ms
-  expected between 82.3 and 93.6 ms,
-  model FLOPs utilisation at most 20.0%
+  expected between 78.9 and 90.2 ms,
+  model FLOPs utilisation at most 20.8%
 """
 
 import dataclasses

@@ -8,15 +8,15 @@ Hardware:  v5litepod-256, a slice of 16x16 chips; the command runs on every host
 Data:      as in configs/mamba_130m.py.
 Compiled:  python train.py configs/pods/mamba_1_4b_v5e_256.py --compile-only --topology v5e:16x16
 Report:    of the compiler and published figures; nothing was run.
-  total               3.040 GiB of 16 GiB
-  all-gather             197 times     5786.4 MiB
+  total               3.041 GiB of 16 GiB
+  all-gather             293 times     5786.4 MiB
   all-reduce             246 times     1896.0 MiB
-  reduce-scatter          96 times     2304.0 MiB
+  reduce-scatter         144 times     2304.0 MiB
   model operations of a step: 4.361e+15, of a device 1.704e+13, at the peak 86.5 ms
-  time of a step: XLA's operations by the compiler's estimate 171.9 ms, kernels by their schedules 70.6 ms,
+  time of a step: XLA's operations by the compiler's estimate 163.9 ms, kernels by their schedules 70.6 ms,
   exchange at the speed of the links 52.4 ms
-  expected between 242.5 and 294.9 ms,
-  model FLOPs utilisation at most 35.7%
+  expected between 234.5 and 286.8 ms,
+  model FLOPs utilisation at most 36.9%
 """
 
 import dataclasses

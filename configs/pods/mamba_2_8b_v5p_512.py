@@ -8,15 +8,15 @@ Hardware:  v5p-512, a slice of 4x8x8 chips with two cores each; the command runs
 Data:      as in configs/mamba_130m.py.
 Compiled:  python train.py configs/pods/mamba_2_8b_v5p_512.py --compile-only --topology v5p:4x8x8
 Report:    of the compiler and published figures; nothing was run.
-  total               6.255 GiB of 95 GiB
-  all-gather             261 times    11073.0 MiB
-  all-reduce             390 times     9015.4 MiB
-  reduce-scatter          64 times     1600.0 MiB
+  total               5.967 GiB of 95 GiB
+  all-gather             389 times    11073.0 MiB
+  all-reduce             326 times     2615.4 MiB
+  reduce-scatter         192 times     4800.0 MiB
   model operations of a step: 1.757e+16, of a device 6.861e+13, at the peak 149.5 ms
-  time of a step: XLA's operations by the compiler's estimate 305.1 ms, kernels by their schedules 102.3 ms,
-  exchange at the speed of the links 37.9 ms
-  expected between 407.4 and 445.3 ms,
-  model FLOPs utilisation at most 36.7%
+  time of a step: XLA's operations by the compiler's estimate 287.5 ms, kernels by their schedules 102.3 ms,
+  exchange at the speed of the links 32.3 ms
+  expected between 389.9 and 422.2 ms,
+  model FLOPs utilisation at most 38.3%
 """
 
 import dataclasses

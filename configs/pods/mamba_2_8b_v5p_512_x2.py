@@ -8,17 +8,17 @@ Hardware:  two slices v5p-512 of 4x8x8 chips each; the command runs on every hos
 Data:      as in configs/mamba_130m.py.
 Compiled:  python train.py configs/pods/mamba_2_8b_v5p_512_x2.py --compile-only --topology v5p:4x8x8 --num-slices 2
 Report:    of the compiler and published figures; nothing was run.
-  total               5.036 GiB of 95 GiB
-  all-gather             391 times    11163.4 MiB
-  all-reduce             391 times     9486.3 MiB
-  reduce-scatter         128 times     1625.0 MiB
+  total               4.602 GiB of 95 GiB
+  all-gather             583 times    11163.4 MiB
+  all-reduce             327 times     3086.3 MiB
+  reduce-scatter         256 times     4825.0 MiB
   between slices:
-  all-reduce             323 times       73.4 MiB
+  all-reduce             387 times       85.9 MiB
   model operations of a step: 1.757e+16, of a device 3.431e+13, at the peak 74.7 ms
-  time of a step: XLA's operations by the compiler's estimate 174.5 ms, kernels by their schedules 51.2 ms,
-  exchange at the speed of the links 38.9 ms, between slices 12.3 ms
-  expected between 225.7 and 276.9 ms,
-  model FLOPs utilisation at most 33.1%
+  time of a step: XLA's operations by the compiler's estimate 160.3 ms, kernels by their schedules 51.2 ms,
+  exchange at the speed of the links 33.3 ms, between slices 14.4 ms
+  expected between 211.5 and 259.2 ms,
+  model FLOPs utilisation at most 35.3%
 """
 
 import dataclasses
