@@ -25,7 +25,7 @@ import jax
 
 import harness
 from bounds import H100, SPECIAL_A_CYCLE
-from harness import Results, Setting
+from harness import Results, setting_here
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
 from pallas_kernels import selective_scan
@@ -197,7 +197,7 @@ def main() -> None:
         except ValueError as error:
             raise InputError(f"--shapes: {error}") from None
         os.environ["PATH"] = f"{Path(tool('nvdisasm')).parent}:{os.environ['PATH']}"
-        results = Results(options.output, Setting.here("sm_90a, compiled for and not run"))
+        results = Results(options.output, setting_here("sm_90a, compiled for and not run"))
         for text, spec in zip(options.shapes, specs, strict=True):
             shape = tuple(getattr(spec, name) for name in MANIFEST.sizes)
             forward, backward = choose_tilings(*shape)

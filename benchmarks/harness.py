@@ -7,8 +7,9 @@ that file. `compare.py` sets the last two results of a program on the same hardw
 import collections
 import dataclasses
 import json
-import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax
 import pydantic
 
 from mamba_jax.errors import InputError, reason
+from mamba_jax.telemetry.records import append_whole
 from mamba_jax.telemetry.setting import Setting as Setting
 from mamba_jax.telemetry.setting import hardware as hardware
 from mamba_jax.telemetry.setting import header as header
@@ -26,6 +28,22 @@ from mamba_jax.telemetry.setting import processor as processor
 RESULTS = Path(__file__).parent / "results"
 FILE_NAME = "measurements.jsonl"
 MIB = 2**20
+
+
+def setting_here(hardware: str, *, libraries: Sequence[str] = ()) -> Setting:
+    """The setting of the benchmark that this process runs; see `Setting.here`."""
+    return Setting.here(hardware, command=_command(sys.argv), libraries=libraries)
+
+
+def _command(argv: Sequence[str]) -> str:
+    """What a reader types to do the same; where the results went is a matter of the machine."""
+    words, kept = iter(argv[1:]), []
+    for word in words:
+        if word == "--output":
+            next(words, None)
+        elif not word.startswith("--output="):
+            kept.append(word)
+    return f"python {shlex.join([f'benchmarks/{Path(argv[0]).name}', *kept])}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,12 +212,7 @@ def append(path: Path, measurement: Measurement) -> None:
     """
     line = json.dumps(dataclasses.asdict(measurement), ensure_ascii=False)
     try:
-        with path.open("a+b") as file:
-            # A line that was cut short stays one damaged line and does not spoil this one.
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read() == b"\n" else f"\n{line}"
-            file.write(f"{line}\n".encode())
+        append_whole(path, [line.encode()])
     except OSError as error:
         raise InputError(f"cannot write results to {path} ({reason(error)}): choose another --output") from None
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import harness
-from harness import Results, Setting
+from harness import Results, setting_here
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config_base import require
 from mamba_jax.models.mixers.attention.attend import AttendOptions, attend
@@ -215,7 +215,7 @@ def main() -> None:
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_attention.py")
         harness.select_platform(options.device)
-        results = Results(options.output, Setting.here(harness.hardware(), libraries=("jaxlib",)))
+        results = Results(options.output, setting_here(harness.hardware(), libraries=("jaxlib",)))
         for name in options.workloads or WORKLOADS:
             for direction in DIRECTIONS:
                 for implementation in options.implementations or IMPLEMENTATIONS[options.device]:

@@ -28,7 +28,7 @@ import harness
 from decoding import peer
 from decoding.profile import time_by_kernel
 from decoding.tiles import Search, Workload
-from harness import MIB, Results, Setting, select_platform, time_calls
+from harness import MIB, Results, select_platform, setting_here, time_calls
 from mamba_jax.chips import CHIPS
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import Mamba1Config, Mamba2Config, ModelConfig
@@ -345,7 +345,7 @@ def main() -> None:
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_decode.py")
         select_platform(options.device)
-        results = Results(options.output, Setting.here(harness.hardware(), libraries=("flax",)))
+        results = Results(options.output, setting_here(harness.hardware(), libraries=("flax",)))
         deadline = time.perf_counter() + options.compile_seconds
         todo = cases(options) if not options.tile_seconds else []
         with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import tyro
 
 import harness
-from harness import Results, Setting
+from harness import Results, setting_here
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.data.batch import LMBatch
 from mamba_jax.data.config import TextFolderSource
@@ -194,7 +194,7 @@ def main() -> None:
         harness.select_platform(options.device)
         loaded = load_model(options.checkpoint)
         text = read_text(loaded, options)
-        results = Results(options.output, Setting.here(harness.hardware(), libraries=("flax", "qwix")))
+        results = Results(options.output, setting_here(harness.hardware(), libraries=("flax", "qwix")))
         name = loaded.experiment.name if loaded.experiment else Path(options.checkpoint).name
         steps = "" if loaded.step is None else f", {loaded.step:,} updates"
         workload = f"{name}{steps}, {options.rows} x {options.seq_len:,} tokens"

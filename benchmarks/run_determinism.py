@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 import harness
-from harness import Results, Setting, time_calls
+from harness import Results, setting_here, time_calls
 from mamba_jax.checkpoint import record
 from mamba_jax.checkpoint.fingerprints import fingerprints
 from mamba_jax.cli import one_line_errors, parse
@@ -236,7 +236,7 @@ def main() -> None:
         ) as processes:
             for variant in ("free", "repeatable"):
                 found[variant] = [processes.submit(run_steps, options, variant).result() for _ in range(2)]
-        setting = Setting.here(f"{options.num_devices} x {found['repeatable'][0].device_kind}")
+        setting = setting_here(f"{options.num_devices} x {found['repeatable'][0].device_kind}")
         results = Results(options.output, setting)
         workload = (
             f"Mamba-1 d_model {options.d_model}, {options.num_layers} layers, vocabulary {options.vocab_size}, batch "

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import bounds
 import harness
 import pallas_kernels
-from harness import MIB, Results, Setting, time_calls
+from harness import MIB, Results, setting_here, time_calls
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
 from pallas_kernels import (
@@ -320,7 +320,7 @@ def main() -> None:
         chosen = calls(options)
         harness.select_platform(options.device)
         target = options.compile_for
-        setting = Setting.here(
+        setting = setting_here(
             f"{target.stem}, compiled for and not run" if target else harness.hardware(),
             libraries=tuple(installed_peers().values()),
         )

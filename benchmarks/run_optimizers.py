@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import harness
-from harness import Results, Setting
+from harness import Results, setting_here
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import ExperimentConfig
 from mamba_jax.config_files import load_config
@@ -54,7 +54,7 @@ def main() -> None:
     """Command-line entry."""
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_optimizers.py")
-        results = Results(options.output, Setting.here(harness.hardware(), libraries=("flax", "optax")))
+        results = Results(options.output, setting_here(harness.hardware(), libraries=("flax", "optax")))
         for peak_lr in options.peak_lrs:
             for algorithm in ALGORITHMS:
                 with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 
 import harness
-from harness import MIB, Results, Setting
+from harness import MIB, Results, setting_here
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
     AttentionConfig,
@@ -139,7 +139,7 @@ def main() -> None:
                 how = {"device": options.device, "num_steps": options.num_steps, "peak_lr": options.peak_lr}
                 figures = pool.apply(functools.partial(run, name, **how))
             hardware = str(figures.pop("hardware"))
-            results = results or Results(options.output, Setting.here(hardware, libraries=("flax", "optax")))
+            results = results or Results(options.output, setting_here(hardware, libraries=("flax", "optax")))
             workload = f"quickstart, {options.num_steps} updates, peak learning rate {options.peak_lr:g}"
             results.add("training run", workload, implementation=name, direction=PATTERNS[name][0], **figures)
         note = (

@@ -15,7 +15,7 @@ import tyro
 
 import harness
 import run_decode_quality
-from harness import Results, Setting, select_platform
+from harness import Results, select_platform, setting_here
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.evaluation.checkpoints import byte_tokenizer
 from mamba_jax.export.companions import open_tokenizer
@@ -79,7 +79,7 @@ def main() -> None:
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_speculation.py")
         select_platform(options.device)
-        results = Results(options.output, Setting.here(harness.hardware(), libraries=("flax",)))
+        results = Results(options.output, setting_here(harness.hardware(), libraries=("flax",)))
         prompts = prompts_of(options)
         config = GeneratorConfig(rows=len(prompts))
         for temperature in options.temperature:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 import harness
 import pallas_kernels
-from harness import Results, Setting
+from harness import Results, setting_here
 from mamba_jax import chips
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.pods.hlo import compiled_instructions, estimated_cycles
@@ -297,7 +297,7 @@ def main() -> None:
     """Command-line entry."""
     with one_line_errors():
         options = parse(Options, prog="benchmarks/run_tpu_static.py")
-        results = Results(options.output, Setting.here("TPU compiler, nothing run", libraries=("libtpu",)))
+        results = Results(options.output, setting_here("TPU compiler, nothing run", libraries=("libtpu",)))
         for op in options.ops:
             for chip in options.chips:
                 compile_all(op, chip, options, results)

@@ -28,7 +28,7 @@ import optax
 import bounds
 import harness
 from decoding.profile import time_by_kernel
-from harness import MIB, Results, Setting, Timing, select_platform, time_calls
+from harness import MIB, Results, Timing, select_platform, setting_here, time_calls
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.config import (
     Mamba1Config,
@@ -383,7 +383,7 @@ def measure(options: Options, cases: list[tuple[Options, Remat]]) -> Results:
         futures = [processes.submit(measure_step, case, remat, turn.name) for case, remat in cases]
         for (case, remat), future in zip(cases, futures, strict=True):
             cost = future.result()
-            results = results or Results(options.output, Setting.here(cost.hardware, libraries=("flax", "optax")))
+            results = results or Results(options.output, setting_here(cost.hardware, libraries=("flax", "optax")))
             figures: dict[str, Any] = step_figures(case, cost)
             results.add("training step", workload(case), implementation=remat, direction="step", **figures)
             for heading, name, figures in rows(cost.kernels):

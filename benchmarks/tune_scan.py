@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import harness
-from harness import Results, Setting, time_calls
+from harness import Results, setting_here, time_calls
 from mamba_jax.cli import one_line_errors, parse
 from mamba_jax.errors import InputError
 from pallas_kernels.selective_scan.arguments import ScanArguments
@@ -165,7 +165,7 @@ def main() -> None:
         options = parse(Options, prog="benchmarks/tune_scan.py")
         with concurrent.futures.ThreadPoolExecutor() as pool:
             candidates = {text: candidates_of(sizes_of(text), pool) for text in options.shapes}
-        results = Results(options.output, Setting.here(harness.hardware()))
+        results = Results(options.output, setting_here(harness.hardware()))
         for text, group in candidates.items():
             arrays = arguments(sizes_of(text))
             for candidate in group:

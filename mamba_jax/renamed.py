@@ -21,6 +21,7 @@ _MOVED = {
     "evaluation.report": "evaluation.checkpoints",
     "export.configs": "export.published_config",
     "fingerprints": "checkpoint.fingerprints",
+    "generate_command": "commands.generate",
     "models.recurrent_state": "models.state",
     "training.event_log": "telemetry.events",
     "training.flops": "models.flops",

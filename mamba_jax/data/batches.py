@@ -1,10 +1,8 @@
 """The interface between data and training: an object that gives batch number k, from any kind of source."""
 
 import abc
-import collections
-import concurrent.futures
 import dataclasses
-import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,13 +38,10 @@ class Batches(abc.ABC):
 
     def iterate(self, start_step: int) -> Iterator[LMBatch]:
         """`at(start_step)`, `at(start_step + 1)`, ... without end, prepared ahead by background threads."""
-        steps = itertools.count(start_step)
-        with concurrent.futures.ThreadPoolExecutor(min(self.prefetch, _MAX_THREADS)) as pool:
-            ahead = collections.deque(pool.submit(self.at, step) for step in itertools.islice(steps, self.prefetch))
-            while True:
-                batch = ahead.popleft().result()
-                ahead.append(pool.submit(self.at, next(steps)))
-                yield batch
+        import grain
+
+        options = grain.ReadOptions(num_threads=min(self.prefetch, _MAX_THREADS), prefetch_buffer_size=self.prefetch)
+        return iter(grain.MapDataset.range(start_step, sys.maxsize).map(self.at).to_iter_dataset(options))
 
 
 class Task(abc.ABC):

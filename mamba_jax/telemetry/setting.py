@@ -5,9 +5,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,33 +31,22 @@ class Setting:
     date: str
 
     @classmethod
-    def here(cls, hardware: str, *, libraries: Sequence[str] = (), command: str | None = None) -> "Setting":
+    def here(cls, hardware: str, *, command: str, libraries: Sequence[str] = ()) -> "Setting":
         """That of this process.
 
         Args:
             hardware: what the results are of.
+            command: what a reader types to do the same.
             libraries: distributions whose versions matter, besides jax.
-            command: what a reader types to do the same; None is the benchmark that this process runs.
         """
         return cls(
             hardware=hardware,
             versions={"Python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in ("jax", *libraries)},
-            command=command or _command(sys.argv),
+            command=command,
             commit=_commit(),
             date=datetime.datetime.now().isoformat(timespec="seconds"),
         )
-
-
-def _command(argv: Sequence[str]) -> str:
-    """What a reader types to do the same; where the results went is a matter of the machine."""
-    words, kept = iter(argv[1:]), []
-    for word in words:
-        if word == "--output":
-            next(words, None)
-        elif not word.startswith("--output="):
-            kept.append(word)
-    return f"python {shlex.join([f'benchmarks/{Path(argv[0]).name}', *kept])}"
 
 
 def processor() -> str:

@@ -27,7 +27,7 @@ def test_transformers_reads_the_same_model(tmp_path: Path, monkeypatch: pytest.M
     prompt, key = jnp.full((1, 4), 5), jax.random.key(0)
     tokens = generate(definition, params, prompt, num_tokens=8, key=key, sampling=greedy)[0].tolist()
     python.touch(mode=0o700)
-    results = harness.Results(tmp_path, harness.Setting.here("a machine", libraries=()))
+    results = harness.Results(tmp_path, harness.setting_here("a machine", libraries=()))
 
     def answers(tokens: list[int]) -> None:
         lines = (

@@ -15,7 +15,7 @@ from pallas_kernels.mamba2_step.xla import op
 def test_a_search_leaves_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "LEAST_BYTES", 1)
     monkeypatch.setattr(tiles.mamba2_triton, "mamba2_step", lambda arguments, *, tiling: op.mamba2_step(arguments))
-    results = harness.Results(tmp_path, harness.Setting.here("a processor"))
+    results = harness.Results(tmp_path, harness.setting_here("a processor"))
     workload = tiles.Workload(width=16, mixer=Mamba2Config(head_dim=8), rows=2, state_dtype="bfloat16")
     search = tiles.Search(results, "toy, batch 2", workload, seconds=0.0)
     assert search.weights[0]["in_proj"].format.layout.major_to_minor == (1, 2, 0)

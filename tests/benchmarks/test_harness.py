@@ -12,7 +12,7 @@ import pytest
 
 import compare
 import harness
-from harness import Measurement, Results, Setting
+from harness import Measurement, Results, Setting, setting_here
 from mamba_jax.errors import InputError
 
 SETTING = Setting(
@@ -98,7 +98,7 @@ def test_results_are_kept_read_and_rendered(tmp_path: Path, capsys: pytest.Captu
 def test_a_setting_says_where_it_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["/a/benchmarks/run_ops.py", "--output", "/some/folder", "--shapes", "2x8", "--output=/another"]
     monkeypatch.setattr(sys, "argv", command)
-    setting = Setting.here(harness.hardware(), libraries=("flax",))
+    setting = setting_here(harness.hardware(), libraries=("flax",))
     assert setting.command == "python benchmarks/run_ops.py --shapes 2x8"
     assert list(setting.versions) == ["Python", "jax", "flax"]
     assert re.search(r"\d+ cores$", setting.hardware)
